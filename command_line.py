@@ -1,0 +1,44 @@
+"""What all commands share: the parser, the exit statuses, and the one place where an error becomes one line.
+
+Exit statuses: 0 all done; 1 finished, but some items failed (they are listed); 2 refused (bad flag, bad input, missing
+file); 130 interrupted. Set ``SLIDESCRIBE_TRACEBACK=1`` to see the traceback behind a one-line refusal.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+DONE = 0
+SOME_FAILED = 1
+REFUSED = 2
+INTERRUPTED = 130
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text  # the description shows commands, whose line breaks matter
+
+
+def make_parser(description: str | None) -> ArgumentParser:
+    """Argument parser with ``--config recipe.yaml``, whose values are defaults that flags override."""
+    parser = ArgumentParser(description=description, formatter_class=_HelpFormatter)
+    parser.add_argument("--config", action="config", help="YAML file of flags; flags given on the command line win")
+    return parser
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Run ``main`` and leave with its exit status, turning refusals (ValueError, OSError) into one line on stderr."""
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        status = INTERRUPTED
+    except (ValueError, OSError) as error:
+        if os.environ.get("SLIDESCRIBE_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        status = REFUSED
+    sys.exit(status)
