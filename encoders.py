@@ -1,0 +1,323 @@
+"""Image encoders: pixels to patch tokens, through timm and transformers.
+
+    encoder = load_encoder("hf-hub:MahmoodLab/UNI2-h")          any timm name, hub name or local folder
+    pixels_B3HW = torch.stack([encoder.transform(tile) for tile in tiles])
+    encoder.encode_tiles(pixels_B3HW)                           (B, D): one patch token per tile, for slides
+    encoder.encode_patches(pixels_B3HW)                         (B, N, D): the patch tokens of an image
+
+Shapes: B images, N patch tokens of one image, D width, H and W pixels.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import errors as hub_errors
+from PIL import Image
+from torch import Tensor, nn
+
+HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+
+
+class ImageEncoder(nn.Module):
+    """A timm or transformers vision model with its own preprocessing.
+
+    Attributes:
+        backbone: the model itself.
+        name: what `load_encoder` opens again: a timm or hub name, or an absolute folder.
+        width: D of `encode_tiles`.
+        patch_width: D of `encode_patches`; equal to `width` but for a few CNNs.
+        image_size: side in pixels of what `transform` returns.
+        mean: of each channel, subtracted by `transform`.
+        std: of each channel, divided by in `transform`.
+        patch_grid: (rows, columns) of `encode_patches`, None if the model gives no grid of patches.
+        num_prefix_tokens: class and register tokens ahead of the patches.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        transform: Callable[[Image.Image], Tensor],
+        *,
+        name: str,
+        image_size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        processor: Any = None,
+    ):
+        """Wrap `backbone`; `processor` is a transformers image processor, None for a timm model."""
+        super().__init__()
+        self.backbone = backbone
+        self.name = name
+        self.image_size = image_size
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self.processor = processor
+        self._transform = transform
+        self.eval()
+        self._measure()
+
+    def transform(self, image: Image.Image) -> Tensor:
+        """Resize, crop and normalise a PIL image as the encoder's authors did: (3, H, W) float32."""
+        return self._transform(image.convert("RGB"))
+
+    def encode_tiles(self, pixels: Tensor) -> Tensor:
+        """Turn (B, 3, H, W) into (B, D), one patch token per tile.
+
+        timm models give what they give with `num_classes=0`: the class token, the mean or the attention pool of their
+        configuration. transformers models give the class token where they have one, else their pooled output.
+        """
+        if self.processor is None:
+            return self.backbone.forward_head(self.backbone.forward_features(pixels), pre_logits=True)
+        output = self.backbone(pixel_values=pixels)
+        # CLIP normalises its class token only in the pooled output; ViT's pooler is a layer that is often untrained
+        if self.num_prefix_tokens and "clip" not in self.backbone.config.model_type:
+            return output.last_hidden_state[:, 0]
+        pooled = output.get("pooler_output")
+        return _tokens(output.last_hidden_state).mean(dim=1) if pooled is None else pooled.flatten(1)
+
+    def encode_patches(self, pixels: Tensor) -> Tensor:
+        """Turn (B, 3, H, W) into (B, N, D), the patch tokens in raster order, without class and register tokens.
+
+        Raises:
+            ValueError: if the model gives no grid of patches.
+        """
+        if self.patch_grid is None:
+            raise ValueError(f"encoder {self.name} gives no grid of patch tokens: use a ViT or a CNN")
+        return _tokens(self._feature_map(pixels), channels_last=self._channels_last)[:, self.num_prefix_tokens :]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save config.json and model.safetensors, which `load_encoder(folder)` opens again with equal outputs."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.processor is not None:
+            self.backbone.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+            return
+        from timm.models import save_for_hf
+
+        save_for_hf(self.backbone, folder, safe_serialization=True)
+
+    def fingerprint(self) -> str:
+        """16 hex digits of the weights: a hash of the first values of every tensor. Tells a retrained encoder apart."""
+        digest = hashlib.sha256()
+        for key, tensor in self.backbone.state_dict().items():
+            digest.update(f"{key}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _feature_map(self, pixels: Tensor) -> Tensor:
+        if self.processor is None:
+            return self.backbone.forward_features(pixels)
+        return self.backbone(pixel_values=pixels).last_hidden_state
+
+    @torch.inference_mode()
+    def _measure(self) -> None:
+        """Measure widths and patch grid on one blank image: what architectures say of themselves does not agree."""
+        parameter = next(self.backbone.parameters())
+        blank = torch.zeros(1, 3, self.image_size, self.image_size, device=parameter.device, dtype=parameter.dtype)
+        features = self._feature_map(blank)
+        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+            raise ValueError(f"encoder {self.name} gives no feature map or tokens: choose another architecture")
+        self._channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).upper().endswith("NHWC")
+        self.num_prefix_tokens = 0
+        self.patch_grid = self._grid_of(features)
+        if self.patch_grid is not None and features.ndim == 3:
+            self.num_prefix_tokens = features.shape[1] - math.prod(self.patch_grid)
+        self.patch_width = _tokens(features, channels_last=self._channels_last).shape[-1]
+        self.width = self.encode_tiles(blank).shape[-1]
+
+    def _grid_of(self, features: Tensor) -> tuple[int, int] | None:
+        if features.ndim == 4:
+            rows, columns = features.shape[1:3] if self._channels_last else features.shape[2:]
+            return rows, columns
+        num_tokens = features.shape[1]
+        for rows, columns in (_stated_grid(self.backbone, self.image_size), (math.isqrt(num_tokens),) * 2):
+            num_prefix = num_tokens - rows * columns
+            if rows and 0 <= num_prefix <= 64 and (num_prefix == 0 or num_prefix == _stated_prefix(self.backbone)):
+                return rows, columns
+        return None
+
+
+def load_encoder(
+    name_or_path: str | Path, *, pretrained: bool = True, model_args: dict[str, Any] | None = None
+) -> ImageEncoder:
+    """Open an image encoder, in eval mode on the CPU.
+
+    Args:
+        name_or_path: a timm name (`vit_small_patch14_dinov2.lvd142m`), a hub name (`hf-hub:org/name` or `org/name`), or
+            a folder in timm's layout (config.json has `architecture`) or transformers' (config.json has `model_type`).
+        pretrained: False leaves the weights random; nothing is downloaded for a timm name or a folder.
+        model_args: further arguments of `timm.create_model`, e.g. `{"img_size": 128, "depth": 4}`; timm models only.
+
+    Raises:
+        ValueError: if the name is unknown (with the nearest known ones) or the folder is in neither layout.
+        FileNotFoundError: if the folder or hub repository does not exist.
+        PermissionError: if the hub repository is gated and access was not granted.
+        ConnectionError: if weights are neither here nor reachable.
+    """
+    name = str(name_or_path)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _load_folder(folder.absolute(), pretrained, model_args or {})
+    if name.startswith(("/", ".", "~")) or folder.is_file():
+        raise FileNotFoundError(f"no encoder folder {name}: give a folder that holds config.json and model.safetensors")
+    try:
+        if name.startswith(HUB_PREFIXES) or "/" in name:
+            return _load_hub(
+                name.removeprefix(HUB_PREFIXES[0]).removeprefix(HUB_PREFIXES[1]), pretrained, model_args or {}
+            )
+        return _load_timm_name(name, pretrained, model_args or {})
+    except hub_errors.GatedRepoError as error:
+        raise PermissionError(
+            f"encoder {name} is gated: ask for access on https://huggingface.co/{name.split(':')[-1]}, "
+            "then run `hf auth login` or set HF_TOKEN"
+        ) from error
+    except (hub_errors.RepositoryNotFoundError, hub_errors.EntryNotFoundError, hub_errors.HFValidationError) as error:
+        if isinstance(error, hub_errors.LocalEntryNotFoundError):
+            raise _unreachable(name) from error
+        raise FileNotFoundError(
+            f"no encoder {name}: neither a folder here nor a model on the hub that you may see"
+        ) from error
+    except (hub_errors.OfflineModeIsEnabled, ConnectionError) as error:
+        raise _unreachable(name) from error
+
+
+def _unreachable(name: str) -> ConnectionError:
+    return ConnectionError(
+        f"the weights of encoder {name} are not in the local cache and the hub cannot be reached: "
+        "check the network, or give a local folder that holds config.json and model.safetensors"
+    )
+
+
+def _load_folder(folder: Path, pretrained: bool, model_args: dict[str, Any]) -> ImageEncoder:
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise FileNotFoundError(f"no config.json in encoder folder {folder}: save one with timm or transformers")
+    config = json.loads(config_path.read_text())
+    if "architecture" in config:
+        return _build_timm(f"local-dir:{folder}", str(folder), pretrained, model_args)
+    if "model_type" in config:
+        return _build_transformers(str(folder), pretrained)
+    raise ValueError(f"{config_path} names neither `architecture` (timm) nor `model_type` (transformers)")
+
+
+def _load_hub(name: str, pretrained: bool, model_args: dict[str, Any]) -> ImageEncoder:
+    from huggingface_hub import hf_hub_download
+
+    repository, _, revision = name.partition("@")
+    config = json.loads(Path(hf_hub_download(repository, "config.json", revision=revision or None)).read_text())
+    if "architecture" in config:
+        return _build_timm(f"hf-hub:{name}", f"hf-hub:{name}", pretrained, model_args)
+    if "model_type" in config:
+        return _build_transformers(repository, pretrained, revision or None)
+    raise ValueError(f"config.json of {name} names neither `architecture` (timm) nor `model_type` (transformers)")
+
+
+def _load_timm_name(name: str, pretrained: bool, model_args: dict[str, Any]) -> ImageEncoder:
+    import timm
+
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=4, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names them all"
+        raise ValueError(f"unknown encoder {name}: {hint}")
+    if pretrained and not timm.is_model_pretrained(name):
+        tags = timm.list_pretrained(f"{architecture}.*")
+        raise ValueError(
+            f"encoder {name} has no published weights" + (f"; {architecture} has {', '.join(tags)}" if tags else "")
+        )
+    return _build_timm(name, name, pretrained, model_args)
+
+
+def _build_timm(source: str, name: str, pretrained: bool, model_args: dict[str, Any]) -> ImageEncoder:
+    import timm
+    from timm.data import create_transform
+    from timm.data.model_config import resolve_input_data_config
+
+    try:
+        model = timm.create_model(source, pretrained=pretrained, **{"num_classes": 0, **model_args})
+    except (RuntimeError, TypeError) as error:
+        if isinstance(error, hub_errors.HfHubHTTPError):
+            raise
+        raise ValueError(f"encoder {name} cannot be built: {str(error).splitlines()[0]}") from error
+    # as resolve_data_config, which it calls, but it also sees an image size that was set when the model was made
+    settings = resolve_input_data_config(model)
+    return ImageEncoder(
+        model,
+        create_transform(**settings, is_training=False),
+        name=name,
+        image_size=settings["input_size"][-1],
+        mean=settings["mean"],
+        std=settings["std"],
+    )
+
+
+def _build_transformers(source: str, pretrained: bool, revision: str | None = None) -> ImageEncoder:
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+    where = {"revision": revision, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(source, **where)
+        config = getattr(config, "vision_config", config)  # the vision tower of CLIP, SigLIP, ...
+        processor = AutoImageProcessor.from_pretrained(source, **where)
+        if pretrained:
+            model, info = AutoModel.from_pretrained(source, config=config, output_loading_info=True, **where)
+            missing = [key for key in info["missing_keys"] if "pooler" not in key]
+            if missing:
+                raise ValueError(
+                    f"encoder {source} lacks {len(missing)} weights, e.g. {missing[0]}: not a vision model?"
+                )
+        else:
+            model = AutoModel.from_config(config, trust_remote_code=False)
+    except OSError as error:
+        if isinstance(error.__cause__, hub_errors.HfHubHTTPError | hub_errors.LocalEntryNotFoundError):
+            raise error.__cause__ from error
+        raise ValueError(f"encoder {source} cannot be opened: {str(error).splitlines()[0]}") from error
+    return ImageEncoder(
+        model,
+        partial(_process, processor),
+        name=source,
+        image_size=_processor_size(processor),
+        mean=processor.image_mean,
+        std=processor.image_std,
+        processor=processor,
+    )
+
+
+def _process(processor: Any, image: Image.Image) -> Tensor:
+    return processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+
+def _processor_size(processor: Any) -> int:
+    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+    return size.get("height") or size.get("shortest_edge")
+
+
+def _stated_grid(backbone: nn.Module, image_size: int) -> tuple[int, int]:
+    """(rows, columns) of patches by what the model says of itself, (0, 0) if it does not."""
+    config = getattr(backbone, "config", None)
+    patch_size = getattr(config, "patch_size", None)
+    if isinstance(patch_size, int):
+        return image_size // patch_size, image_size // patch_size
+    return getattr(getattr(backbone, "patch_embed", None), "grid_size", None) or (0, 0)
+
+
+def _stated_prefix(backbone: nn.Module) -> int:
+    config = getattr(backbone, "config", None)
+    if config is not None:
+        return 1 + getattr(config, "num_register_tokens", 0)
+    return getattr(backbone, "num_prefix_tokens", 1)
+
+
+def _tokens(features: Tensor, *, channels_last: bool = False) -> Tensor:
+    """(B, N, D) from tokens (B, N, D) or a map (B, D, rows, columns) or (B, rows, columns, D), in raster order."""
+    if features.ndim == 3:
+        return features
+    return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
