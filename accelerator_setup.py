@@ -1,0 +1,444 @@
+"""The Accelerator of a training run, its seeds, trackers and state, and the checkpoints to resume it exactly.
+
+A run folder::
+
+    run.json              command, versions, git revision
+    log.jsonl             a line a step and a line an evaluation
+    curves.png
+    checkpoints/step_<n>/ what resumes the run; a folder of that name is always whole
+    best_model/           result with the lowest validation loss
+    final_model/          result after the last step
+"""
+
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.utils import ProjectConfiguration, set_seed
+from safetensors.torch import load_file, save_file
+
+
+def add_run_arguments(parser) -> None:
+    """Flags about the run itself, the same in every training stage."""
+    group = parser.add_argument_group("Run")
+    group.add_argument("--output_dir", required=True, help="run folder; made when missing")
+    group.add_argument("--seed", type=int, default=0, help="of weights, order of records and choice of patches")
+    group.add_argument(
+        "--mixed_precision",
+        choices=["no", "bf16"],
+        default=None,
+        help="precision of activations and of a frozen LLM; default: that of `accelerate config`",
+    )
+    group.add_argument(
+        "--save_steps", type=int, default=500, help="steps between checkpoints; each epoch's end is one too"
+    )
+    group.add_argument("--keep_checkpoints", type=int, default=2, help="newest checkpoints to keep")
+    group.add_argument("--resume_from_checkpoint", default=None, help="`latest` or a checkpoints/step_<n> folder")
+    group.add_argument("--overwrite", action="store_true", help="delete the run in --output_dir and start anew")
+    group.add_argument(
+        "--num_workers",
+        type=int,
+        default=2,
+        help="reader processes per GPU; 0: none",
+    )
+    group.add_argument("--wandb_project", default=None, help="log to this Weights & Biases project; off unless given")
+    group.add_argument("--tensorboard", action="store_true", help="log to <output_dir>/tensorboard")
+
+
+def add_optimizer_arguments(parser, *, learning_rate: float, num_epochs: int) -> None:
+    """Flags of optimizer and schedule, with a stage's own defaults."""
+    group = parser.add_argument_group("Optimization")
+    group.add_argument("--batch_size", type=int, default=8, help="records per process and forward pass")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
+    group.add_argument("--learning_rate", type=float, default=learning_rate, help="peak of the schedule")
+    group.add_argument("--num_epochs", type=int, default=num_epochs, help="passes over the training records")
+    group.add_argument("--weight_decay", type=float, default=0.0, help="of AdamW; never on biases and norms")
+    group.add_argument(
+        "--warmup_ratio", type=float, default=0.03, help="share of all steps in which the learning rate rises"
+    )
+    group.add_argument(
+        "--lr_scheduler_type",
+        choices=["cosine", "constant_with_warmup", "linear"],
+        default="cosine",
+        help="after the warm-up",
+    )
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this global norm")
+    group.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="recompute LLM activations in the backward pass: less memory, more time",
+    )
+
+
+def make_accelerator(
+    *,
+    output_dir: str | Path,
+    seed: int,
+    mixed_precision: str | None = None,
+    wandb_project: str | None = None,
+    tensorboard: bool = False,
+    find_unused_parameters: bool = False,
+    config: dict[str, Any] | None = None,
+) -> Accelerator:
+    """Accelerator with seeds set and trackers started. Collective: call on every rank.
+
+    Raises:
+        ValueError: float16, from the flag or from accelerate's own configuration.
+    """
+    trackers = [*(["wandb"] if wandb_project else []), *(["tensorboard"] if tensorboard else [])]
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(Path(output_dir) / "tensorboard")),
+        dataloader_config=DataLoaderConfiguration(even_batches=False),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
+        step_scheduler_with_optimizer=False,
+    )
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError("fp16 overflows in Gemma-3n; choose bf16 or no in --mixed_precision or in `accelerate config`")
+    set_seed(seed)
+    if trackers:
+        flat = {key: value for key, value in (config or {}).items() if isinstance(value, int | float | str | bool)}
+        accelerator.init_trackers(wandb_project or "slidescribe", config=flat)
+    return accelerator
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters for AdamW, matrices with weight decay and vectors without."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
+    vectors = [parameter for parameter in trainable if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def forget_frozen(optimizer: torch.optim.Optimizer) -> None:
+    """Take parameters that no longer learn out of the optimizer, with their state; its groups stay."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not parameter.requires_grad:
+                parameter.grad = None
+                optimizer.state.pop(parameter, None)
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+
+
+def windows(batches: Iterable, size: int) -> Iterator[list]:
+    """Consecutive groups of ``size`` micro-batches: one optimizer step each."""
+    window = []
+    for batch in batches:
+        window.append(batch)
+        if len(window) == size:
+            yield window
+            window = []
+
+
+class RunState:
+    """What a run has reached. One counter, optimizer steps; the epoch and the place in it derive from it."""
+
+    def __init__(self):
+        self.step = 0
+        self.best_loss = float("inf")
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints."""
+        return {"step": self.step, "best_loss": self.best_loss}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.step, self.best_loss = state["step"], state["best_loss"]
+
+
+# Checkpoints
+
+
+def checkpoint_trainable_only(accelerator: Accelerator) -> None:
+    """Make checkpoints hold the weights that learn, not the frozen language model."""
+
+    def save(models, weights, folder):
+        if accelerator.is_main_process:
+            state = {key: value.cpu().contiguous() for key, value in _only(accelerator, models).learned_state().items()}
+            save_file(state, Path(folder) / "trainable.safetensors", metadata={"format": "pt"})
+        weights.clear()
+
+    def load(models, folder):
+        model = _only(accelerator, models)
+        models.clear()  # tells accelerate that the weights are loaded
+        saved = load_file(Path(folder) / "trainable.safetensors")
+        own = model.learned_state()
+        if saved.keys() != own.keys():
+            different = sorted(saved.keys() ^ own.keys())
+            raise ValueError(
+                f"{folder}: other weights learned then ({different[0]}); resume with the flags of that run"
+            )
+        for name, value in own.items():
+            value.copy_(saved[name])
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def _only(accelerator: Accelerator, models: list) -> torch.nn.Module:
+    (model,) = models
+    return accelerator.unwrap_model(model)
+
+
+def save_checkpoint(accelerator: Accelerator, run_dir: Path, state: "RunState", scheduler: Any, keep: int) -> None:
+    """Write ``checkpoints/step_<n>``, whole or not at all, and delete all but the newest. Collective: every rank.
+
+    Every rank writes its random state into a temporary folder, which gets its name when all have finished. Run state
+    and schedule are JSON: accelerate would unpickle its registered objects without restriction.
+    """
+    final = run_dir / "checkpoints" / f"step_{state.step}"
+    temporary = final.with_name(final.name + ".writing")
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        progress = {"run": state.state_dict(), "scheduler": scheduler.state_dict()}
+        (temporary / "progress.json").write_text(json.dumps(progress))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        for old in checkpoints(run_dir)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = [path for path in (run_dir / "checkpoints").glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def checkpoint_to_resume(run_dir: Path, choice: str | None) -> Path | None:
+    """The folder that ``--resume_from_checkpoint`` names: ``latest`` of the run, a path, or None.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+    """
+    if choice is None:
+        return None
+    folder = next(reversed(checkpoints(run_dir)), None) if choice == "latest" else Path(choice)
+    if folder is None or not (folder / "progress.json").is_file():
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {choice}: no such checkpoint under {run_dir / 'checkpoints'}"
+        )
+    return folder
+
+
+def read_run_state(folder: Path | None) -> "RunState":
+    """The run state of a checkpoint, or that of a run at its beginning."""
+    state = RunState()
+    if folder is not None:
+        state.load_state_dict(json.loads((folder / "progress.json").read_text())["run"])
+    return state
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path, scheduler: Any) -> None:
+    """Load weights, optimizer, schedule and random states of a checkpoint. Collective: call on every rank.
+
+    Raises:
+        ValueError: it is of a run with other trainable weights, or of another number of processes.
+    """
+    written_by = len(list(folder.glob("random_states_*.pkl")))
+    if written_by != accelerator.num_processes:
+        raise ValueError(
+            f"{folder}: was written by {written_by} processes, this one has {accelerator.num_processes}; use as many"
+        )
+    accelerator.load_state(str(folder))
+    scheduler.load_state_dict(json.loads((folder / "progress.json").read_text())["scheduler"])
+
+
+def prepare_run_dir(accelerator: Accelerator, run_dir: Path, *, overwrite: bool, resuming: bool) -> None:
+    """Make the run folder, and refuse one that holds a run unless it is resumed or overwritten. Collective.
+
+    Raises:
+        ValueError: the folder holds a run and neither flag was given.
+    """
+    held = (run_dir / "log.jsonl").exists()
+    accelerator.wait_for_everyone()
+    if held and not overwrite and not resuming:
+        raise ValueError(
+            f"--output_dir {run_dir} holds a run; add --resume_from_checkpoint latest to go on, or --overwrite"
+        )
+    if accelerator.is_main_process:
+        if overwrite and not resuming:
+            for name in ("checkpoints", "best_model", "final_model"):
+                shutil.rmtree(run_dir / name, ignore_errors=True)
+            (run_dir / "log.jsonl").unlink(missing_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+
+
+def git_revision() -> str | None:
+    """Revision of this checkout, with ``-dirty`` where it differs, or None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_run_json(accelerator: Accelerator, run_dir: Path, arguments: dict[str, Any], **facts: Any) -> None:
+    """Write ``run.json`` (the command, its flags, versions, and the facts given) and print the facts on stderr."""
+    import peft
+    import timm
+    import transformers
+
+    if not accelerator.is_main_process:
+        return
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, timm, peft)}
+    run = {
+        "command": sys.argv,
+        "arguments": arguments,
+        "git_revision": git_revision(),
+        "versions": {"python": platform.python_version(), **versions},
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        **facts,
+    }
+    (run_dir / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n")
+    for name, value in facts.items():
+        print(f"{name.replace('_', ' ')}: {value}", file=sys.stderr)
+
+
+def trainable_parameters(model: torch.nn.Module) -> dict[str, str]:
+    """For each part of the model, ``trainable / all`` parameters."""
+    counts = {}
+    for name, part in model.named_children():
+        parameters = list(part.parameters())
+        learning = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        counts[name] = f"{learning:,} / {sum(parameter.numel() for parameter in parameters):,}"
+    return counts
+
+
+def report_left_out(accelerator: Accelerator, problems: list[str], shown: int = 20) -> None:
+    """Print the records that were left out, on the main process."""
+    if accelerator.is_main_process and problems:
+        print(f"{len(problems)} records left out:", *problems[:shown], sep="\n  ", file=sys.stderr)
+        if len(problems) > shown:
+            print(f"  and {len(problems) - shown} more", file=sys.stderr)
+
+
+# Log
+
+
+class RunLog:
+    """``log.jsonl``, ``curves.png`` and the trackers of a run; writes on the main process only."""
+
+    def __init__(self, accelerator: Accelerator, run_dir: Path, first_step: int):
+        """Open the log; lines after ``first_step`` are of a run that was interrupted later than its checkpoint."""
+        self.accelerator = accelerator
+        self.run_dir = run_dir
+        self.path = run_dir / "log.jsonl"
+        self.clock = time.perf_counter()
+        if accelerator.is_main_process:
+            kept = [line for line in read_log(self.path) if line["step"] <= first_step]
+            temporary = self.path.with_name("log.jsonl.writing")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(temporary, self.path)
+
+    def step(
+        self,
+        step: int,
+        epoch: float,
+        lr: float,
+        *,
+        loss: float,
+        grad_norm: float,
+        num_samples: int,
+        num_supervised_tokens: int,
+        padding_fraction: float,
+    ) -> None:
+        """One line for an optimizer step; the counts are over all processes."""
+        seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+        self._write(
+            {
+                "step": step,
+                "epoch": round(epoch, 4),
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "samples_per_s": round(num_samples / seconds, 3),
+                "supervised_tokens_per_s": round(num_supervised_tokens / seconds, 1),
+                "padding_fraction": round(padding_fraction, 4),
+                "peak_memory_bytes": peak_memory_bytes(),
+            }
+        )
+
+    def evaluation(self, step: int, epoch: float, val_loss: float) -> None:
+        """One line for an evaluation, and the curves drawn anew."""
+        self._write({"step": step, "epoch": round(epoch, 4), "val_loss": val_loss})
+        self.draw()
+        self.clock = time.perf_counter()  # evaluation is not part of the next step's time
+
+    def draw(self) -> None:
+        """Draw ``curves.png``."""
+        if self.accelerator.is_main_process:
+            draw_curves(self.path, self.run_dir / "curves.png")
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        values = {key: value for key, value in line.items() if key != "step"}
+        self.accelerator.log(values, step=line["step"])
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``log.jsonl``; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def draw_curves(log: Path, picture: Path) -> None:
+    """Draw training and validation loss and the learning rate over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_log(log)
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "val_loss" in line]
+    figure, (loss_axes, rate_axes) = pyplot.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    loss_axes.plot([s["step"] for s in steps], [s["loss"] for s in steps], lw=0.8, color="tab:blue", label="training")
+    if evaluations:
+        xs, ys = [e["step"] for e in evaluations], [e["val_loss"] for e in evaluations]
+        loss_axes.plot(xs, ys, "o-", ms=3, color="tab:orange", label="validation")
+    loss_axes.set(xlabel="step", ylabel="loss per supervised token", yscale="log")
+    loss_axes.legend()
+    rate_axes.plot([s["step"] for s in steps], [s["lr"] for s in steps], color="tab:green")
+    rate_axes.set(xlabel="step", ylabel="learning rate")
+    temporary = picture.with_name("curves.writing.png")
+    figure.savefig(temporary, dpi=120)
+    pyplot.close(figure)
+    os.replace(temporary, picture)
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    factor = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * factor

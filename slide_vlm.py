@@ -1,0 +1,529 @@
+"""SlideVLM: an optional image encoder, a reducer, a projector and a causal language model as one module.
+
+Patch tokens become visual tokens, which take the place of the placeholder in the embedded prompt. Any Hugging Face
+causal language model works; the one way in which Gemma-3n differs (its per-layer embeddings) is in
+:meth:`SlideVLM.embed_text`.
+
+Shapes: B batch, N patches, E patch token width, K visual tokens, H language model width, T text tokens, L tokens of the
+whole sequence, S supervised tokens, V vocabulary.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from encoders import ImageEncoder, load_encoder
+from projectors import build_projector, build_reducer
+
+FORMAT_VERSION = 1
+IGNORED_LABEL = -100
+IMAGE_MARKER = -200  # stands in a batch's input_ids for the whole image; no tokenizer gives a negative id
+LOGIT_CHUNK = 512  # supervised positions whose logits exist at one time: 0.5 GB in float32 at a vocabulary of 262,400
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
+
+
+@dataclass
+class VLMSettings:
+    """What ``vlm.json`` holds: all that later stages and inference need to know of a trained model."""
+
+    llm_name: str
+    patch_width: int
+    projector: str = "mlp2x_gelu"
+    token_reducer: str = "none"
+    num_visual_tokens: int = 256
+    output_rms: float = 1.0
+    placeholder_id: int = 0
+    prompt: dict[str, str] = field(default_factory=dict)
+    question: str = ""
+    max_question_tokens: int = 128
+    max_answer_tokens: int = 512
+    encoder: str | None = None
+    input_kind: str = "features"
+    tiling: dict[str, Any] = field(default_factory=dict)
+    llm_revision: str | None = None
+    llm_fingerprint: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    git_revision: str | None = None
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "VLMSettings":
+        """Read ``folder/vlm.json``.
+
+        Raises:
+            FileNotFoundError: the folder is not the result of a training stage.
+            ValueError: the file was written by a later version, or lacks a field.
+        """
+        path = Path(folder) / "vlm.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found; give the final_model folder of a stage 1 or stage 2 run")
+        try:
+            values = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not valid JSON ({error}); copy the folder anew") from error
+        if values.get("format_version", 0) > FORMAT_VERSION:
+            raise ValueError(
+                f"{path}: format {values['format_version']} is newer than {FORMAT_VERSION}; update SlideScribe"
+            )
+        try:
+            return cls(**{key: value for key, value in values.items() if key in {f.name for f in fields(cls)}})
+        except TypeError as error:
+            raise ValueError(f"{path}: {error}; the file is incomplete") from error
+
+    def write(self, folder: Path) -> None:
+        """Write ``folder/vlm.json``."""
+        (folder / "vlm.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+class SlideVLM(nn.Module):
+    """The whole model as the one module that is prepared for distributed training; ``forward`` does everything.
+
+    A batch is a dictionary: ``input_ids``, ``attention_mask`` and optionally ``labels`` (B, T) int64 with one
+    :data:`IMAGE_MARKER` per sample, and either ``patch_tokens`` (B, N, E) with ``coords`` (B, N, 2) int64 and
+    ``patch_mask`` (B, N) bool, or ``pixel_values`` (B, M, 3, height, width) with ``image_mask`` (B, M) bool for the
+    encoder, M images a sample.
+    """
+
+    def __init__(
+        self,
+        llm: PreTrainedModel,
+        settings: VLMSettings,
+        encoder: ImageEncoder | None = None,
+    ):
+        super().__init__()
+        self.settings = settings
+        self.encoder = encoder
+        self.reducer = build_reducer(settings.token_reducer, settings.patch_width, settings.num_visual_tokens)
+        self.projector = build_projector(
+            settings.projector, settings.patch_width, llm_width(llm), output_rms=settings.output_rms
+        )
+        self.llm = llm
+        self.checkpoint_layers = False
+        self.encoder_learned = False  # set by a run that trains it, also after it was frozen again
+
+    @property
+    def base_llm(self) -> PreTrainedModel:
+        """The language model itself, also when a peft adapter is wrapped around it."""
+        return self.llm.get_base_model() if hasattr(self.llm, "peft_config") else self.llm
+
+    @property
+    def device(self) -> torch.device:
+        """Where the projector is, and batches must be."""
+        return next(self.projector.parameters()).device
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Negative log-likelihood of each supervised token, (S,) float32; S may be 0."""
+        inputs = self.embed(batch)
+        decoder = self.base_llm.get_decoder()
+        hidden = decoder(**inputs["conditioning"], **_positions(inputs["attention_mask"]), use_cache=False)
+        targets = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)  # position t predicts token t + 1
+        supervised = targets != IGNORED_LABEL
+        return self._answer_nll(hidden.last_hidden_state[supervised], targets[supervised])
+
+    def visual_tokens(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Visual tokens (B, K, H) in the projector's dtype and their mask (B, K), real tokens first."""
+        if "pixel_values" in batch:
+            patch_tokens, coords, patch_mask = self._encode_images(batch["pixel_values"], batch["image_mask"])
+        else:
+            patch_tokens, coords, patch_mask = batch["patch_tokens"], batch["coords"], batch["patch_mask"]
+        weight = next(self.projector.parameters())
+        tokens, token_mask = self.reducer(patch_tokens.to(weight.dtype), coords, patch_mask)
+        return self.projector(tokens.to(weight.dtype)), token_mask
+
+    def _encode_images(self, pixel_values: Tensor, image_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Patch tokens (B, N, E) of a sample's M images side by side, their coordinates in patches and their mask."""
+        batch, num_images = image_mask.shape
+        patch_tokens = self.encoder.encode_patches(pixel_values.flatten(0, 1))
+        per_image = patch_tokens.shape[1]
+        columns = self.encoder.patch_grid[1] if self.encoder.patch_grid else max(1, round(per_image**0.5))
+        index = torch.arange(per_image, device=patch_tokens.device)
+        image = torch.arange(num_images, device=patch_tokens.device).unsqueeze(1)
+        x = index % columns + image * columns
+        coords = torch.stack([x, (index // columns).expand_as(x)], dim=-1).flatten(0, 1)
+        patch_mask = image_mask.repeat_interleave(per_image, dim=1)
+        return patch_tokens.unflatten(0, (batch, num_images)).flatten(1, 2), coords.expand(batch, -1, -1), patch_mask
+
+    def embed_text(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Arguments with which the language model reads ``input_ids`` (B, L) as embeddings instead of ids.
+
+        The one place where Gemma-3n differs: its layers also read per-layer embeddings by token identity, which
+        ``inputs_embeds`` alone drops without a word. Placeholders lie outside that table and read its row 0, as the
+        native soft tokens of Gemma-3n do.
+        """
+        conditioning = {"inputs_embeds": self.base_llm.get_input_embeddings()(input_ids)}
+        decoder = self.base_llm.get_decoder()
+        if hasattr(decoder, "get_per_layer_inputs"):
+            conditioning["per_layer_inputs"] = decoder.get_per_layer_inputs(input_ids)
+        return conditioning
+
+    def embed(self, batch: dict[str, Tensor], padding_side: str = "right") -> dict[str, Any]:
+        """Put the visual tokens in the place of each sample's image marker.
+
+        Returns:
+            ``conditioning`` (arguments of the decoder: embeddings (B, L, H) and, for Gemma-3n, per-layer inputs),
+            ``input_ids`` (B, L) with the placeholder id at every visual position, ``attention_mask`` and ``labels``.
+        """
+        has_image = "pixel_values" in batch or "patch_tokens" in batch
+        visual, visual_mask = self.visual_tokens(batch) if has_image else (None, None)
+        counts = visual_mask.sum(1) if has_image else torch.ones_like(batch["input_ids"][:, 0])
+        expanded = expand_image_markers(batch, counts, padding_side)
+        places = expanded["input_ids"] == IMAGE_MARKER
+        expanded["input_ids"] = expanded["input_ids"].masked_fill(places, self.settings.placeholder_id)
+        conditioning = self.embed_text(expanded["input_ids"])
+        if has_image:
+            embeds = conditioning["inputs_embeds"]
+            real_visual = visual[visual_mask].to(embeds.dtype)
+            conditioning["inputs_embeds"] = embeds.masked_scatter(places.unsqueeze(-1), real_visual)
+        return {"conditioning": conditioning, **expanded}
+
+    def _answer_nll(self, hidden_SH: Tensor, targets_S: Tensor) -> Tensor:
+        """Cross-entropy in float32 at the supervised positions only, in chunks whose logits are not kept."""
+        if len(targets_S) <= LOGIT_CHUNK:
+            return self._chunk_nll(hidden_SH, targets_S)
+        chunks = zip(hidden_SH.split(LOGIT_CHUNK), targets_S.split(LOGIT_CHUNK), strict=True)
+        return torch.cat([checkpoint(self._chunk_nll, h, t, use_reentrant=False) for h, t in chunks])
+
+    def _chunk_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(hidden).float(), targets, reduction="none")
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (…, V) of hidden states (…, H), final softcap applied."""
+        head = self.base_llm.get_output_embeddings()
+        logits = head(hidden.to(head.weight.dtype) if not torch.is_autocast_enabled(hidden.device.type) else hidden)
+        softcap = getattr(self.base_llm.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the activations of the language model's layers in the backward pass instead of keeping them.
+
+        Never re-entrant: that leaves Gemma-3n's loss right and the gradient of the visual tokens wrong. Call it when
+        what is trainable has been decided.
+
+        Raises:
+            ValueError: the language model is frozen and has dropout, which its layers, put into training mode so that
+                they recompute, would apply.
+        """
+        config = self.base_llm.config.get_text_config().to_dict()
+        dropout = [key for key, value in config.items() if ("dropout" in key or "pdrop" in key) and value]
+        if dropout and not any(parameter.requires_grad for parameter in self.llm.parameters()):
+            raise ValueError(f"--gradient_checkpointing would apply {dropout[0]} in the frozen LLM; drop the flag")
+        self.base_llm.activation_checkpointing_enable({"use_reentrant": False})
+        self.checkpoint_layers = True
+
+    def train(self, mode: bool = True) -> "SlideVLM":
+        """Training mode for what learns; whatever is frozen stays in evaluation mode.
+
+        In training mode Gemma-3n's AltUp clamps its weights in place, frozen or not, and dropout would disturb a frozen
+        encoder. Decoder layers themselves (not what is in them) enter training mode under gradient checkpointing, since
+        only then do they recompute.
+        """
+        super().train(mode)
+        for part in (self.encoder, self.reducer, self.projector, self.llm):
+            if part is None or not mode:
+                continue
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+            for module in part.modules():
+                own = list(module.parameters())
+                if own and not any(parameter.requires_grad for parameter in own):
+                    module.training = False
+        if mode and self.checkpoint_layers:
+            for layer in self.base_llm.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.training = True
+        return self
+
+    def learned_state(self) -> dict[str, Tensor]:
+        """Every weight that learns or has learned in this run, by name; with the optimizer, it makes a checkpoint."""
+        state = {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if self.encoder_learned:
+            state |= {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}
+        return state
+
+    def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write a result folder, whole or not at all. A frozen base language model is never copied.
+
+        ::
+
+            folder/vlm.json
+            folder/projector/model.safetensors   projector and reducer
+            folder/adapter/                      when the language model wears one
+            folder/language_model/               when weights of its own learned
+            folder/encoder/                      when it learned
+            folder/tokenizer/
+        """
+        folder = Path(folder)
+        temporary = folder.with_name(folder.name + ".writing")
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / "projector").mkdir(parents=True)
+        self.settings.write(temporary)
+        projector_state = {
+            f"{name}.{key}": value.detach().cpu().contiguous()
+            for name in ("projector", "reducer")
+            for key, value in getattr(self, name).state_dict().items()
+        }
+        save_file(projector_state, temporary / "projector" / "model.safetensors", metadata={"format": "pt"})
+        if hasattr(self.llm, "peft_config"):
+            self.llm.save_pretrained(temporary / "adapter", safe_serialization=True)
+        elif any(parameter.requires_grad for parameter in self.llm.parameters()):
+            self.llm.save_pretrained(temporary / "language_model", safe_serialization=True)
+        if self.encoder_learned:
+            self.encoder.save_pretrained(temporary / "encoder")
+        tokenizer.save_pretrained(temporary / "tokenizer")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+
+    def load_projector(self, folder: str | Path) -> None:
+        """Load projector and reducer from a result folder.
+
+        Raises:
+            FileNotFoundError: the folder has no projector.
+            ValueError: its shapes are not those of this model's settings.
+        """
+        path = Path(folder) / "projector" / "model.safetensors"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found; give the final_model folder of a stage 1 or stage 2 run")
+        state = load_file(path)
+        for name in ("projector", "reducer"):
+            part = {key[len(name) + 1 :]: value for key, value in state.items() if key.startswith(name + ".")}
+            try:
+                getattr(self, name).load_state_dict(part)
+            except RuntimeError as error:
+                raise ValueError(f"{path}: does not fit this model's {name}: {' '.join(str(error).split())}") from error
+
+
+def expand_image_markers(batch: dict[str, Tensor], counts: Tensor, padding_side: str = "right") -> dict[str, Tensor]:
+    """Repeat the image marker of row i ``counts[i]`` times and pad all rows anew.
+
+    Args:
+        batch: ``input_ids``, ``attention_mask`` (B, T) right-padded, and optionally ``labels`` (B, T); at most one
+            marker in a row.
+        counts: visual tokens of each row, (B,) int64.
+        padding_side: ``right`` in training, ``left`` for generation.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, (B, L) int64.
+    """
+    input_ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    labels = batch.get("labels", torch.full_like(input_ids, IGNORED_LABEL))
+    is_marker = (input_ids == IMAGE_MARKER) & mask
+    extra = (counts.unsqueeze(1) - 1) * is_marker.any(1, keepdim=True)
+    after_marker = is_marker.cumsum(1) - is_marker.long()
+    target = torch.arange(input_ids.shape[1], device=input_ids.device) + extra * after_marker
+    lengths = mask.sum(1, keepdim=True) + extra
+    longest = int(lengths.max())
+
+    positions = torch.arange(longest, device=input_ids.device).expand(len(input_ids), -1)
+    expanded_mask = positions < lengths
+    # What no text token overwrites below lies between the text before and after the image. Padding is 0, and masked.
+    expanded_ids = torch.where(expanded_mask, IMAGE_MARKER, 0)
+    expanded_labels = torch.full_like(expanded_ids, IGNORED_LABEL)
+    rows = torch.arange(len(input_ids), device=input_ids.device).unsqueeze(1).expand_as(target)
+    expanded_ids[rows[mask], target[mask]] = input_ids[mask]
+    expanded_labels[rows[mask], target[mask]] = labels[mask]
+    expanded = {"input_ids": expanded_ids, "attention_mask": expanded_mask.long(), "labels": expanded_labels}
+    if padding_side == "left":
+        source = (positions - (longest - lengths)) % longest
+        expanded = {name: value.gather(1, source) for name, value in expanded.items()}
+    return expanded
+
+
+def _positions(attention_mask: Tensor) -> dict[str, Tensor]:
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return {"attention_mask": attention_mask, "position_ids": position_ids}
+
+
+# Language models
+
+
+def llm_width(llm: PreTrainedModel) -> int:
+    """H, the width of the token embeddings."""
+    return llm.get_input_embeddings().weight.shape[1]
+
+
+def load_llm(
+    name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, **kwargs: Any
+) -> PreTrainedModel:
+    """Load the language layers of a Hugging Face checkpoint, in evaluation mode.
+
+    Of a multimodal checkpoint (Gemma-3n, Gemma-3) only the text part is built and read, no vision or audio tower.
+
+    Args:
+        name: hub name or local folder.
+        revision: hub revision.
+        dtype: of the weights. Gemma-3n overflows in float16, so it is refused for every model.
+        **kwargs: further arguments of ``from_pretrained``, such as ``quantization_config``.
+
+    Raises:
+        ValueError: a weight is missing from the checkpoint, or the model scales its logits in a way that the loss does
+            not know.
+        OSError: the checkpoint is not found.
+    """
+    if dtype == torch.float16:
+        raise ValueError("float16 overflows in Gemma-3n; use bf16 or no mixed precision")
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    text_config = config.get_text_config()
+    for scale in ("logit_scale", "logits_scaling"):
+        if getattr(text_config, scale, None) not in (None, 1, 1.0):
+            raise ValueError(f"{name}: language models with {scale} are not supported; choose another --llm_name")
+    try:
+        model_class = AutoModelForCausalLM._model_mapping[type(text_config)]
+    except KeyError:
+        raise ValueError(
+            f"{name}: {config.model_type} is not a causal language model; choose another --llm_name"
+        ) from None
+    llm, report = model_class.from_pretrained(
+        name, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True, **kwargs
+    )
+    if report["missing_keys"] or report["mismatched_keys"]:
+        missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        raise ValueError(
+            f"{name}: {len(missing)} weights are missing or misshapen, such as {missing[0]}; download it anew"
+        )
+    return llm.eval()
+
+
+def fingerprint(llm: PreTrainedModel, samples_per_weight: int = 64) -> str:
+    """SHA-256 over every weight's name, shape and an even sample of its values, rounded to bfloat16.
+
+    Tells a base language model from another of the same architecture in seconds; the same in float32 and bfloat16.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(llm.state_dict().items()):
+        flat = weight.detach().reshape(-1)
+        chosen = torch.linspace(0, max(0, flat.numel() - 1), min(samples_per_weight, flat.numel()), dtype=torch.float64)
+        values = flat[chosen.long().to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+        digest.update(f"{name}{tuple(weight.shape)}".encode() + values)
+    return digest.hexdigest()
+
+
+def choose_placeholder(llm: PreTrainedModel) -> int:
+    """The id that the language model sees at visual positions, where its embedding is replaced.
+
+    For Gemma-3n it must lie outside the per-layer table (262145 in the published models), or that word's identity would
+    enter every layer; for other models any id does.
+
+    Raises:
+        ValueError: a Gemma-3n whose vocabulary has no id outside its per-layer table.
+    """
+    config = llm.config.get_text_config()
+    last = llm.get_input_embeddings().weight.shape[0] - 1
+    if not hasattr(llm.get_decoder(), "get_per_layer_inputs"):
+        return last
+    outside = config.vocab_size_per_layer_input
+    if outside > last:
+        raise ValueError(
+            f"{config.model_type}: vocab_size {config.vocab_size} leaves no id outside vocab_size_per_layer_input "
+            f"{outside}; make the vocabulary at least one larger"
+        )
+    return min(outside + 1, last)
+
+
+def text_embedding_rms(llm: PreTrainedModel) -> float:
+    """Root mean square that visual tokens should have: 1.0 for Gemma-3n (its native soft tokens), else that of text."""
+    if hasattr(llm.get_decoder(), "get_per_layer_inputs"):
+        return 1.0
+    vocabulary = llm.get_input_embeddings().weight.shape[0]
+    ids = torch.linspace(0, vocabulary - 1, min(4096, vocabulary), device=llm.device).long()
+    with torch.no_grad():
+        return float(llm.get_input_embeddings()(ids).float().pow(2).mean().sqrt())
+
+
+def add_lora(llm: PreTrainedModel, *, rank: int, alpha: float, dropout: float) -> nn.Module:
+    """Wrap the language model in LoRA adapters (Hu et al. 2021) on its attention and feed-forward projections.
+
+    Targets are named: ``all-linear`` would include Gemma-3n's AltUp coefficients, which get no gradient in training and
+    yet act at evaluation.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    present = {name.rsplit(".", 1)[-1] for name, module in llm.named_modules() if isinstance(module, nn.Linear)}
+    targets = [name for name in LORA_TARGETS if name in present] or None  # None: peft's own choice for the family
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none"
+    )
+    return get_peft_model(llm, config)
+
+
+def unfreeze_llm(llm: PreTrainedModel) -> None:
+    """Let the whole language model learn, but for its token embedding (tied to the head in Gemma) and Gemma-3n's table.
+
+    The per-layer table alone is 2 of E2B's 4.4 billion weights, almost none of which a corpus of reports touches.
+    """
+    llm.requires_grad_(True)
+    llm.get_input_embeddings().requires_grad_(False)
+    decoder = llm.get_decoder()
+    if hasattr(decoder, "embed_tokens_per_layer"):
+        decoder.embed_tokens_per_layer.requires_grad_(False)
+
+
+# Results
+
+
+def load_vlm(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    llm_name: str | None = None,
+    encoder_name: str | None = None,
+) -> tuple[SlideVLM, PreTrainedTokenizerBase]:
+    """Open a ``final_model`` folder for inference or further training, in evaluation mode.
+
+    The model's settings say where its language model and encoder were found this time.
+
+    Args:
+        folder: result of stage 1 or 2.
+        device: where to put the model.
+        dtype: of the language model; projector and encoder stay in float32.
+        llm_name: where the base language model is now, when it moved since training.
+        encoder_name: likewise for the image encoder.
+
+    Raises:
+        FileNotFoundError: no such result.
+        ValueError: the base language model is not the one that the result was trained with.
+    """
+    folder = Path(folder)
+    settings = VLMSettings.read(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
+    if (folder / "language_model").is_dir():
+        settings.llm_name, settings.llm_revision = str(folder / "language_model"), None
+        llm = load_llm(settings.llm_name, dtype=dtype)
+        settings.llm_fingerprint = fingerprint(llm)
+    else:
+        settings.llm_name = llm_name or settings.llm_name
+        llm = load_llm(settings.llm_name, revision=settings.llm_revision, dtype=dtype)
+        check_fingerprint(llm, settings)
+    if (folder / "adapter").is_dir():
+        from peft import PeftModel
+
+        llm = PeftModel.from_pretrained(llm, folder / "adapter")
+    encoder = None
+    if settings.input_kind == "images":
+        own = folder / "encoder"
+        settings.encoder = encoder_name or (str(own) if own.is_dir() else settings.encoder)
+        encoder = load_encoder(settings.encoder)
+    model = SlideVLM(llm, settings, encoder)
+    model.load_projector(folder)
+    return model.to(device).eval(), tokenizer
+
+
+def check_fingerprint(llm: PreTrainedModel, settings: VLMSettings) -> None:
+    """Raise ValueError unless ``llm`` is the base language model that ``settings`` were trained with."""
+    if settings.llm_fingerprint and fingerprint(llm) != settings.llm_fingerprint:
+        raise ValueError(
+            f"{settings.llm_name}: its weights are not those that this model was trained with; "
+            "give the right language model with --llm_name"
+        )
