@@ -1,0 +1,114 @@
+r"""Write the report of one slide (or answer a question about one image); the report alone goes to stdout.
+
+  python inference/generate.py --model runs/stage2/final_model --slide X.svs
+  python inference/generate.py --model runs/stage2/final_model --features OUT/features/X.h5 --question "Which grade?"
+  python inference/generate.py --model runs/stage2/final_model --image X.png
+
+A slide is tiled and encoded as the slides were that the model was trained on.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from command_line import DONE, make_parser, run
+from inference.arguments import add_decoding_arguments
+
+
+def parse_arguments():
+    parser = make_parser(__doc__)
+    group = parser.add_argument_group("What to report on")
+    group.add_argument("--model", required=True, help="final_model folder of stage 1 or 2")
+    group.add_argument("--slide", default=None, help="whole-slide image")
+    group.add_argument("--features", default=None, help="feature file of stage 0, instead of a slide")
+    group.add_argument("--image", nargs="+", default=None, help="image or images of one case, for a model of images")
+    group.add_argument("--question", default=None, help="default: the question that the model was trained with")
+    group.add_argument(
+        "--assume_mpp", type=float, default=None, help="um/px of a slide that states none or a wrong one"
+    )
+    group.add_argument("--tile_batch_size", type=int, default=64, help="tiles per forward pass of the encoder")
+    group.add_argument("--num_workers", type=int, default=4, help="threads that read tiles")
+    group.add_argument("--json", action="store_true", help="print a JSON object with question, beam score, seconds, …")
+    add_decoding_arguments(parser)
+    args = parser.parse_args()
+    if sum(value is not None for value in (args.slide, args.features, args.image)) != 1:
+        raise ValueError("give exactly one of --slide, --features and --image")
+    return args
+
+
+def main() -> int:
+    args = parse_arguments()
+
+    from inference.decoding import answer_samples, open_model
+    from slide_reports import Prompt
+    from slide_vlm import VLMSettings
+
+    began = time.perf_counter()
+    settings = VLMSettings.read(args.model)
+    check_input(args, settings)
+    model, tokenizer = open_model(args)
+    question = args.question or settings.question
+    prompt_ids = Prompt(**settings.prompt).question_ids(tokenizer, question, settings.max_question_tokens)
+    case = read_case_of(args, model)
+    sample = {"input_ids": prompt_ids, "labels": [-100] * len(prompt_ids), **case}
+    decoding = {name: getattr(args, name) for name in ("num_beams", "max_new_tokens", "length_penalty")}
+    ((report, score),) = answer_samples(model, tokenizer, [sample], **decoding)
+    if args.json:
+        details = {
+            "id": Path(args.slide or args.features or args.image[0]).name,
+            "report": report,
+            "question": question,
+            "beam_score": score,
+            "num_patches": len(case.get("coords", [])) or None,
+            "seconds": round(time.perf_counter() - began, 3),
+        }
+        print(json.dumps(details, indent=1))
+    else:
+        print(report)
+    return DONE
+
+
+def check_input(args, settings) -> None:
+    """Refuse an input that does not exist or is not of the kind that the model takes, before anything is loaded."""
+    for path in [args.slide, args.features, *(args.image or [])]:
+        if path is not None and not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+    if settings.input_kind == "images" and not args.image:
+        raise ValueError(f"{args.model} was trained on images; give --image")
+    if settings.input_kind == "features" and args.image:
+        raise ValueError(f"{args.model} was trained on slides; give --slide or --features")
+
+
+def read_case_of(args, model) -> dict:
+    """Patch tokens with coordinates, or pixels, of what the flags name."""
+    import torch
+
+    from slide_reports import case_of_slide, patch_budget, read_case, read_image
+
+    if args.image:
+        return {"pixel_values": torch.stack([read_image(Path(path), model.encoder.transform) for path in args.image])}
+    settings = model.settings
+    if args.features:
+        return read_case((Path(args.features),), patch_budget(settings), patch_width=settings.patch_width)
+
+    from encoders import load_encoder
+    from stage0_tiling.encode import encode_slide
+
+    if settings.encoder is None:
+        raise ValueError(f"{args.model} does not say which encoder its slides took; name it with --vision_model_name")
+    encoder = load_encoder(args.vision_model_name or settings.encoder).to(model.device)
+    slide = encode_slide(
+        args.slide,
+        encoder,
+        **settings.tiling,
+        assume_mpp=args.assume_mpp,
+        batch_size=args.tile_batch_size,
+        num_workers=args.num_workers,
+    )
+    print(f"{Path(args.slide).name}: {len(slide.coords)} tiles", file=sys.stderr)
+    return case_of_slide(slide, patch_budget(settings))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,185 @@
+r"""Write the reports of many slides (or answers about many images) from a file of records.
+
+  accelerate launch inference/predict.py --model runs/stage2/final_model --test_json test.json \
+      --features_dir OUT/features --output predictions.json
+
+The same command goes on where an interrupted one stopped; a record that failed is tried again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate import PartialState
+from tqdm import tqdm
+
+from command_line import DONE, SOME_FAILED, make_parser, run
+from inference.arguments import add_decoding_arguments
+from inference.decoding import answer_samples, open_model
+from slide_features import atomic_path
+from slide_reports import Record, ReportDataset, SampleKey, read_records
+
+
+def parse_arguments():
+    parser = make_parser(__doc__)
+    group = parser.add_argument_group("Model and records")
+    group.add_argument("--model", required=True, help="final_model folder of stage 1 or 2")
+    group.add_argument("--test_json", required=True, help="records to answer; reports in it are not read")
+    group.add_argument("--features_dir", default=None, help="folder of stage 0's <slide_id>.h5, for slides")
+    group.add_argument("--image_root", default=None, help="folder that `image` in the records is relative to")
+    group.add_argument("--output", required=True, help="JSON file to write: [{id, report}]")
+    group.add_argument("--details", action="store_true", help="add question, beam score and seconds to each record")
+    group.add_argument("--batch_size", type=int, default=4, help="records decoded together, per process")
+    group.add_argument("--overwrite", action="store_true", help="answer every record anew")
+    add_decoding_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_arguments()
+    state = PartialState(cpu=args.device == "cpu")
+    output = Path(args.output)
+    records = read_records(args.test_json, features_dir=args.features_dir, image_root=args.image_root)
+    if any(record.split == "test" for record in records):
+        records = [record for record in records if record.split == "test"]
+    progress_dir = output.with_name(output.name + ".progress")
+
+    description = run_description(args)
+    is_complete = not args.overwrite and answers_everything(output, progress_dir, description)
+    state.wait_for_everyone()
+    if is_complete:
+        if state.is_main_process:
+            print(f"{output}: all {len(records)} records were answered before", file=sys.stderr)
+        return DONE
+    if state.is_main_process:
+        prepare_progress(progress_dir, output, description, overwrite=args.overwrite)
+    state.wait_for_everyone()
+    finished = read_progress(progress_dir)
+    to_do = [(i, r) for i, r in enumerate(records) if i not in finished][state.process_index :: state.num_processes]
+
+    failures = {}
+    if to_do:
+        model, tokenizer = open_model(args, args.device or state.device)
+        unanswered = [replace(record, answer="") for _, record in to_do]
+        dataset = ReportDataset.for_model(model, tokenizer, unanswered)
+        decoding = {key: getattr(args, key) for key in ("num_beams", "max_new_tokens", "length_penalty")}
+        bar = tqdm(total=len(to_do), unit="record", disable=not state.is_main_process)
+        with (progress_dir / f"process_{state.process_index}.jsonl").open("a") as journal:
+            for start in range(0, len(to_do), args.batch_size):
+                positions = range(start, min(start + args.batch_size, len(to_do)))
+                answers, failed = answer_batch(model, tokenizer, dataset, positions, decoding)
+                for position, answer in answers.items():
+                    index, record = to_do[position]
+                    asked = record.question or model.settings.question
+                    journal.write(json.dumps({"index": index, "id": record.id, "question": asked, **answer}) + "\n")
+                journal.flush()
+                failures |= {to_do[position][1].id: error for position, error in failed.items()}
+                bar.update(len(positions))
+        bar.close()
+    (progress_dir / f"failed_{state.process_index}.json").write_text(json.dumps(failures))
+    state.wait_for_everyone()
+    failures = {}
+    for file in sorted(progress_dir.glob("failed_*.json")):
+        failures |= json.loads(file.read_text())
+    state.wait_for_everyone()
+
+    if state.is_main_process:
+        write_predictions(output, records, read_progress(progress_dir), details=args.details)
+        for record_id, error in failures.items():
+            print(f"failed: {record_id}: {error}", file=sys.stderr)
+        print(f"{len(records) - len(failures)} of {len(records)} records answered: {output}", file=sys.stderr)
+        if not failures:
+            os.replace(progress_dir / "settings.json", run_file(output))
+            shutil.rmtree(progress_dir)
+    return SOME_FAILED if failures else DONE
+
+
+def answer_batch(model, tokenizer, dataset, positions, decoding) -> tuple[dict[int, dict], dict[int, str]]:
+    """Answers by position, and an error for each record that could not be read or answered."""
+    samples, failed = {}, {}
+    for position in positions:
+        try:
+            samples[position] = dataset[SampleKey(position, 0, False)]
+        except (ValueError, OSError) as error:
+            failed[position] = str(error)
+    if not samples:
+        return {}, failed
+    began = time.perf_counter()
+    texts = answer_samples(model, tokenizer, list(samples.values()), **decoding)
+    seconds = round((time.perf_counter() - began) / len(samples), 3)
+    answers = {
+        position: {"report": text, "beam_score": score, "seconds": seconds}
+        for position, (text, score) in zip(samples, texts, strict=True)
+    }
+    return answers, failed
+
+
+def run_description(args) -> dict:
+    """What decides the answers; progress made under another description is not continued."""
+    names = ("model", "test_json", "num_beams", "max_new_tokens", "length_penalty", "dtype", "llm_name")
+    described = {name: getattr(args, name) for name in names}
+    for name, path in (("vlm_sha256", Path(args.model) / "vlm.json"), ("test_json_sha256", Path(args.test_json))):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found; give --model the final_model folder of stage 1 or 2")
+        described[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return described
+
+
+def run_file(output: Path) -> Path:
+    """Beside finished predictions: what they were made with."""
+    return output.with_name(output.name + ".run.json")
+
+
+def answers_everything(output: Path, progress_dir: Path, description: dict) -> bool:
+    """Whether ``output`` is the finished work of the same model, records and flags.
+
+    Raises:
+        ValueError: it is of others, finished or not.
+    """
+    kept = progress_dir / "settings.json"
+    earlier = kept if kept.is_file() else run_file(output)
+    if earlier.is_file() and json.loads(earlier.read_text()) != description:
+        raise ValueError(f"--output {output} is of another model, records or flags; name another, or add --overwrite")
+    return output.is_file() and run_file(output).is_file() and not progress_dir.exists()
+
+
+def prepare_progress(progress_dir: Path, output: Path, description: dict, *, overwrite: bool) -> None:
+    """Make the progress folder, or empty it; answers in it stay, failures are tried again."""
+    if overwrite:
+        shutil.rmtree(progress_dir, ignore_errors=True)
+        run_file(output).unlink(missing_ok=True)
+    progress_dir.mkdir(parents=True, exist_ok=True)
+    for stale in progress_dir.glob("failed_*.json"):
+        stale.unlink()
+    with atomic_path(progress_dir / "settings.json") as partial:
+        partial.write_text(json.dumps(description, indent=1))
+
+
+def read_progress(progress_dir: Path) -> dict[int, dict]:
+    """Answers by record index; a line cut short by a kill is left out."""
+    answers = {}
+    for journal in sorted(progress_dir.glob("process_*.jsonl")):
+        for line in journal.read_text().splitlines():
+            try:
+                answer = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            answers[answer["index"]] = answer
+    return answers
+
+
+def write_predictions(output: Path, records: list[Record], answers: dict[int, dict], *, details: bool) -> None:
+    """Write ``[{"id", "report"}]`` in the order of the records."""
+    keys = ("id", "report", *(("question", "beam_score", "seconds") if details else ()))
+    rows = [{key: answers[i][key] for key in keys} for i in range(len(records)) if i in answers]
+    with atomic_path(output) as partial:
+        partial.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

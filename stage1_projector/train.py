@@ -1,0 +1,209 @@
+r"""Stage 1: train the projector (and reducer) against a frozen language model, on patch-token / report pairs.
+
+  accelerate launch stage1_projector/train.py --train_json reports.json --features_dir OUT/features \
+      --llm_name google/gemma-3n-E2B-it --output_dir runs/stage1
+
+or on images, with the image encoder in the model:
+
+  accelerate launch stage1_projector/train.py --train_json captions.json --image_root images/ \
+      --vision_model_name vit_base_patch16_siglip_224 --llm_name google/gemma-3-1b-it --output_dir runs/stage1
+"""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, get_scheduler
+
+from accelerator_setup import (
+    RunLog,
+    add_optimizer_arguments,
+    add_run_arguments,
+    checkpoint_to_resume,
+    checkpoint_trainable_only,
+    git_revision,
+    load_checkpoint,
+    make_accelerator,
+    parameter_groups,
+    prepare_run_dir,
+    read_run_state,
+    report_left_out,
+    save_checkpoint,
+    trainable_parameters,
+    windows,
+    write_run_json,
+)
+from command_line import DONE, SOME_FAILED, make_parser, run
+from encoders import load_encoder
+from report_loss import evaluation_loss, optimizer_step
+from slide_reports import (
+    DEFAULT_QUESTIONS,
+    Prompt,
+    RecordBatches,
+    ReportDataset,
+    add_data_arguments,
+    describe_features,
+    make_loader,
+    read_training_records,
+)
+from slide_vlm import SlideVLM, VLMSettings, choose_placeholder, fingerprint, load_llm, text_embedding_rms
+
+
+def parse_arguments():
+    parser = make_parser(__doc__)
+    add_data_arguments(parser)
+    group = parser.add_argument_group("Model")
+    group.add_argument("--llm_name", required=True, help="Hugging Face causal language model: hub name or folder")
+    group.add_argument("--llm_revision", default=None, help="hub revision of --llm_name")
+    group.add_argument("--vision_model_name", default=None, help="image encoder for --image_root: name or folder")
+    group.add_argument("--projector", default="mlp2x_gelu", help="linear or mlp{n}x_gelu")
+    group.add_argument("--token_reducer", default="none", help="none (a sample of patches), grid_pool or perceiver")
+    group.add_argument("--num_visual_tokens", type=int, default=256, help="visual tokens of a case at most")
+    add_optimizer_arguments(parser, learning_rate=1e-3, num_epochs=3)
+    add_run_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_arguments()
+    run_dir = Path(args.output_dir)
+    checkpoint = checkpoint_to_resume(run_dir, args.resume_from_checkpoint)
+    state = read_run_state(checkpoint)
+
+    # Data
+    train_records, val_records, problems = read_training_records(
+        args.train_json,
+        args.val_json,
+        features_dir=args.features_dir,
+        image_root=args.image_root,
+        val_fraction=args.val_fraction,
+        seed=args.seed,
+    )
+    if args.image_root and not args.vision_model_name:
+        raise ValueError("--image_root needs an image encoder; name it with --vision_model_name")
+
+    accelerator = make_accelerator(
+        output_dir=run_dir,
+        seed=args.seed,
+        mixed_precision=args.mixed_precision,
+        wandb_project=args.wandb_project,
+        tensorboard=args.tensorboard,
+        config=vars(args),
+    )
+    prepare_run_dir(accelerator, run_dir, overwrite=args.overwrite, resuming=checkpoint is not None)
+
+    # Model
+    tokenizer = AutoTokenizer.from_pretrained(args.llm_name, revision=args.llm_revision, trust_remote_code=False)
+    llm_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    llm = load_llm(args.llm_name, revision=args.llm_revision, dtype=llm_dtype)
+    encoder = load_encoder(args.vision_model_name) if args.image_root else None
+    if encoder is None:
+        input_kind = "features"
+        patch_width, encoder_name, tiling = describe_features(train_records[0].inputs[0])
+    else:
+        input_kind = "images"
+        patch_width, encoder_name, tiling = encoder.patch_width, encoder.name, {}
+    settings = VLMSettings(
+        llm_name=args.llm_name,
+        llm_revision=args.llm_revision,
+        llm_fingerprint=fingerprint(llm),
+        encoder=encoder_name,
+        input_kind=input_kind,
+        patch_width=patch_width,
+        tiling=tiling,
+        projector=args.projector,
+        token_reducer=args.token_reducer,
+        num_visual_tokens=args.num_visual_tokens,
+        output_rms=text_embedding_rms(llm),
+        placeholder_id=choose_placeholder(llm),
+        prompt=asdict(Prompt.for_tokenizer(tokenizer)),
+        question=args.question or DEFAULT_QUESTIONS[input_kind],
+        max_question_tokens=args.max_question_tokens,
+        max_answer_tokens=args.max_answer_tokens,
+        training=vars(args),
+        git_revision=git_revision(),
+    )
+    model = SlideVLM(llm, settings, encoder)
+    model.requires_grad_(False)
+    model.projector.requires_grad_(True)
+    model.reducer.requires_grad_(True)
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+
+    train_data = ReportDataset.for_model(model, tokenizer, train_records, seed=args.seed)
+    val_data = ReportDataset.for_model(model, tokenizer, val_records)
+    train_batches = RecordBatches(
+        len(train_data),
+        args.batch_size,
+        num_processes=accelerator.num_processes,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        shuffle=True,
+        seed=args.seed,
+    )
+    val_batches = RecordBatches(len(val_data), args.batch_size, num_processes=accelerator.num_processes)
+    train_loader = make_loader(train_data, train_batches, args.num_workers)
+    val_loader = make_loader(val_data, val_batches, args.num_workers)
+
+    # Optimizer
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate)
+    steps_per_epoch = train_batches.steps_per_epoch
+    num_steps = args.num_epochs * steps_per_epoch
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, round(args.warmup_ratio * num_steps), num_steps)
+
+    # Resume
+    model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
+    checkpoint_trainable_only(accelerator)
+    if checkpoint:
+        load_checkpoint(accelerator, checkpoint, scheduler)
+    log = RunLog(accelerator, run_dir, first_step=state.step)
+    vlm = accelerator.unwrap_model(model)
+    write_run_json(
+        accelerator,
+        run_dir,
+        vars(args),
+        train_records=len(train_records),
+        val_records=len(val_records),
+        left_out_records=len(problems),
+        optimizer_steps=num_steps,
+        trainable_parameters=trainable_parameters(vlm),
+    )
+    report_left_out(accelerator, problems)
+
+    # Train
+    progress = tqdm(total=num_steps, initial=state.step, unit="step", disable=not accelerator.is_main_process)
+    for epoch in range(state.step // steps_per_epoch, args.num_epochs):
+        model.train()
+        train_batches.start_at(epoch, first_step=state.step - epoch * steps_per_epoch)
+        for micro_batches in windows(train_loader, args.gradient_accumulation_steps):
+            result = optimizer_step(accelerator, model, optimizer, micro_batches, args.max_grad_norm)
+            state.step += 1
+            log.step(state.step, state.step / steps_per_epoch, scheduler.get_last_lr()[0], **asdict(result))
+            scheduler.step()
+            progress.update()
+            progress.set_postfix(loss=f"{result.loss:.4f}")
+            if state.step % args.save_steps == 0 and state.step % steps_per_epoch != 0:
+                save_checkpoint(accelerator, run_dir, state, scheduler, args.keep_checkpoints)
+        if val_records:
+            val_loss = evaluation_loss(accelerator, model, val_loader)
+            log.evaluation(state.step, epoch + 1, val_loss)
+            if val_loss < state.best_loss:
+                state.best_loss = val_loss
+                if accelerator.is_main_process:
+                    vlm.save(run_dir / "best_model", tokenizer)
+        save_checkpoint(accelerator, run_dir, state, scheduler, args.keep_checkpoints)
+    progress.close()
+
+    # Save
+    if accelerator.is_main_process:
+        vlm.save(run_dir / "final_model", tokenizer)
+        log.draw()
+        print(f"{run_dir / 'final_model'}", file=sys.stdout)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return SOME_FAILED if problems else DONE
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,217 @@
+"""The training commands: whole runs, equal losses across processes and layouts, exact resumption, what is saved."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from command_line import run
+from tests.conftest import ROOT, command, environment, run_command
+
+STAGE1, STAGE2 = "stage1_projector/train.py", "stage2_finetune/train.py"
+
+
+def stage1_flags(corpus, output: Path) -> list:
+    return [
+        *(STAGE1, "--train_json", corpus.reports, "--features_dir", corpus.features, "--llm_name", corpus.llm),
+        *("--output_dir", output, "--num_visual_tokens", 8, "--num_workers", 0, "--learning_rate", 0.01),
+    ]
+
+
+@pytest.fixture(scope="module")
+def stage1(corpus, tmp_path_factory) -> Path:
+    """A stage 1 run of 3 epochs of 5 steps."""
+    output = tmp_path_factory.mktemp("stage1") / "run"
+    run_command(*stage1_flags(corpus, output), "--batch_size", 4, "--num_epochs", 3, processes=1)
+    return output
+
+
+def log_lines(run: Path, key: str = "loss") -> list[dict]:
+    return [line for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if key in line]
+
+
+def test_stage1_leaves_a_whole_run_folder(stage1):
+    names = {path.name for path in stage1.iterdir()}
+    assert names == {"run.json", "log.jsonl", "curves.png", "checkpoints", "best_model", "final_model"}
+    lines = log_lines(stage1)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    fields = "step epoch loss lr grad_norm samples_per_s supervised_tokens_per_s padding_fraction peak_memory_bytes"
+    assert set(lines[0]) == set(fields.split())
+    assert [line["epoch"] for line in log_lines(stage1, "val_loss")] == [1, 2, 3]
+    assert {path.name for path in (stage1 / "final_model").iterdir()} == {"vlm.json", "projector", "tokenizer"}
+    settings = json.loads((stage1 / "final_model" / "vlm.json").read_text())
+    assert settings["tiling"] == {"tile_size": 256, "mpp": 0.5, "overlap": 0, "min_tissue": 0.1}
+    assert settings["encoder"] == "made-up"
+    assert settings["llm_fingerprint"]
+
+
+def test_checkpoints_hold_only_what_learns(stage1):
+    newest = sorted((stage1 / "checkpoints").iterdir())[-1]
+    assert all(name.startswith("projector.") for name in load_file(newest / "trainable.safetensors"))
+    assert len(list((stage1 / "checkpoints").iterdir())) == 2
+
+
+def test_an_existing_run_is_not_overwritten_unasked(corpus, stage1):
+    done = run_command(*stage1_flags(corpus, stage1), status=2)
+    assert "--resume_from_checkpoint latest" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_two_processes_give_the_first_step_of_one(corpus, tmp_path):
+    runs = {}
+    for processes, batch_size, accumulation in ((1, 4, 1), (2, 2, 1), (1, 1, 4)):
+        output = tmp_path / f"{processes}x{batch_size}"
+        flags = ["--batch_size", batch_size, "--gradient_accumulation_steps", accumulation, "--num_epochs", 2]
+        run_command(*stage1_flags(corpus, output), *flags, processes=processes)
+        runs[processes, batch_size] = [line["loss"] for line in log_lines(output)]
+        norms = [line["grad_norm"] for line in log_lines(output)]
+        runs[processes, batch_size, "norm"] = norms
+        runs[processes, batch_size, "val"] = [line["val_loss"] for line in log_lines(output, "val_loss")]
+    one = runs[1, 4]
+    for other in ((2, 2), (1, 1)):
+        assert runs[other][0] == pytest.approx(one[0], abs=1e-5)
+        assert runs[other] == pytest.approx(one, abs=1e-4)  # the last step of an epoch has fewer records
+        assert runs[*other, "norm"][0] == pytest.approx(runs[1, 4, "norm"][0], rel=1e-4)
+        assert runs[*other, "val"] == pytest.approx(runs[1, 4, "val"], abs=1e-4)
+
+
+def test_killed_lora_run_resumes_to_the_same_losses_and_weights(corpus, stage1, tmp_path):
+    flags = [
+        *(STAGE2, "--train_json", corpus.reports, "--features_dir", corpus.features, "--num_workers", 0),
+        *("--stage1_projector_path", stage1 / "final_model", "--llm_training", "lora", "--lora_dropout", 0.2),
+        *("--unfreeze_projection_layer", "--batch_size", 2, "--num_epochs", 4, "--save_steps", 3),
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_command(*flags, "--output_dir", whole)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command(*flags, "--output_dir", killed), cwd=ROOT, env=environment(), **quiet)
+    # Killed in the second epoch, past a checkpoint that is not at an epoch's end.
+    while process.poll() is None and (not (killed / "log.jsonl").exists() or len(log_lines_so_far(killed)) < 14):
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "final_model").exists()
+    run_command(*flags, "--output_dir", killed, "--resume_from_checkpoint", "latest")
+    expected, resumed = log_lines(whole), log_lines(killed)
+    assert [line["step"] for line in resumed] == [line["step"] for line in expected]
+    assert [line["loss"] for line in resumed] == pytest.approx([line["loss"] for line in expected], abs=1e-6)
+    assert [line["lr"] for line in resumed] == [line["lr"] for line in expected]
+    for name in ("projector/model.safetensors", "adapter/adapter_model.safetensors"):
+        ours, theirs = load_file(killed / "final_model" / name), load_file(whole / "final_model" / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+    assert not list(killed.glob("**/*.writing"))
+
+
+def log_lines_so_far(run: Path) -> list[str]:
+    return (run / "log.jsonl").read_text().splitlines()
+
+
+def test_full_fine_tuning_saves_a_language_model_that_opens_by_itself(corpus, stage1, tmp_path):
+    flags = [
+        *(STAGE2, "--train_json", corpus.reports, "--features_dir", corpus.features, "--num_workers", 0),
+        *("--stage1_projector_path", stage1 / "best_model", "--llm_training", "full", "--learning_rate", 1e-3),
+        *("--batch_size", 8, "--num_epochs", 2, "--gradient_checkpointing", "--output_dir", tmp_path / "run"),
+    ]
+    run_command(*flags)
+    from transformers import Gemma3nForCausalLM
+
+    tuned = Gemma3nForCausalLM.from_pretrained(tmp_path / "run" / "final_model" / "language_model").state_dict()
+    base = Gemma3nForCausalLM.from_pretrained(corpus.llm).state_dict()
+    changed = {name for name in base if not torch.equal(base[name], tuned[name])}
+    assert "model.layers.0.self_attn.q_proj.weight" in changed
+    assert not changed & {"model.embed_tokens.weight", "model.embed_tokens_per_layer.weight"}
+    losses = [line["loss"] for line in log_lines(tmp_path / "run")]
+    assert losses[-1] < losses[0]
+
+
+def test_image_records_train_the_encoder_in_epoch_one_only(corpus, tmp_path):
+    images = ["--image_root", corpus.images, "--num_workers", 0, "--batch_size", 4, "--val_fraction", 0.3]
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = [STAGE1, "--train_json", corpus.captions, "--vision_model_name", corpus.encoder, "--llm_name", corpus.llm]
+    run_command(*flags, *images, "--num_visual_tokens", 16, "--num_epochs", 1, "--output_dir", one)
+    flags = [STAGE2, "--train_json", corpus.questions, "--stage1_projector_path", one / "final_model"]
+    flags += ["--train_ve_first_epoch", "--learning_rate", 1e-3, "--save_steps", 1, "--keep_checkpoints", 20]
+    run_command(*flags, *images, "--num_epochs", 3, "--output_dir", two)
+
+    def encoder_at(step: int) -> dict:
+        state = load_file(two / "checkpoints" / f"step_{step}" / "trainable.safetensors")
+        return {name: value for name, value in state.items() if name.startswith("encoder.")}
+
+    steps = len(log_lines(two))
+    end_of_one = steps // 3
+    assert steps % 3 == 0 and end_of_one >= 2
+    first, after_one, last = encoder_at(1), encoder_at(end_of_one), encoder_at(steps)
+    assert any(not torch.equal(first[name], after_one[name]) for name in first)
+    assert all(torch.equal(after_one[name], last[name]) for name in last)
+    optimizer = torch.load(two / "checkpoints" / f"step_{steps}" / "optimizer.bin", weights_only=True)
+    early = torch.load(two / "checkpoints" / "step_1" / "optimizer.bin", weights_only=True)
+    assert len(optimizer["state"]) < len(early["state"])
+
+    # Resumed from the middle of epoch one and from after it, the run ends with the same weights.
+    whole = load_file(two / "final_model" / "encoder" / "model.safetensors")
+    losses = [line["loss"] for line in log_lines(two)]
+    for step in (1, end_of_one):
+        resume = ["--resume_from_checkpoint", two / "checkpoints" / f"step_{step}"]
+        run_command(*flags, *images, "--num_epochs", 3, "--output_dir", two, *resume)
+        assert [line["loss"] for line in log_lines(two)] == pytest.approx(losses, abs=1e-6)
+        resumed = load_file(two / "final_model" / "encoder" / "model.safetensors")
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+    answer = run_command("inference/generate.py", "--model", two / "final_model", "--image", corpus.images / "0.png")
+    assert answer.stdout.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    "stage, changes, message",
+    [
+        (1, {"--train_json": "missing.json"}, "missing.json: no such annotation file"),
+        (1, {"--features_dir": "nowhere"}, "--features_dir nowhere: no such folder"),
+        (1, {"--projector": "q_former"}, "--projector 'q_former' is unknown"),
+        (1, {"--resume_from_checkpoint": "latest"}, "no such checkpoint"),
+        (2, {"--train_ve_first_epoch": None}, "--train_ve_first_epoch needs images"),
+        (2, {"--llm_training": "frozen"}, "nothing would learn"),
+        (2, {"--stage1_projector_path": "nowhere"}, "vlm.json: not found"),
+    ],
+)
+def test_refusals_are_one_line(corpus, stage1, tmp_path, monkeypatch, capsys, stage, changes, message):
+    flags = {"--train_json": corpus.reports, "--features_dir": corpus.features, "--output_dir": tmp_path / "run"}
+    flags |= {"--llm_name": corpus.llm} if stage == 1 else {"--stage1_projector_path": stage1 / "final_model"}
+    words = [word for pair in (flags | changes).items() for word in pair if word is not None]
+    script = STAGE1 if stage == 1 else STAGE2
+    monkeypatch.setattr("sys.argv", [script, *map(str, words)])
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(SystemExit) as left:
+        run(importlib.import_module(script.removesuffix(".py").replace("/", ".")).main)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    stderr = capsys.readouterr().err
+    assert left.value.code == 2
+    assert message in stderr and "Traceback" not in stderr
+    assert not (tmp_path / "run" / "final_model").exists()
+
+
+def test_float16_is_refused_even_from_accelerate_config(corpus, tmp_path):
+    env = environment() | {"ACCELERATE_MIXED_PRECISION": "fp16"}
+    done = subprocess.run(
+        command(*stage1_flags(corpus, tmp_path / "run")), cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "overflow" in done.stderr
+
+
+def test_missing_features_are_listed_and_the_rest_trains(corpus, tmp_path):
+    records = json.loads(corpus.reports.read_text())
+    records.append({"id": "PIT_09_00001_01.tiff", "report": "Lung, biopsy"})
+    (tmp_path / "more.json").write_text(json.dumps(records))
+    flags = stage1_flags(corpus, tmp_path / "run")
+    flags[flags.index("--train_json") + 1] = tmp_path / "more.json"
+    done = run_command(*flags, "--batch_size", 32, "--num_epochs", 1, status=1)
+    assert "1 records left out" in done.stderr and "PIT_09_00001_01" in done.stderr
+    assert (tmp_path / "run" / "final_model" / "vlm.json").exists()
