@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env, set_seed
 from safetensors.torch import load_file, save_file
 
 
@@ -80,6 +80,15 @@ def add_optimizer_arguments(parser, *, learning_rate: float, num_epochs: int) ->
     )
 
 
+def runs_on_cpu() -> bool:
+    """Whether this process computes on the CPU, by ``accelerate``'s choice or for want of anything else.
+
+    Accelerate must be told: several processes on a machine without a GPU would otherwise not know of each other, and
+    each do all the work.
+    """
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
 def make_accelerator(
     *,
     output_dir: str | Path,
@@ -97,6 +106,7 @@ def make_accelerator(
     """
     trackers = [*(["wandb"] if wandb_project else []), *(["tensorboard"] if tensorboard else [])]
     accelerator = Accelerator(
+        cpu=runs_on_cpu(),
         mixed_precision=mixed_precision,
         log_with=trackers or None,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(Path(output_dir) / "tensorboard")),

@@ -18,6 +18,7 @@ from pathlib import Path
 from accelerate import PartialState
 from tqdm import tqdm
 
+from accelerator_setup import runs_on_cpu
 from command_line import DONE, SOME_FAILED, make_parser, run
 from inference.arguments import add_decoding_arguments
 from inference.decoding import answer_samples, open_model
@@ -42,7 +43,7 @@ def parse_arguments():
 
 def main() -> int:
     args = parse_arguments()
-    state = PartialState(cpu=args.device == "cpu")
+    state = PartialState(cpu=args.device == "cpu" or runs_on_cpu())
     output = Path(args.output)
     records = read_records(args.test_json, features_dir=args.features_dir, image_root=args.image_root)
     if any(record.split == "test" for record in records):

@@ -1,0 +1,221 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stage0_tiling.plan import TilingSettings, plan_tiles
+from stage0_tiling.slide import PixelSize, Slide, SlideError, check_resolution
+from stage0_tiling.slide_list import SlideEntry, find_slides
+from tests.slides import DrawnSlide, write_pyramid
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real slides in ../shared/data are not here")
+
+
+@pytest.fixture(scope="module")
+def ramp():
+    """A picture whose red grows with x and green with y, so that a read tells where it was read."""
+    y, x = np.mgrid[:1024, :1536]
+    return np.stack([x / 6, y / 4.1, np.full_like(x, 128)], axis=-1).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def ramp_slide(ramp, tmp_path_factory):
+    path = tmp_path_factory.mktemp("slides") / "ramp.tiff"
+    write_pyramid(path, ramp, mpp=0.25)
+    return path
+
+
+@pytest.mark.parametrize("size", [64, 128, 200, 256, 512, 700])
+@pytest.mark.parametrize(("x", "y"), [(0, 0), (513, 255), (1000, 500)])
+def test_region_at_any_size_is_the_area_average(ramp, ramp_slide, x, y, size):
+    with Slide(ramp_slide) as slide:
+        region = slide.read_region(x, y, 512, 512, (size, size))
+    assert region.shape == (size, size, 3) and region.dtype == np.uint8
+    expected = ramp[y : y + 512, x : x + 512].astype(float).mean(axis=(0, 1))
+    np.testing.assert_allclose(region.astype(float).mean(axis=(0, 1)), expected, atol=1.5)
+    ends = [region[:, 0, 0].mean(), region[:, -1, 0].mean()]
+    np.testing.assert_allclose(ends, [ramp[0, x, 0], ramp[0, x + 511, 0]], atol=3)
+
+
+def test_the_coarsest_level_that_is_fine_enough_is_read(ramp_slide):
+    with Slide(ramp_slide) as slide:
+        assert slide.num_levels == 3
+        levels = {downsample: slide._level_for(downsample) for downsample in (0.5, 1, 1.9, 1.99, 2, 3.9, 4, 9)}
+    assert levels == {0.5: 0, 1: 0, 1.9: 0, 1.99: 1, 2: 1, 3.9: 1, 4: 2, 9: 2}
+
+
+def test_beyond_the_slide_is_white(ramp_slide):
+    with Slide(ramp_slide) as slide:
+        region = slide.read_region(1536 - 128, 1024 - 128, 256, 256, (256, 256))
+    assert (region[:, 130:] == 255).all() and (region[130:] == 255).all() and (region[:126, :126, 2] < 140).all()
+
+
+def test_the_whole_slide_in_blocks_equals_one_read(ramp_slide, monkeypatch):
+    with Slide(ramp_slide) as slide:
+        once = slide.read_whole(192, 128)
+        monkeypatch.setattr("stage0_tiling.slide.MAX_READ_PX", 100)
+        blocks = slide.read_whole(192, 128)
+    assert once.shape == (128, 192, 3)
+    np.testing.assert_allclose(blocks.astype(int), once, atol=2)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+def test_plain_images_open_as_slides(ramp, tmp_path, suffix):
+    path = tmp_path / f"plain{suffix}"
+    Image.fromarray(ramp).save(path, dpi=(25400 / 0.5, 25400 / 0.5))
+    with Slide(path) as slide:
+        assert (slide.width, slide.height, slide.num_levels) == (1536, 1024, 1)
+        assert "image/" in slide.format or slide.format == "generic-tiff"
+        assert slide.pixel_size().mpp == pytest.approx(0.5, rel=1e-3)
+        np.testing.assert_allclose(slide.read_region(100, 50, 64, 64, (64, 64)), ramp[50:114, 100:164], atol=12)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "LA"])
+def test_images_of_any_mode_become_rgb(tmp_path, mode):
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).convert(mode).save(path)
+    with Slide(path) as slide:
+        region = slide.read_region(0, 0, 32, 32, (32, 32))
+    assert region.shape == (32, 32, 3) and abs(int(region.mean()) - 200) < 5
+
+
+def test_transparent_is_white(tmp_path):
+    Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    with Slide(tmp_path / "a.png") as slide:
+        assert (slide.read_region(0, 0, 64, 64, (64, 64)) == 255).all()
+
+
+def stated(tmp_path, properties, assume_mpp=None):
+    write_pyramid(tmp_path / "s.tiff", np.full((256, 256, 3), 240, np.uint8), mpp=None, num_levels=1)
+    with Slide(tmp_path / "s.tiff") as slide:
+        handle, slide._handle = (
+            slide._handle,
+            type("Handle", (), {"properties": properties, "close": lambda self: None})(),
+        )
+        try:
+            return slide.pixel_size(assume_mpp)
+        finally:
+            handle.close()
+
+
+@pytest.mark.parametrize(
+    ("properties", "assume_mpp", "expected"),
+    [
+        ({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.25"}, None, (0.25, 0.25, "slide")),
+        ({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.25"}, 0.5, (0.25, 0.25, "slide")),
+        ({"openslide.mpp-x": "0.25"}, None, (0.25, 0.25, "slide")),
+        ({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.5"}, None, (0.25, 0.5, "slide")),
+        ({"openslide.mpp-x": "0.25", "openslide.objective-power": "20"}, None, (0.25, 0.25, "slide")),
+        (
+            {"tiff.XResolution": "20000", "tiff.YResolution": "20000", "tiff.ResolutionUnit": "centimeter"},
+            None,
+            (0.5, 0.5, "slide"),
+        ),
+        (
+            {"tiff.XResolution": "50800", "tiff.YResolution": "50800", "tiff.ResolutionUnit": "inch"},
+            None,
+            (0.5, 0.5, "slide"),
+        ),
+        ({"openslide.objective-power": "40"}, None, (0.25, 0.25, "objective")),
+        ({"openslide.objective-power": "40"}, 0.5, (0.25, 0.25, "objective")),
+        ({"openslide.mpp-x": "352.78", "openslide.mpp-y": "352.78"}, 0.5, (0.5, 0.5, "assumed")),
+        ({"openslide.mpp-x": "nonsense"}, 0.5, (0.5, 0.5, "assumed")),
+        ({"openslide.mpp-x": "0", "openslide.objective-power": "20"}, None, (0.5, 0.5, "objective")),
+        ({}, 0.5, (0.5, 0.5, "assumed")),
+    ],
+)
+def test_mpp_comes_from_slide_then_objective_then_assumption(tmp_path, properties, assume_mpp, expected):
+    found = stated(tmp_path, properties, assume_mpp)
+    assert (pytest.approx(found.x), pytest.approx(found.y), found.source) == expected
+
+
+def test_nearly_square_pixels_are_square(tmp_path):
+    found = stated(tmp_path, {"openslide.mpp-x": "0.2500", "openslide.mpp-y": "0.2505"})
+    assert found.x == found.y == pytest.approx(0.25025, abs=1e-5)
+
+
+@pytest.mark.parametrize("properties", [{}, {"openslide.mpp-x": "352.8"}, {"openslide.mpp-x": "0.01"}])
+def test_unknown_or_implausible_mpp_is_refused_naming_the_flag(tmp_path, properties):
+    with pytest.raises(SlideError, match="--assume_mpp"):
+        stated(tmp_path, properties)
+
+
+def test_tiles_of_pixels_that_are_not_square(tmp_path):
+    write_pyramid(tmp_path / "s.tiff", DrawnSlide(pieces=((0.5, 0.5, 3, 3, 0),)).draw()[0], mpp=None)
+    with Slide(tmp_path / "s.tiff") as slide:
+        slide._stated_pixel_size = lambda: PixelSize(0.25, 0.5, "slide")
+        grid = plan_tiles(slide, TilingSettings(tile_size=128, mpp=0.5)).grid
+    assert (grid.tile_width, grid.tile_height) == (256, 128)
+
+
+def test_tiles_are_enlarged_with_a_warning_and_only_so_far(caplog):
+    check_resolution("s", PixelSize(0.5, 0.5, "slide"), 0.5)
+    assert not caplog.records
+    check_resolution("s", PixelSize(1.0, 1.0, "slide"), 0.5)
+    assert "enlarged 2.00 times" in caplog.text
+    with pytest.raises(SlideError, match="coarser --mpp"):
+        check_resolution("s", PixelSize(4.0, 4.0, "slide"), 0.5)
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["broken.svs", "unopenable.tiff", "unreadable.svs"])
+def test_bad_slides_are_refused_in_one_line(name):
+    with pytest.raises(SlideError, match=name) as refusal, Slide(SHARED / "bad_slides" / name) as slide:
+        plan_tiles(slide, TilingSettings())
+    assert "\n" not in str(refusal.value)
+
+
+@needs_shared
+@pytest.mark.parametrize("assume_mpp", [None, 0.5])
+def test_a_blank_slide_is_blank_at_any_mpp(assume_mpp):
+    with Slide(SHARED / "bad_slides" / "no_tissue.tiff") as slide:
+        assert len(plan_tiles(slide, TilingSettings(), assume_mpp).coords) == 0
+
+
+@needs_shared
+def test_label_and_macro_images_are_never_read(monkeypatch):
+    import openslide
+
+    monkeypatch.setattr(openslide.OpenSlide, "associated_images", property(lambda self: pytest.fail("read")))
+    with Slide(SHARED / "slides" / "CMU-1-Small-Region.svs") as slide:
+        assert len(plan_tiles(slide, TilingSettings()).coords) > 40
+
+
+def test_folders_files_and_lists_of_slides(tmp_path):
+    for name in ("b.svs", "a.TIFF", "deep/er/c.png", ".hidden.svs", "notes.txt", "dicom/1.dcm", "dicom/2.dcm"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"12" if name == "dicom/2.dcm" else b"1")
+    found = find_slides([str(tmp_path)])
+    assert {entry.slide_id for entry in found} == {"a", "b", "c", "2"}
+    assert [entry.slide_id for entry in find_slides([str(tmp_path / "b.svs"), str(tmp_path / "notes.txt")])] == [
+        "b",
+        "notes",
+    ]
+    assert len(find_slides([str(tmp_path), str(tmp_path / "b.svs")])) == 4
+
+    (tmp_path / "list.csv").write_text("slide,mpp\nb.svs,0.25\ndeep/er/c.png,\nabsent.svs,\n")
+    assert find_slides([str(tmp_path / "list.csv")]) == [
+        SlideEntry("b", tmp_path / "b.svs", 0.25),
+        SlideEntry("c", tmp_path / "deep/er/c.png"),
+        SlideEntry("absent", tmp_path / "absent.svs"),
+    ]
+
+
+def test_lists_that_cannot_be_used_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        find_slides([str(tmp_path / "absent")])
+    with pytest.raises(ValueError, match="no slide in this folder"):
+        find_slides([str(tmp_path)])
+    (tmp_path / "a.csv").write_text("name\nx\n")
+    with pytest.raises(ValueError, match="columns are name"):
+        find_slides([str(tmp_path / "a.csv")])
+    (tmp_path / "a.csv").write_text("path,mpp\nx.svs,big\n")
+    with pytest.raises(ValueError, match=r"line 2, mpp big"):
+        find_slides([str(tmp_path / "a.csv")])
+    for name in ("a.svs", "b/a.tiff"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    with pytest.raises(ValueError, match="share the name a"):
+        find_slides([str(tmp_path)])
