@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 from accelerate import PartialState
 from tqdm import tqdm
@@ -70,7 +71,7 @@ def main() -> int:
         dataset = ReportDataset.for_model(model, tokenizer, unanswered)
         decoding = {key: getattr(args, key) for key in ("num_beams", "max_new_tokens", "length_penalty")}
         bar = tqdm(total=len(to_do), unit="record", disable=not state.is_main_process)
-        with (progress_dir / f"process_{state.process_index}.jsonl").open("a") as journal:
+        with open_journal(progress_dir / f"process_{state.process_index}.jsonl") as journal:
             for start in range(0, len(to_do), args.batch_size):
                 positions = range(start, min(start + args.batch_size, len(to_do)))
                 answers, failed = answer_batch(model, tokenizer, dataset, positions, decoding)
@@ -159,6 +160,15 @@ def prepare_progress(progress_dir: Path, output: Path, description: dict, *, ove
         stale.unlink()
     with atomic_path(progress_dir / "settings.json") as partial:
         partial.write_text(json.dumps(description, indent=1))
+
+
+def open_journal(path: Path) -> TextIO:
+    """Open a journal to add lines, a line cut short by a kill closed first, so that the next one stands alone."""
+    is_cut = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    journal = path.open("a")
+    if is_cut:
+        journal.write("\n")
+    return journal
 
 
 def read_progress(progress_dir: Path) -> dict[int, dict]:

@@ -1,0 +1,126 @@
+"""generate.py and predict.py: output forms, resumption, failures, several processes."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.conftest import ROOT, command, environment, run_command
+
+GENERATE, PREDICT = "inference/generate.py", "inference/predict.py"
+
+
+@pytest.fixture(scope="module")
+def model(corpus, tmp_path_factory):
+    """A saved model with random projector weights."""
+    from slide_reports import Prompt
+    from slide_vlm import SlideVLM, VLMSettings, choose_placeholder, fingerprint, load_llm
+    from tests.tiny_models import PATCH_WIDTH, make_tokenizer
+
+    llm = load_llm(str(corpus.llm))
+    tokenizer = make_tokenizer()
+    settings = VLMSettings(
+        llm_name=str(corpus.llm),
+        llm_fingerprint=fingerprint(llm),
+        patch_width=PATCH_WIDTH,
+        num_visual_tokens=8,
+        placeholder_id=choose_placeholder(llm),
+        prompt=vars(Prompt.for_tokenizer(tokenizer)),
+        question="Write the report.",
+        encoder="made-up",
+    )
+    vlm = SlideVLM(llm, settings)
+    vlm.llm.requires_grad_(False)
+    folder = tmp_path_factory.mktemp("model") / "final_model"
+    vlm.save(folder, tokenizer)
+    return folder
+
+
+def predict_flags(corpus, model, output, **changes):
+    flags = {
+        "--model": model,
+        "--test_json": corpus.reports,
+        "--features_dir": corpus.features,
+        "--output": output,
+        "--max_new_tokens": 6,
+        "--num_beams": 2,
+    } | changes
+    return [PREDICT, *(word for pair in flags.items() for word in pair)]
+
+
+@pytest.fixture(scope="module")
+def predictions(corpus, model, tmp_path_factory):
+    output = tmp_path_factory.mktemp("predictions") / "p.json"
+    run_command(*predict_flags(corpus, model, output))
+    return output
+
+
+def test_predictions_are_the_submission_form_in_order(corpus, predictions):
+    rows, records = json.loads(predictions.read_text()), json.loads(corpus.reports.read_text())
+    assert [row["id"] for row in rows] == [record["id"] for record in records]
+    assert all(set(row) == {"id", "report"} for row in rows)
+    assert sorted(path.name for path in predictions.parent.iterdir()) == ["p.json", "p.json.run.json"]
+
+
+def test_generate_prints_the_same_report_alone_on_stdout(corpus, model, predictions):
+    expected = json.loads(predictions.read_text())[0]
+    features = corpus.features / expected["id"].replace(".tiff", ".h5")
+    flags = ["--model", model, "--features", features, "--max_new_tokens", 6, "--num_beams", 2]
+    assert run_command(GENERATE, *flags).stdout == expected["report"] + "\n"
+    details = json.loads(run_command(GENERATE, *flags, "--json", "--question", "Which organ?").stdout)
+    assert set(details) == {"id", "report", "question", "beam_score", "num_patches", "seconds"}
+    assert details["question"] == "Which organ?"
+
+
+def test_killed_prediction_goes_on_and_ends_alike_on_two_processes(corpus, model, predictions, tmp_path):
+    output = tmp_path / "p.json"
+    flags = predict_flags(corpus, model, output, **{"--batch_size": 1, "--max_new_tokens": 6})
+    journal = tmp_path / "p.json.progress" / "process_0.jsonl"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command(*flags), cwd=ROOT, env=environment(), **quiet)
+    while process.poll() is None and not (journal.exists() and len(journal.read_text().splitlines()) >= 3):
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not output.exists()
+    answered = len(journal.read_text().splitlines())
+    with journal.open("a") as file:
+        file.write('{"index": 5, "id"')  # a line cut short by the kill
+    done = run_command(*flags, processes=2)
+    assert answered < 22
+    assert json.loads(output.read_text()) == json.loads(predictions.read_text())
+    assert "22 of 22" in done.stderr
+    assert "answered before" in run_command(*flags).stderr
+
+
+def test_missing_features_are_listed_and_the_rest_answered(corpus, model, tmp_path):
+    records = json.loads(corpus.reports.read_text())[:3] + [{"id": "PIT_09_00001_01.tiff"}]
+    (tmp_path / "t.json").write_text(json.dumps(records))
+    flags = predict_flags(corpus, model, tmp_path / "p.json", **{"--test_json": tmp_path / "t.json"})
+    done = run_command(*flags, "--details", status=1)
+    rows = json.loads((tmp_path / "p.json").read_text())
+    assert [row["id"] for row in rows] == [record["id"] for record in records[:3]]
+    assert set(rows[0]) == {"id", "report", "question", "beam_score", "seconds"}
+    assert "failed: PIT_09_00001_01.tiff" in done.stderr
+    assert "3 of 4" in done.stderr
+
+
+def test_output_of_other_flags_is_not_continued(corpus, model, predictions):
+    done = run_command(*predict_flags(corpus, model, predictions, **{"--num_beams": 1}), status=2)
+    assert "--overwrite" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--slide", "missing.svs"], "missing.svs: no such file"),
+        ([], "exactly one of"),
+        (["--image", ROOT / "README.md"], "was trained on slides"),
+    ],
+)
+def test_generate_refuses_in_one_line(model, flags, message):
+    done = run_command(GENERATE, "--model", model, *flags, status=2)
+    assert message in done.stderr and "Traceback" not in done.stderr
