@@ -1,4 +1,4 @@
-"""The demo's slides: what they are, that they repeat, and that only their texture tells the class."""
+"""The demo's slides, that only their texture tells the class, and the encoder and language model trained on them."""
 
 import hashlib
 import json
@@ -10,19 +10,27 @@ import cv2
 import numpy as np
 import openslide
 import pytest
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo.make_slides import draw_slide, list_slides
 from demo.reports import CASES
+from encoders import load_encoder
 from evaluation.fields import organ
+from slide_features import write_slide_coords
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_TRAIN, NUM_TEST = 5, 2
 
 
+def launch(script: str, *flags: str) -> subprocess.CompletedProcess:
+    """Run one of the demo's commands."""
+    return subprocess.run([sys.executable, script, *flags], cwd=ROOT, capture_output=True, text=True)
+
+
 def make(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    """Launch the command."""
-    command = [sys.executable, "demo/make_slides.py", "--output_dir", str(folder), *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    """Launch make_slides.py."""
+    return launch("demo/make_slides.py", "--output_dir", str(folder), *flags)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -123,3 +131,65 @@ def test_only_texture_depends_on_the_class() -> None:
     outside = cv2.erode(1 - (mask | other_mask), np.ones((5, 5), np.uint8))
     outside = cv2.resize(outside, image.shape[1::-1], interpolation=cv2.INTER_NEAREST) > 0
     assert np.mean(image[outside] == other[outside]) > 0.99
+
+
+def test_encoder_trains_and_opens(folder: Path, tmp_path: Path) -> None:
+    for path in (folder / "masks").glob("*.png"):
+        tissue = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) > 0
+        ys, xs = np.mgrid[0 : tissue.shape[0] - 31 : 32, 0 : tissue.shape[1] - 31 : 32]
+        inside = np.array([tissue[y + 16, x + 16] for y, x in zip(ys.ravel(), xs.ravel(), strict=True)])
+        coords = np.stack([xs.ravel(), ys.ravel()], 1)[inside] * 8
+        where = {"name": path.stem, "mpp": 2.0, "tile_size": 64, "overlap": 0, "patch_size_level0": 256}
+        write_slide_coords(tmp_path / "coords" / f"{path.stem}.h5", coords, **where)
+    flags = [
+        "--data_dir",
+        str(folder),
+        "--coords_dir",
+        str(tmp_path / "coords"),
+        "--output_dir",
+        str(tmp_path / "encoder"),
+    ]
+    done = launch("demo/train_encoder.py", *flags, "--num_epochs", "1", "--max_tiles", "4")
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads((tmp_path / "encoder" / "accuracy.json").read_text())) == {
+        "tiles",
+        "organ",
+        "diagnosis",
+        "grade",
+    }
+    encoder = load_encoder(tmp_path / "encoder")
+    assert encoder.image_size == 64
+    tile = Image.fromarray(np.full((64, 64, 3), 200, np.uint8))
+    assert encoder.encode_tiles(encoder.transform(tile)[None]).shape == (1, encoder.width)
+
+
+def test_llm_trains_and_opens(folder: Path, tmp_path: Path) -> None:
+    flags = ["--train_json", str(folder / "train.json"), "--output_dir", str(tmp_path / "llm"), "--num_steps", "2"]
+    done = launch("demo/train_llm.py", *flags, "--batch_size", "2", "--hidden_size", "32")
+    assert done.returncode == 0 and "loss" in done.stdout, done.stderr
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "llm")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llm")
+    assert model.config.model_type == "gemma3n_text"
+    # A placeholder for visual tokens needs an id that the vocabulary has and the per-layer table has not.
+    assert len(tokenizer) <= model.config.vocab_size_per_layer_input < model.config.vocab_size
+    assert all(layer.altup.correct_output_scale.abs().min() > 0 for layer in model.model.layers)
+    report = json.loads((folder / "train.json").read_text())[0]["report"]
+    assert tokenizer.decode(tokenizer(report)["input_ids"]) == report
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Why?"}], tokenize=False, add_generation_prompt=True
+    )
+    assert asked == "<bos><start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n"
+    assert tokenizer.convert_tokens_to_ids("<end_of_turn>") in model.generation_config.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "mend"),
+    [
+        ("demo/train_encoder.py", ("--coords_dir", "nowhere"), "tile.py"),
+        ("demo/train_llm.py", ("--train_json", "nowhere.json"), "make_slides.py"),
+    ],
+)
+def test_missing_input_is_refused(script: str, flags: tuple[str, ...], mend: str) -> None:
+    done = launch(script, *flags)
+    assert done.returncode == 2 and "nowhere" in done.stderr and mend in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
