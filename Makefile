@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.requirements-installed
 
-.PHONY: demo test lint format clean
+.PHONY: venv demo test format clean
+
+venv: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python demo/run.py

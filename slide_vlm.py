@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from encoders import ImageEncoder, load_encoder
 from projectors import build_projector, build_reducer
 
 FORMAT_VERSION = 1
+# peft 0.21 asks transformers 5.23 by the old name of a method.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
 IGNORED_LABEL = -100
 IMAGE_MARKER = -200  # stands in a batch's input_ids for the whole image; no tokenizer gives a negative id
 LOGIT_CHUNK = 512  # supervised positions whose logits exist at one time: 0.5 GB in float32 at a vocabulary of 262,400

@@ -73,15 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = RunFolder(args.output_dir)
 
     # Model
-    import torch
     from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
 
+    from accelerator_setup import runs_on_cpu
     from encoders import load_encoder
 
-    # without this, processes on a machine without a GPU would not know of each other and all do the same slides
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    process = PartialState(cpu=on_cpu, timeout=LONGEST_RUN)
+    process = PartialState(cpu=runs_on_cpu(), timeout=LONGEST_RUN)
     encoder = load_encoder(args.encoder).to(process.device)
     encoded_by = {"encoder": encoder.name, "encoder_fingerprint": encoder.fingerprint()}
 

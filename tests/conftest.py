@@ -2,6 +2,9 @@
 
 import json
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads sleep, so commands can run beside it
+
 import subprocess
 import sys
 from dataclasses import dataclass

@@ -18,6 +18,8 @@ from demo.reports import CASES
 from encoders import load_encoder
 from evaluation.fields import organ
 from slide_features import write_slide_coords
+from stage0_tiling.slide import Slide
+from stage0_tiling.tissue import find_tissue
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_TRAIN, NUM_TEST = 5, 2
@@ -193,3 +195,19 @@ def test_missing_input_is_refused(script: str, flags: tuple[str, ...], mend: str
     done = launch(script, *flags)
     assert done.returncode == 2 and "nowhere" in done.stderr and mend in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_stage0_finds_the_tissue_of_every_class(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert make(tmp_path, "--num_train", str(len(CASES)), "--num_test", "1").returncode == 0
+    ious = {}
+    for path in sorted((tmp_path / "slides").glob("*.tiff")):
+        exact = cv2.imread(str(tmp_path / "masks" / f"{path.stem}.png"), cv2.IMREAD_UNCHANGED) > 0
+        with Slide(path) as slide:
+            found = find_tissue(slide, slide.pixel_size()).mask.astype(np.uint8)
+        found = cv2.resize(found, exact.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0
+        ious[path.stem] = (found & exact).sum() / (found | exact).sum()
+    mean, worst = np.mean(list(ious.values())), min(ious, key=ious.get)
+    with capsys.disabled():
+        print(f"\nmean IoU of tissue on {len(ious)} demo slides {mean:.3f}, worst {ious[worst]:.3f} ({worst})")
+    assert mean >= 0.9
+    assert ious[worst] >= 0.75

@@ -124,3 +124,15 @@ def test_output_of_other_flags_is_not_continued(corpus, model, predictions):
 def test_generate_refuses_in_one_line(model, flags, message):
     done = run_command(GENERATE, "--model", model, *flags, status=2)
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_interrupted_prediction_says_so_and_leaves_with_130(corpus, model, tmp_path):
+    flags = predict_flags(corpus, model, tmp_path / "p.json", **{"--batch_size": 1, "--max_new_tokens": 60})
+    process = subprocess.Popen(command(*flags), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    journal = tmp_path / "p.json.progress" / "process_0.jsonl"
+    while process.poll() is None and not (journal.exists() and journal.read_text()):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode == 130
+    assert "interrupted" in stderr and "Traceback" not in stderr

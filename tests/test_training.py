@@ -215,3 +215,23 @@ def test_missing_features_are_listed_and_the_rest_trains(corpus, tmp_path):
     done = run_command(*flags, "--batch_size", 32, "--num_epochs", 1, status=1)
     assert "1 records left out" in done.stderr and "PIT_09_00001_01" in done.stderr
     assert (tmp_path / "run" / "final_model" / "vlm.json").exists()
+
+
+def test_flags_come_from_a_file_and_the_command_line_wins(corpus, tmp_path, monkeypatch):
+    from stage1_projector.train import parse_arguments
+
+    (tmp_path / "flags.yaml").write_text(f"train_json: {corpus.reports}\nnum_epochs: 7\nbatch_size: 3\nllm_name: x\n")
+    words = ["train.py", "--config", tmp_path / "flags.yaml", "--batch_size", 5, "--output_dir", tmp_path]
+    monkeypatch.setattr("sys.argv", list(map(str, words)))
+    args = parse_arguments()
+    assert (args.num_epochs, args.batch_size, args.llm_name) == (7, 5, "x")
+
+
+def test_bfloat16_trains_close_to_float32(corpus, tmp_path):
+    losses = {}
+    for precision in ("no", "bf16"):
+        output = tmp_path / precision
+        run_command(*stage1_flags(corpus, output), "--mixed_precision", precision, "--num_epochs", 1)
+        losses[precision] = [line["loss"] for line in log_lines(output)]
+    assert losses["bf16"] == pytest.approx(losses["no"], rel=0.02)
+    assert losses["bf16"] != losses["no"]

@@ -1,0 +1,83 @@
+"""The repository keeps its own rules: what is installed, which way imports run, what the README promises."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+STAGES = {"stage0_tiling", "stage1_projector", "stage2_finetune", "inference", "evaluation", "demo"}
+# A module may import those on lower floors only.
+FLOORS = [
+    {"command_line"},
+    {"projectors", "encoders", "accelerator_setup", "slide_features"},
+    {"slide_vlm"},
+    {"slide_reports", "report_loss"},
+]
+
+
+def imports_of(path: Path) -> set[str]:
+    """First names of all modules that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_every_module_and_folder_is_installed():
+    tools = PROJECT["tool"]["setuptools"]
+    assert set(tools["py-modules"]) == {path.stem for path in ROOT.glob("*.py")}
+    folders = {path.parent.relative_to(ROOT) for path in ROOT.glob("*/**/__init__.py") if ".venv" not in path.parts}
+    assert set(tools["packages"]) == {".".join(folder.parts) for folder in folders} - {"tests"}
+
+
+def test_every_folder_with_code_is_a_package():
+    for stage in STAGES:
+        for folder in {path.parent for path in (ROOT / stage).glob("**/*.py")} - {ROOT / "demo" / "output"}:
+            assert (folder / "__init__.py").exists(), folder
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)))
+def test_root_modules_import_downwards_only(floor):
+    higher = set().union(*FLOORS[floor + 1 :], STAGES)
+    for module in FLOORS[floor]:
+        assert not imports_of(ROOT / f"{module}.py") & higher, module
+
+
+def test_all_root_modules_have_a_floor():
+    assert set().union(*FLOORS) == {path.stem for path in ROOT.glob("*.py")}
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_stages_do_not_import_each_other(stage):
+    allowed = {stage} | {"inference": {"stage0_tiling"}, "demo": STAGES}.get(stage, set())
+    for path in (ROOT / stage).glob("**/*.py"):
+        assert not imports_of(path) & (STAGES - allowed), path
+
+
+def test_no_script_shadows_a_library():
+    ours = {path.stem for stage in STAGES for path in (ROOT / stage).glob("**/*.py")} - {"__init__"}
+    libraries = {"datasets", "evaluate", "tokenizers", "accelerate", "peft", "transformers", "torch", "timm"}
+    assert not ours & (libraries | set(sys.stdlib_module_names))
+
+
+def test_requirements_are_pinned_and_end_with_the_checkout():
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert lines[-1] == "-e ."
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][^\s]*", line) for line in lines[:-1])
+
+
+def test_files_named_in_the_readme_exist():
+    readme = (ROOT / "README.md").read_text()
+    for script in set(re.findall(r"(?:stage\d_\w+|inference|evaluation)/\w+\.py", readme)):
+        assert (ROOT / script).is_file(), script
+    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", readme):
+        assert (ROOT / picture).is_file(), picture
