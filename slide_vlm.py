@@ -8,11 +8,9 @@ Shapes: B batch, N patches, E patch token width, K visual tokens, H language mod
 whole sequence, S supervised tokens, V vocabulary.
 """
 
-import hashlib
 import json
 import os
 import shutil
-import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,20 +20,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from encoders import ImageEncoder, load_encoder
+from language_model import fingerprint, llm_width, load_llm
 from projectors import build_projector, build_reducer
 
 FORMAT_VERSION = 1
-# peft 0.21 asks transformers 5.23 by the old name of a method.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-
 IGNORED_LABEL = -100
 IMAGE_MARKER = -200  # stands in a batch's input_ids for the whole image; no tokenizer gives a negative id
 LOGIT_CHUNK = 512  # supervised positions whose logits exist at one time: 0.5 GB in float32 at a vocabulary of 262,400
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 
 
 @dataclass
@@ -347,133 +342,6 @@ def expand_image_markers(batch: dict[str, Tensor], counts: Tensor, padding_side:
 def _positions(attention_mask: Tensor) -> dict[str, Tensor]:
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     return {"attention_mask": attention_mask, "position_ids": position_ids}
-
-
-# Language models
-
-
-def llm_width(llm: PreTrainedModel) -> int:
-    """H, the width of the token embeddings."""
-    return llm.get_input_embeddings().weight.shape[1]
-
-
-def load_llm(
-    name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, **kwargs: Any
-) -> PreTrainedModel:
-    """Load the language layers of a Hugging Face checkpoint, in evaluation mode.
-
-    Of a multimodal checkpoint (Gemma-3n, Gemma-3) only the text part is built and read, no vision or audio tower.
-
-    Args:
-        name: hub name or local folder.
-        revision: hub revision.
-        dtype: of the weights. Gemma-3n overflows in float16, so it is refused for every model.
-        **kwargs: further arguments of ``from_pretrained``, such as ``quantization_config``.
-
-    Raises:
-        ValueError: a weight is missing from the checkpoint, or the model scales its logits in a way that the loss does
-            not know.
-        OSError: the checkpoint is not found.
-    """
-    if dtype == torch.float16:
-        raise ValueError("float16 overflows in Gemma-3n; use bf16 or no mixed precision")
-    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    text_config = config.get_text_config()
-    for scale in ("logit_scale", "logits_scaling"):
-        if getattr(text_config, scale, None) not in (None, 1, 1.0):
-            raise ValueError(f"{name}: language models with {scale} are not supported; choose another --llm_name")
-    try:
-        model_class = AutoModelForCausalLM._model_mapping[type(text_config)]
-    except KeyError:
-        raise ValueError(
-            f"{name}: {config.model_type} is not a causal language model; choose another --llm_name"
-        ) from None
-    llm, report = model_class.from_pretrained(
-        name, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True, **kwargs
-    )
-    if report["missing_keys"] or report["mismatched_keys"]:
-        missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        raise ValueError(
-            f"{name}: {len(missing)} weights are missing or misshapen, such as {missing[0]}; download it anew"
-        )
-    return llm.eval()
-
-
-def fingerprint(llm: PreTrainedModel, samples_per_weight: int = 64) -> str:
-    """SHA-256 over every weight's name, shape and an even sample of its values, rounded to bfloat16.
-
-    Tells a base language model from another of the same architecture in seconds; the same in float32 and bfloat16.
-    """
-    digest = hashlib.sha256()
-    for name, weight in sorted(llm.state_dict().items()):
-        flat = weight.detach().reshape(-1)
-        chosen = torch.linspace(0, max(0, flat.numel() - 1), min(samples_per_weight, flat.numel()), dtype=torch.float64)
-        values = flat[chosen.long().to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
-        digest.update(f"{name}{tuple(weight.shape)}".encode() + values)
-    return digest.hexdigest()
-
-
-def choose_placeholder(llm: PreTrainedModel) -> int:
-    """The id that the language model sees at visual positions, where its embedding is replaced.
-
-    For Gemma-3n it must lie outside the per-layer table (262145 in the published models), or that word's identity would
-    enter every layer; for other models any id does.
-
-    Raises:
-        ValueError: a Gemma-3n whose vocabulary has no id outside its per-layer table.
-    """
-    config = llm.config.get_text_config()
-    last = llm.get_input_embeddings().weight.shape[0] - 1
-    if not hasattr(llm.get_decoder(), "get_per_layer_inputs"):
-        return last
-    outside = config.vocab_size_per_layer_input
-    if outside > last:
-        raise ValueError(
-            f"{config.model_type}: vocab_size {config.vocab_size} leaves no id outside vocab_size_per_layer_input "
-            f"{outside}; make the vocabulary at least one larger"
-        )
-    return min(outside + 1, last)
-
-
-def text_embedding_rms(llm: PreTrainedModel) -> float:
-    """Root mean square that visual tokens should have: 1.0 for Gemma-3n (its native soft tokens), else that of text."""
-    if hasattr(llm.get_decoder(), "get_per_layer_inputs"):
-        return 1.0
-    vocabulary = llm.get_input_embeddings().weight.shape[0]
-    ids = torch.linspace(0, vocabulary - 1, min(4096, vocabulary), device=llm.device).long()
-    with torch.no_grad():
-        return float(llm.get_input_embeddings()(ids).float().pow(2).mean().sqrt())
-
-
-def add_lora(llm: PreTrainedModel, *, rank: int, alpha: float, dropout: float) -> nn.Module:
-    """Wrap the language model in LoRA adapters (Hu et al. 2021) on its attention and feed-forward projections.
-
-    Targets are named: ``all-linear`` would include Gemma-3n's AltUp coefficients, which get no gradient in training and
-    yet act at evaluation.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    present = {name.rsplit(".", 1)[-1] for name, module in llm.named_modules() if isinstance(module, nn.Linear)}
-    targets = [name for name in LORA_TARGETS if name in present] or None  # None: peft's own choice for the family
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none"
-    )
-    return get_peft_model(llm, config)
-
-
-def unfreeze_llm(llm: PreTrainedModel) -> None:
-    """Let the whole language model learn, but for its token embedding (tied to the head in Gemma) and Gemma-3n's table.
-
-    The per-layer table alone is 2 of E2B's 4.4 billion weights, almost none of which a corpus of reports touches.
-    """
-    llm.requires_grad_(True)
-    llm.get_input_embeddings().requires_grad_(False)
-    decoder = llm.get_decoder()
-    if hasattr(decoder, "embed_tokens_per_layer"):
-        decoder.embed_tokens_per_layer.requires_grad_(False)
-
-
-# Results
 
 
 def load_vlm(

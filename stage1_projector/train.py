@@ -18,7 +18,6 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, get_scheduler
 
 from accelerator_setup import (
-    RunLog,
     add_optimizer_arguments,
     add_run_arguments,
     checkpoint_to_resume,
@@ -37,7 +36,9 @@ from accelerator_setup import (
 )
 from command_line import DONE, SOME_FAILED, make_parser, run
 from encoders import load_encoder
+from language_model import choose_placeholder, fingerprint, load_llm, text_embedding_rms
 from report_loss import evaluation_loss, optimizer_step
+from run_log import RunLog
 from slide_reports import (
     DEFAULT_QUESTIONS,
     Prompt,
@@ -48,7 +49,7 @@ from slide_reports import (
     make_loader,
     read_training_records,
 )
-from slide_vlm import SlideVLM, VLMSettings, choose_placeholder, fingerprint, load_llm, text_embedding_rms
+from slide_vlm import SlideVLM, VLMSettings
 
 
 def parse_arguments():

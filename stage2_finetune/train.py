@@ -16,7 +16,6 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from accelerator_setup import (
-    RunLog,
     add_optimizer_arguments,
     add_run_arguments,
     checkpoint_to_resume,
@@ -35,7 +34,9 @@ from accelerator_setup import (
     write_run_json,
 )
 from command_line import DONE, SOME_FAILED, make_parser, run
+from language_model import add_lora, unfreeze_llm
 from report_loss import evaluation_loss, optimizer_step
+from run_log import RunLog
 from slide_reports import (
     RecordBatches,
     ReportDataset,
@@ -43,7 +44,7 @@ from slide_reports import (
     make_loader,
     read_training_records,
 )
-from slide_vlm import VLMSettings, add_lora, load_vlm, unfreeze_llm
+from slide_vlm import VLMSettings, load_vlm
 
 
 def parse_arguments():

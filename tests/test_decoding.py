@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from inference.decoding import generate_answers
-from slide_vlm import add_lora
+from language_model import add_lora
 from tests.tiny_models import make_batch, make_model
 
 

@@ -16,8 +16,9 @@ GENERATE, PREDICT = "inference/generate.py", "inference/predict.py"
 @pytest.fixture(scope="module")
 def model(corpus, tmp_path_factory):
     """A saved model with random projector weights."""
+    from language_model import choose_placeholder, fingerprint, load_llm
     from slide_reports import Prompt
-    from slide_vlm import SlideVLM, VLMSettings, choose_placeholder, fingerprint, load_llm
+    from slide_vlm import SlideVLM, VLMSettings
     from tests.tiny_models import PATCH_WIDTH, make_tokenizer
 
     llm = load_llm(str(corpus.llm))

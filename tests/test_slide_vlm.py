@@ -6,17 +6,8 @@ from torch.nn import functional as F
 from transformers import Gemma3nAudioConfig, Gemma3nConfig, Gemma3nForConditionalGeneration, Gemma3nVisionConfig
 
 import slide_vlm
-from slide_vlm import (
-    IGNORED_LABEL,
-    SlideVLM,
-    add_lora,
-    choose_placeholder,
-    expand_image_markers,
-    fingerprint,
-    load_llm,
-    load_vlm,
-    unfreeze_llm,
-)
+from language_model import add_lora, choose_placeholder, fingerprint, load_llm, unfreeze_llm
+from slide_vlm import IGNORED_LABEL, SlideVLM, expand_image_markers, load_vlm
 from tests.tiny_models import gemma3n_config, make_batch, make_llm, make_model, make_sample, show_per_layer_inputs
 
 FAMILIES = ["gemma3n", "gemma3", "llama", "qwen3", "biogpt"]

@@ -15,8 +15,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from language_model import choose_placeholder, text_embedding_rms
 from slide_reports import Prompt, collate
-from slide_vlm import SlideVLM, VLMSettings, choose_placeholder, text_embedding_rms
+from slide_vlm import SlideVLM, VLMSettings
 
 REPORTS = [
     "Breast, core-needle biopsy;\n  Invasive carcinoma of no special type, grade II",

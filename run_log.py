@@ -1,0 +1,120 @@
+"""The log of a training run: ``log.jsonl`` with a line a step and an evaluation, ``curves.png``, the trackers."""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+
+class RunLog:
+    """``log.jsonl``, ``curves.png`` and the trackers of a run; writes on the main process only."""
+
+    def __init__(self, accelerator: Accelerator, run_dir: Path, first_step: int):
+        """Open the log; lines after ``first_step`` are of a run that was interrupted later than its checkpoint."""
+        self.accelerator = accelerator
+        self.run_dir = run_dir
+        self.path = run_dir / "log.jsonl"
+        self.clock = time.perf_counter()
+        if accelerator.is_main_process:
+            kept = [line for line in read_log(self.path) if line["step"] <= first_step]
+            temporary = self.path.with_name("log.jsonl.writing")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(temporary, self.path)
+
+    def step(
+        self,
+        step: int,
+        epoch: float,
+        lr: float,
+        *,
+        loss: float,
+        grad_norm: float,
+        num_samples: int,
+        num_supervised_tokens: int,
+        padding_fraction: float,
+    ) -> None:
+        """One line for an optimizer step; the counts are over all processes."""
+        seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+        self._write(
+            {
+                "step": step,
+                "epoch": round(epoch, 4),
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "samples_per_s": round(num_samples / seconds, 3),
+                "supervised_tokens_per_s": round(num_supervised_tokens / seconds, 1),
+                "padding_fraction": round(padding_fraction, 4),
+                "peak_memory_bytes": peak_memory_bytes(),
+            }
+        )
+
+    def evaluation(self, step: int, epoch: float, val_loss: float) -> None:
+        """One line for an evaluation, and the curves drawn anew."""
+        self._write({"step": step, "epoch": round(epoch, 4), "val_loss": val_loss})
+        self.draw()
+        self.clock = time.perf_counter()  # evaluation is not part of the next step's time
+
+    def draw(self) -> None:
+        """Draw ``curves.png``."""
+        if self.accelerator.is_main_process:
+            draw_curves(self.path, self.run_dir / "curves.png")
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        values = {key: value for key, value in line.items() if key != "step"}
+        self.accelerator.log(values, step=line["step"])
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``log.jsonl``; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def draw_curves(log: Path, picture: Path) -> None:
+    """Draw training and validation loss and the learning rate over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_log(log)
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "val_loss" in line]
+    figure, (loss_axes, rate_axes) = pyplot.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    loss_axes.plot([s["step"] for s in steps], [s["loss"] for s in steps], lw=0.8, color="tab:blue", label="training")
+    if evaluations:
+        xs, ys = [e["step"] for e in evaluations], [e["val_loss"] for e in evaluations]
+        loss_axes.plot(xs, ys, "o-", ms=3, color="tab:orange", label="validation")
+    loss_axes.set(xlabel="step", ylabel="loss per supervised token", yscale="log")
+    loss_axes.legend()
+    rate_axes.plot([s["step"] for s in steps], [s["lr"] for s in steps], color="tab:green")
+    rate_axes.set(xlabel="step", ylabel="learning rate")
+    temporary = picture.with_name("curves.writing.png")
+    figure.savefig(temporary, dpi=120)
+    pyplot.close(figure)
+    os.replace(temporary, picture)
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    factor = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * factor

@@ -1,0 +1,54 @@
+"""Annotation files to records to batches: readers and splits, the prompt, the dataset, sampler and collator.
+
+A record is one question and answer about one case.
+"""
+
+from slide_reports.batches import (
+    RecordBatches,
+    ReportDataset,
+    SampleKey,
+    case_of_slide,
+    collate,
+    describe_features,
+    make_loader,
+    patch_budget,
+    read_case,
+    read_image,
+)
+from slide_reports.prompt import (
+    DEFAULT_QUESTIONS,
+    Prompt,
+)
+from slide_reports.records import (
+    Record,
+    add_data_arguments,
+    patient_of,
+    read_records,
+    read_training_records,
+    slide_id_of,
+    split_by_patient,
+    with_inputs,
+)
+
+__all__ = [
+    "DEFAULT_QUESTIONS",
+    "Prompt",
+    "Record",
+    "RecordBatches",
+    "ReportDataset",
+    "SampleKey",
+    "add_data_arguments",
+    "case_of_slide",
+    "collate",
+    "describe_features",
+    "make_loader",
+    "patch_budget",
+    "patient_of",
+    "read_case",
+    "read_image",
+    "read_records",
+    "read_training_records",
+    "slide_id_of",
+    "split_by_patient",
+    "with_inputs",
+]

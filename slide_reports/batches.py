@@ -1,0 +1,251 @@
+"""Records to samples to batches: patch choice, labels, order, dynamic padding."""
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from slide_features import SlideFeatures, choose_patches, raster_order, read_slide_features, read_slide_positions
+from slide_reports.prompt import Prompt
+from slide_reports.records import Record
+from slide_vlm import IGNORED_LABEL, SlideVLM, VLMSettings
+
+MAX_PATCHES = 16384  # read of one slide when a reducer other than `none` follows; 50 MB at width 1536
+
+
+class SampleKey(NamedTuple):
+    """What the sampler asks the dataset for. A filler (``supervised`` False) evens out batches and teaches nothing."""
+
+    index: int
+    epoch: int
+    supervised: bool
+
+
+@dataclass
+class ReportDataset(Dataset):
+    """Records as model inputs, looked up by :class:`SampleKey`.
+
+    Attributes:
+        tokenizer: of the language model.
+        prompt: the text around image, question and answer.
+        question: asked where a record has none.
+        num_patches: patch tokens read of a case at most.
+        seed: of the random choice of patches; None chooses them evenly spaced, as in evaluation.
+        image_transform: ``PIL.Image -> (3, height, width)`` tensor where inputs are images, else None.
+    """
+
+    records: list[Record]
+    tokenizer: Any
+    prompt: Prompt
+    question: str
+    num_patches: int
+    max_question_tokens: int = 128
+    max_answer_tokens: int = 512
+    seed: int | None = None
+    image_transform: Any = None
+    patch_width: int | None = None
+
+    @classmethod
+    def for_model(
+        cls, model: SlideVLM, tokenizer: Any, records: list[Record], seed: int | None = None
+    ) -> "ReportDataset":
+        """Dataset that prepares records as the model's settings say."""
+        settings = model.settings
+        return cls(
+            records,
+            tokenizer,
+            Prompt(**settings.prompt),
+            settings.question,
+            num_patches=patch_budget(settings),
+            max_question_tokens=settings.max_question_tokens,
+            max_answer_tokens=settings.max_answer_tokens,
+            seed=seed,
+            image_transform=model.encoder.transform if model.encoder is not None else None,
+            patch_width=settings.patch_width,
+        )
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        """Token ids and labels (T,), and ``pixel_values`` (M, 3, height, width) or what :func:`read_case` gives."""
+        record = self.records[key.index]
+        question = self.prompt.question_ids(self.tokenizer, record.question or self.question, self.max_question_tokens)
+        answer = self.prompt.answer_ids(self.tokenizer, record.answer, self.max_answer_tokens) if record.answer else []
+        labels = [IGNORED_LABEL] * len(question) + (answer if key.supervised else [IGNORED_LABEL] * len(answer))
+        return {"input_ids": question + answer, "labels": labels, **self._inputs(record, key.epoch)}
+
+    def _inputs(self, record: Record, epoch: int) -> dict[str, Any]:
+        if self.image_transform is not None:
+            return {"pixel_values": torch.stack([read_image(path, self.image_transform) for path in record.inputs])}
+        rng = None
+        if self.seed is not None:
+            rng = np.random.default_rng([self.seed, epoch, zlib.crc32(record.id.encode())])
+        return read_case(record.inputs, self.num_patches, rng, self.patch_width)
+
+
+def patch_budget(settings: VLMSettings) -> int:
+    """Patch tokens to read of a case: the visual tokens themselves without a reducer, else as many as are useful."""
+    return settings.num_visual_tokens if settings.token_reducer == "none" else MAX_PATCHES
+
+
+def read_case(
+    paths: tuple[Path, ...], num_patches: int, rng: np.random.Generator | None = None, patch_width: int | None = None
+) -> dict[str, Tensor]:
+    """Patch tokens of a case's slides, side by side, in raster order: ``patch_tokens`` (N, E), ``coords`` (N, 2) int64.
+
+    The budget is shared equally by the slides; ``rng`` chooses patches at random, None evenly spaced.
+
+    Raises:
+        ValueError: a slide without patches, or of another width than ``patch_width``.
+    """
+    tokens, coords, offset = [], [], 0
+    for path in paths:
+        positions = read_slide_positions(path)
+        if not len(positions):
+            raise ValueError(f"{path}: holds no patch token; leave this slide out")
+        order = raster_order(positions)
+        chosen = order[choose_patches(len(order), max(1, num_patches // len(paths)), rng)]
+        by_row = np.argsort(chosen, kind="stable")  # files are read in rising row order, and put in raster order after
+        part = read_slide_features(path, rows=chosen[by_row])
+        if patch_width is not None and part.features.shape[1] != patch_width:
+            found = part.features.shape[1]
+            raise ValueError(f"{path}: patch tokens are {found} wide, the model takes {patch_width}; encode it again")
+        back = np.argsort(by_row, kind="stable")
+        tokens.append(part.features[back])
+        coords.append(part.coords[back] + [offset, 0])
+        offset = int(coords[-1][:, 0].max()) + 1
+    return {
+        "patch_tokens": torch.from_numpy(np.concatenate(tokens).astype(np.float32)),
+        "coords": torch.from_numpy(np.concatenate(coords).astype(np.int64)),
+    }
+
+
+def case_of_slide(slide: SlideFeatures, num_patches: int) -> dict[str, Tensor]:
+    """The same from a slide's features in memory, its patches chosen evenly spaced."""
+    order = raster_order(slide.coords)
+    chosen = order[choose_patches(len(order), num_patches)]
+    return {
+        "patch_tokens": torch.from_numpy(slide.features[chosen].astype(np.float32)),
+        "coords": torch.from_numpy(slide.coords[chosen].astype(np.int64)),
+    }
+
+
+def describe_features(path: Path) -> tuple[int, str | None, dict[str, Any]]:
+    """Width, encoder and tiling settings of a feature file, for ``vlm.json``: inference tiles and encodes alike."""
+    first = read_slide_features(path, rows=np.array([0]))
+    tiling = {name: getattr(first, name) for name in ("tile_size", "mpp", "overlap", "min_tissue")}
+    return first.features.shape[1], first.encoder, {key: value for key, value in tiling.items() if value is not None}
+
+
+def read_image(path: Path, transform: Any) -> Tensor:
+    """Open an image file and apply the encoder's transform: (3, height, width) float32.
+
+    Raises:
+        ValueError: the file does not open as an image.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return transform(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: does not open as an image ({error}); replace it or leave the record out") from error
+
+
+class RecordBatches(Sampler[list[SampleKey]]):
+    """Micro-batches of all processes in order; process p of P takes every P-th.
+
+    Every record comes exactly once an epoch. The last window of an epoch is shared out evenly over its micro-batches,
+    and one that stays empty gets a filler, so every process sees the same number of micro-batches and none is dropped
+    or repeated. The order depends on the seed and the epoch alone.
+    """
+
+    # Accelerate cuts or repeats batches by an integer batch_size; None leaves them as they are.
+    batch_size = None
+    drop_last = False
+
+    def __init__(
+        self,
+        num_records: int,
+        batch_size: int,
+        *,
+        num_processes: int = 1,
+        gradient_accumulation_steps: int = 1,
+        shuffle: bool = False,
+        seed: int = 0,
+    ):
+        self.num_records = num_records
+        self.records_per_batch = batch_size
+        self.window = num_processes * gradient_accumulation_steps
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+        self.first_step = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch."""
+        return math.ceil(self.num_records / (self.records_per_batch * self.window))
+
+    def start_at(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch, and the step in it to begin with when a run resumes.
+
+        Not named ``set_epoch``: Accelerate calls a method of that name with a count of its own.
+        """
+        self.epoch = epoch
+        self.first_step = first_step
+
+    def __len__(self) -> int:
+        return (self.steps_per_epoch - self.first_step) * self.window
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        order = np.arange(self.num_records)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_records)
+        records_per_step = self.records_per_batch * self.window
+        for step in range(self.first_step, self.steps_per_epoch):
+            of_step = order[step * records_per_step : (step + 1) * records_per_step]
+            for part in np.array_split(of_step, self.window):
+                keys = [SampleKey(int(index), self.epoch, True) for index in part]
+                yield keys or [SampleKey(int(of_step[0]), self.epoch, False)]
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Pad samples to the longest of this batch: token ids, labels and patch tokens each to their own longest."""
+    batch: dict[str, Tensor] = {}
+    ids = [torch.tensor(sample["input_ids"]) for sample in samples]
+    labels = [torch.tensor(sample["labels"]) for sample in samples]
+    pad = torch.nn.utils.rnn.pad_sequence
+    batch["input_ids"] = pad(ids, batch_first=True, padding_value=0)
+    batch["labels"] = pad(labels, batch_first=True, padding_value=IGNORED_LABEL)
+    batch["attention_mask"] = pad([torch.ones_like(row) for row in ids], batch_first=True, padding_value=0)
+    if "pixel_values" in samples[0]:
+        images = [sample["pixel_values"] for sample in samples]
+        batch["pixel_values"] = pad(images, batch_first=True)
+        batch["image_mask"] = pad([torch.ones(len(row), dtype=torch.bool) for row in images], batch_first=True)
+        return batch
+    for name in ("patch_tokens", "coords"):
+        batch[name] = pad([sample[name] for sample in samples], batch_first=True)
+    masks = [torch.ones(len(sample["coords"]), dtype=torch.bool) for sample in samples]
+    batch["patch_mask"] = pad(masks, batch_first=True, padding_value=False)
+    return batch
+
+
+def make_loader(dataset: ReportDataset, batches: RecordBatches, num_workers: int = 0) -> DataLoader:
+    """Loader with a random generator of its own, so that making an iterator leaves the global one as it was."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=num_workers,
+        generator=torch.Generator().manual_seed(0),
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,62 @@
+"""The text around an image, a question and an answer, and its token ids."""
+
+from dataclasses import dataclass
+
+from slide_vlm import IMAGE_MARKER
+
+DEFAULT_QUESTIONS = {"features": "Write the pathology report of this slide.", "images": "Describe this image."}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The text around an image, a question and an answer, as literal strings that ``vlm.json`` keeps.
+
+    ``before_image`` <image> ``after_image`` (with ``{question}``) answer ``after_answer``
+    """
+
+    before_image: str
+    after_image: str
+    after_answer: str
+
+    @classmethod
+    def for_tokenizer(cls, tokenizer) -> "Prompt":
+        """From the tokenizer's chat template where it has one, else a plain layout."""
+        bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+        if not tokenizer.chat_template:
+            return cls(bos, "\n{question}\n", eos)
+        image, question, answer = "<|image|>", "<|question|>", "<|answer|>"
+        turn = [{"role": "user", "content": f"{image}\n{question}"}]
+        asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        told = tokenizer.apply_chat_template([*turn, {"role": "assistant", "content": answer}], tokenize=False)
+        before_image, rest = asked.split(image)
+        before_question, after_question = rest.split(question)
+        after_image = _escape(before_question) + "{question}" + _escape(after_question)
+        # Templates end with a newline that no model needs to be taught.
+        return cls(before_image, after_image, told.split(answer)[1].rstrip() or eos)
+
+    def question_ids(self, tokenizer, question: str, max_question_tokens: int) -> list[int]:
+        """Ids up to the answer, with :data:`IMAGE_MARKER` for the image; a long question loses its end."""
+        ids = tokenizer(question, add_special_tokens=False)["input_ids"]
+        if len(ids) > max_question_tokens:
+            question = tokenizer.decode(ids[:max_question_tokens])
+        before = tokenizer(self.before_image, add_special_tokens=False)["input_ids"]
+        after = tokenizer(self.after_image.format(question=question), add_special_tokens=False)["input_ids"]
+        return [*before, IMAGE_MARKER, *after]
+
+    def answer_ids(self, tokenizer, answer: str, max_answer_tokens: int) -> list[int]:
+        """Ids of the answer and its end; a long answer loses its end, and then has no end token to learn."""
+        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        if len(ids) > max_answer_tokens:
+            return ids[:max_answer_tokens]
+        return ids + tokenizer(self.after_answer, add_special_tokens=False)["input_ids"]
+
+    def stop_ids(self, tokenizer, llm) -> list[int]:
+        """Ids that end an answer in generation."""
+        end = tokenizer(self.after_answer, add_special_tokens=False)["input_ids"][:1]
+        configured = llm.generation_config.eos_token_id
+        configured = configured if isinstance(configured, list) else [configured]
+        return sorted({i for i in [*end, *configured, tokenizer.eos_token_id] if i is not None})
+
+
+def _escape(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
