@@ -29,12 +29,15 @@ def make_parser(description: str | None) -> ArgumentParser:
     return parser
 
 
-def run(main: Callable[[], int]) -> NoReturn:
-    """Run ``main`` and leave with its exit status, turning refusals (ValueError, OSError) into one line on stderr."""
+def run(main: Callable[[], int], *, to_go_on: str = "the same command goes on where this one stopped") -> NoReturn:
+    """Run ``main`` and leave with its exit status, turning refusals (ValueError, OSError) into one line on stderr.
+
+    ``to_go_on`` is what an interrupted user is told.
+    """
     try:
         status = main()
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        print(f"interrupted; {to_go_on}", file=sys.stderr)
         status = INTERRUPTED
     except (ValueError, OSError) as error:
         if os.environ.get("SLIDESCRIBE_TRACEBACK"):

@@ -9,10 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 
+# Names of the language layers in a multimodal checkpoint, by their names in a causal language model.
+TEXT_PART_NAMES = {
+    r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?language_model\.(?:model\.)?": "model.",
+}
 # peft 0.21 asks transformers 5.23 by the old name of a method.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
@@ -48,11 +53,13 @@ def load_llm(
         if getattr(text_config, scale, None) not in (None, 1, 1.0):
             raise ValueError(f"{name}: language models with {scale} are not supported; choose another --llm_name")
     try:
-        model_class = AutoModelForCausalLM._model_mapping[type(text_config)]
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
     except KeyError:
         raise ValueError(
             f"{name}: {config.model_type} is not a causal language model; choose another --llm_name"
         ) from None
+    if config is not text_config and not text_config.model_type.startswith("gemma3n"):
+        kwargs["key_mapping"] = TEXT_PART_NAMES  # transformers itself knows Gemma-3n's
     llm, report = model_class.from_pretrained(
         name, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True, **kwargs
     )

@@ -16,7 +16,8 @@ Batch = dict[str, Tensor]
 class StepResult:
     """One optimizer step over all processes: mean loss per supervised token, gradient norm, and what was processed.
 
-    ``padding_fraction`` is the share of padding among the text and patch tokens of the batches.
+    ``padding_fraction`` is the share of padding among the text and patch tokens of the batches; ``num_bad`` counts
+    records whose input could not be read.
     """
 
     loss: float
@@ -24,6 +25,7 @@ class StepResult:
     num_samples: int
     num_supervised_tokens: int
     padding_fraction: float
+    num_bad: int
 
 
 def optimizer_step(
@@ -58,7 +60,8 @@ def optimizer_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     loss = float(accelerator.reduce(nll_sum, "sum")) / max(1, totals.supervised)
-    return StepResult(loss, grad_norm, totals.samples, totals.supervised, 1 - totals.tokens / max(1, totals.slots))
+    padding_fraction = 1 - totals.tokens / max(1, totals.slots)
+    return StepResult(loss, grad_norm, totals.samples, totals.supervised, padding_fraction, totals.bad)
 
 
 @torch.no_grad()
@@ -82,18 +85,18 @@ class _Totals:
     samples: int
     tokens: int
     slots: int
+    bad: int
 
 
 def _global_totals(accelerator: Accelerator, micro_batches: list[Batch]) -> _Totals:
-    counts = torch.zeros(4, dtype=torch.int64, device=accelerator.device)
+    counts = torch.zeros(5, dtype=torch.int64, device=accelerator.device)
     for batch in micro_batches:
         is_supervised = batch["labels"][:, 1:] != IGNORED_LABEL
         masks = [batch[name] for name in ("attention_mask", "patch_mask") if name in batch]
         num_tokens = sum(mask.sum() for mask in masks)
         num_slots = num_tokens.new_tensor(sum(mask.numel() for mask in masks))
-        counts += torch.stack([is_supervised.sum(), is_supervised.any(1).sum(), num_tokens, num_slots]).to(
-            counts.device
-        )
+        of_batch = [is_supervised.sum(), is_supervised.any(1).sum(), num_tokens, num_slots, batch["is_bad"].sum()]
+        counts += torch.stack(of_batch).to(counts.device)
     return _Totals(*accelerator.reduce(counts, "sum").tolist())
 
 

@@ -38,6 +38,7 @@ class RunLog:
         num_samples: int,
         num_supervised_tokens: int,
         padding_fraction: float,
+        num_bad: int,
     ) -> None:
         """One line for an optimizer step; the counts are over all processes."""
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
@@ -53,6 +54,7 @@ class RunLog:
                 "padding_fraction": round(padding_fraction, 4),
                 "peak_memory_bytes": peak_memory_bytes(),
             }
+            | ({"records_left_out": num_bad} if num_bad else {})
         )
 
     def evaluation(self, step: int, epoch: float, val_loss: float) -> None:

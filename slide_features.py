@@ -42,6 +42,7 @@ class SlideFeatures:
         patch_size_level0: side of a tile in level-0 pixels; None if unknown.
         overlap: overlap of neighbouring tiles in pixels at `mpp`; None if unknown.
         min_tissue: least fraction of a tile that is tissue; None if unknown.
+        encoder_fingerprint: of the encoder's weights, as `ImageEncoder.fingerprint` gives it; None if unknown.
     """
 
     features: np.ndarray
@@ -52,6 +53,7 @@ class SlideFeatures:
     patch_size_level0: int | None = None
     overlap: int | None = None
     min_tissue: float | None = None
+    encoder_fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def write_slide_features(
     overlap: int,
     patch_size_level0: int,
     min_tissue: float | None = None,
+    encoder_fingerprint: str | None = None,
     level0_mpp: float | None = None,
     level0_width: int | None = None,
     level0_height: int | None = None,
@@ -128,6 +131,7 @@ def write_slide_features(
         overlap: overlap of neighbouring tiles in pixels at `mpp`.
         patch_size_level0: side of a tile in level-0 pixels.
         min_tissue: least fraction of a tile that is tissue.
+        encoder_fingerprint: of the encoder's weights.
         level0_mpp: microns per pixel of level 0.
         level0_width: width of level 0 in pixels.
         level0_height: height of level 0 in pixels.
@@ -144,8 +148,9 @@ def write_slide_features(
         dataset = file.create_dataset("features", data=features, chunks=(rows, features.shape[1]))
         dataset.attrs.update({"name": name, "encoder": encoder})
         file.attrs["encoder"] = encoder
-        if min_tissue is not None:
-            file.attrs["min_tissue"] = min_tissue
+        for key, value in (("min_tissue", min_tissue), ("encoder_fingerprint", encoder_fingerprint)):
+            if value is not None:
+                file.attrs[key] = value
         _write_coords(
             file,
             coords,
@@ -223,7 +228,7 @@ def read_slide_features(path: str | Path, rows: np.ndarray | None = None) -> Sli
         _check(path, features, coords)
         about = _describe(file)
         encoder = file.attrs.get("encoder", dataset.attrs.get("encoder"))
-        min_tissue = file.attrs.get("min_tissue")
+        min_tissue, fingerprint = file.attrs.get("min_tissue"), file.attrs.get("encoder_fingerprint")
     return SlideFeatures(
         features,
         coords,
@@ -233,6 +238,7 @@ def read_slide_features(path: str | Path, rows: np.ndarray | None = None) -> Sli
         patch_size_level0=about["patch_size_level0"],
         overlap=about["overlap"],
         min_tissue=None if min_tissue is None else float(min_tissue),
+        encoder_fingerprint=None if fingerprint is None else _text(fingerprint),
     )
 
 

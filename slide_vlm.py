@@ -49,6 +49,7 @@ class VLMSettings:
     max_question_tokens: int = 128
     max_answer_tokens: int = 512
     encoder: str | None = None
+    encoder_fingerprint: str | None = None
     input_kind: str = "features"
     tiling: dict[str, Any] = field(default_factory=dict)
     llm_revision: str | None = None
@@ -387,6 +388,8 @@ def load_vlm(
         own = folder / "encoder"
         settings.encoder = encoder_name or (str(own) if own.is_dir() else settings.encoder)
         encoder = load_encoder(settings.encoder)
+        if not own.is_dir():
+            check_encoder(encoder, settings)
     model = SlideVLM(llm, settings, encoder)
     model.load_projector(folder)
     return model.to(device).eval(), tokenizer
@@ -398,4 +401,13 @@ def check_fingerprint(llm: PreTrainedModel, settings: VLMSettings) -> None:
         raise ValueError(
             f"{settings.llm_name}: its weights are not those that this model was trained with; "
             "give the right language model with --llm_name"
+        )
+
+
+def check_encoder(encoder: ImageEncoder, settings: VLMSettings) -> None:
+    """Raise ValueError unless ``encoder`` has the weights that the model was trained with."""
+    if settings.encoder_fingerprint and encoder.fingerprint() != settings.encoder_fingerprint:
+        raise ValueError(
+            f"{encoder.name}: its weights are not those that this model was trained with; "
+            "give the right image encoder with --vision_model_name"
         )

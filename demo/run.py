@@ -149,4 +149,4 @@ def indent(text: str) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, to_go_on="run it again")

@@ -180,4 +180,4 @@ def shown(ids: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, to_go_on="run it again")

@@ -93,11 +93,13 @@ def read_case_of(args, model) -> dict:
         return read_case((Path(args.features),), patch_budget(settings), patch_width=settings.patch_width)
 
     from encoders import load_encoder
+    from slide_vlm import check_encoder
     from stage0_tiling.encode import encode_slide
 
     if settings.encoder is None:
         raise ValueError(f"{args.model} does not say which encoder its slides took; name it with --vision_model_name")
     encoder = load_encoder(args.vision_model_name or settings.encoder).to(model.device)
+    check_encoder(encoder, settings)
     slide = encode_slide(
         args.slide,
         encoder,
@@ -111,4 +113,4 @@ def read_case_of(args, model) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, to_go_on="run it again")

@@ -1,6 +1,7 @@
 """Records to samples to batches: patch choice, labels, order, dynamic padding."""
 
 import math
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from encoders import ImageEncoder
 from slide_features import SlideFeatures, choose_patches, raster_order, read_slide_features, read_slide_positions
 from slide_reports.prompt import Prompt
 from slide_reports.records import Record
@@ -39,6 +41,8 @@ class ReportDataset(Dataset):
         num_patches: patch tokens read of a case at most.
         seed: of the random choice of patches; None chooses them evenly spaced, as in evaluation.
         image_transform: ``PIL.Image -> (3, height, width)`` tensor where inputs are images, else None.
+        patch_width: width that patch tokens must have.
+        skip_bad_inputs: put a filler in the place of a record whose input cannot be read, and say so; else raise.
     """
 
     records: list[Record]
@@ -51,10 +55,17 @@ class ReportDataset(Dataset):
     seed: int | None = None
     image_transform: Any = None
     patch_width: int | None = None
+    skip_bad_inputs: bool = False
 
     @classmethod
     def for_model(
-        cls, model: SlideVLM, tokenizer: Any, records: list[Record], seed: int | None = None
+        cls,
+        model: SlideVLM,
+        tokenizer: Any,
+        records: list[Record],
+        *,
+        seed: int | None = None,
+        skip_bad_inputs: bool = False,
     ) -> "ReportDataset":
         """Dataset that prepares records as the model's settings say."""
         settings = model.settings
@@ -69,18 +80,35 @@ class ReportDataset(Dataset):
             seed=seed,
             image_transform=model.encoder.transform if model.encoder is not None else None,
             patch_width=settings.patch_width,
+            skip_bad_inputs=skip_bad_inputs,
         )
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """Token ids and labels (T,), and ``pixel_values`` (M, 3, height, width) or what :func:`read_case` gives."""
-        record = self.records[key.index]
+        """Token ids and labels (T,), and ``pixel_values`` (M, 3, height, width) or what :func:`read_case` gives.
+
+        Raises:
+            ValueError: the input cannot be read; with ``skip_bad_inputs``, no input can.
+        """
+        for tried in range(len(self)):
+            record = self.records[(key.index + tried) % len(self)]
+            try:
+                inputs = self._inputs(record, key.epoch)
+            except (ValueError, OSError) as error:
+                if not self.skip_bad_inputs:
+                    raise
+                print(f"left out of epoch {key.epoch + 1}: {record.id}: {error}", file=sys.stderr)
+            else:
+                return self._text(record, supervised=key.supervised and not tried) | inputs | {"is_bad": bool(tried)}
+        raise ValueError("no record's input can be read; see the messages above")
+
+    def _text(self, record: Record, *, supervised: bool) -> dict[str, list[int]]:
         question = self.prompt.question_ids(self.tokenizer, record.question or self.question, self.max_question_tokens)
         answer = self.prompt.answer_ids(self.tokenizer, record.answer, self.max_answer_tokens) if record.answer else []
-        labels = [IGNORED_LABEL] * len(question) + (answer if key.supervised else [IGNORED_LABEL] * len(answer))
-        return {"input_ids": question + answer, "labels": labels, **self._inputs(record, key.epoch)}
+        targets = answer if supervised else [IGNORED_LABEL] * len(answer)
+        return {"input_ids": question + answer, "labels": [IGNORED_LABEL] * len(question) + targets}
 
     def _inputs(self, record: Record, epoch: int) -> dict[str, Any]:
         if self.image_transform is not None:
@@ -138,11 +166,27 @@ def case_of_slide(slide: SlideFeatures, num_patches: int) -> dict[str, Tensor]:
     }
 
 
-def describe_features(path: Path) -> tuple[int, str | None, dict[str, Any]]:
-    """Width, encoder and tiling settings of a feature file, for ``vlm.json``: inference tiles and encodes alike."""
+def describe_features(path: Path) -> dict[str, Any]:
+    """What ``vlm.json`` keeps of how a feature file was made, so that inference tiles and encodes alike."""
     first = read_slide_features(path, rows=np.array([0]))
     tiling = {name: getattr(first, name) for name in ("tile_size", "mpp", "overlap", "min_tissue")}
-    return first.features.shape[1], first.encoder, {key: value for key, value in tiling.items() if value is not None}
+    return {
+        "input_kind": "features",
+        "patch_width": first.features.shape[1],
+        "encoder": first.encoder,
+        "encoder_fingerprint": first.encoder_fingerprint,
+        "tiling": {key: value for key, value in tiling.items() if value is not None},
+    }
+
+
+def describe_encoder(encoder: ImageEncoder) -> dict[str, Any]:
+    """The same of an image encoder that is part of the model."""
+    return {
+        "input_kind": "images",
+        "patch_width": encoder.patch_width,
+        "encoder": encoder.name,
+        "encoder_fingerprint": encoder.fingerprint(),
+    }
 
 
 def read_image(path: Path, transform: Any) -> Tensor:
@@ -220,7 +264,7 @@ class RecordBatches(Sampler[list[SampleKey]]):
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Pad samples to the longest of this batch: token ids, labels and patch tokens each to their own longest."""
-    batch: dict[str, Tensor] = {}
+    batch = {"is_bad": torch.tensor([sample.get("is_bad", False) for sample in samples])}
     ids = [torch.tensor(sample["input_ids"]) for sample in samples]
     labels = [torch.tensor(sample["labels"]) for sample in samples]
     pad = torch.nn.utils.rnn.pad_sequence

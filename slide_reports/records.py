@@ -11,6 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from slide_features import read_slide_features
+
+FEATURE_SUFFIXES = (".h5", ".pt")
 REG_PATIENT = re.compile(r"^(PIT_\d+_\d+)_\d+$")
 TCGA_PATIENT = re.compile(r"^(TCGA-[A-Z0-9]{2}-[A-Z0-9]{4})")
 
@@ -100,7 +107,7 @@ def _report_record(path: Path, index: int, row: dict[str, Any], features_dir: st
         raise ValueError(f"{path}: holds slide reports; give the folder of feature files with --features_dir")
     record_id = _text(path, index, row, "id")
     slide_id = slide_id_of(record_id)
-    features = [_inside(path, index, Path(features_dir), slide_id + extension) for extension in (".h5", ".pt")]
+    features = [_inside(path, index, Path(features_dir), slide_id + extension) for extension in FEATURE_SUFFIXES]
     chosen = next((file for file in features if file.is_file()), features[0])
     answer = _text(path, index, row, "report", default="").strip()
     question = _text(path, index, row, "question", default="")
@@ -165,17 +172,37 @@ def split_by_patient(records: list[Record], fraction: float, seed: int) -> tuple
 
 
 def with_inputs(records: list[Record]) -> tuple[list[Record], list[str]]:
-    """The records whose inputs and answers exist, and a line for each other record saying what is missing."""
+    """The records whose answers exist and whose inputs open, and a line for each other record saying what is wrong."""
     usable, problems = [], []
-    for record in records:
-        missing = next((path for path in record.inputs if not path.is_file()), None)
-        if missing is not None:
-            problems.append(f"{record.id}: {missing} is missing")
-        elif not record.answer:
-            problems.append(f"{record.id}: its report is empty")
+    for record in tqdm(records, desc="checking records", unit="record", delay=5, leave=False):
+        try:
+            if not record.answer:
+                raise ValueError("its report is empty")
+            for path in record.inputs:
+                check_input(path)
+        except (ValueError, OSError) as error:
+            problems.append(f"{record.id}: {error}")
         else:
             usable.append(record)
     return usable, problems
+
+
+def check_input(path: Path) -> None:
+    """Open a feature file or image without reading it whole.
+
+    Raises:
+        ValueError: it does not open as what its name says.
+        FileNotFoundError: it is missing.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    if path.suffix in FEATURE_SUFFIXES:
+        read_slide_features(path, rows=np.array([0]))
+        return
+    try:
+        Image.open(path).close()
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} does not open as an image") from error
 
 
 def add_data_arguments(parser) -> None:

@@ -188,7 +188,17 @@ def encode_slide(
                 if on_tiles is not None:
                     on_tiles(len(pixels))
         features_ND = torch.cat(features).cpu().numpy()
-    return SlideFeatures(features_ND, coords, mpp, encoder.name, tile_size, grid.tile_width, overlap, min_tissue)
+    return SlideFeatures(
+        features_ND,
+        coords,
+        mpp=mpp,
+        encoder=encoder.name,
+        tile_size=tile_size,
+        patch_size_level0=grid.tile_width,
+        overlap=overlap,
+        min_tissue=min_tissue,
+        encoder_fingerprint=encoder.fingerprint(),
+    )
 
 
 def read_tiles(
@@ -236,6 +246,7 @@ def encode_tiled(
         tile_size=settings.tile_size,
         overlap=settings.overlap,
         min_tissue=settings.min_tissue,
+        encoder_fingerprint=result.encoder_fingerprint,
         patch_size_level0=result.patch_size_level0,
         level0_mpp=planned.level0_mpp,
         level0_width=planned.level0_width,

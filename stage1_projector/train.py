@@ -45,6 +45,7 @@ from slide_reports import (
     RecordBatches,
     ReportDataset,
     add_data_arguments,
+    describe_encoder,
     describe_features,
     make_loader,
     read_training_records,
@@ -100,27 +101,19 @@ def main() -> int:
     llm_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     llm = load_llm(args.llm_name, revision=args.llm_revision, dtype=llm_dtype)
     encoder = load_encoder(args.vision_model_name) if args.image_root else None
-    if encoder is None:
-        input_kind = "features"
-        patch_width, encoder_name, tiling = describe_features(train_records[0].inputs[0])
-    else:
-        input_kind = "images"
-        patch_width, encoder_name, tiling = encoder.patch_width, encoder.name, {}
+    inputs = describe_encoder(encoder) if encoder else describe_features(train_records[0].inputs[0])
     settings = VLMSettings(
         llm_name=args.llm_name,
         llm_revision=args.llm_revision,
         llm_fingerprint=fingerprint(llm),
-        encoder=encoder_name,
-        input_kind=input_kind,
-        patch_width=patch_width,
-        tiling=tiling,
+        **inputs,
         projector=args.projector,
         token_reducer=args.token_reducer,
         num_visual_tokens=args.num_visual_tokens,
         output_rms=text_embedding_rms(llm),
         placeholder_id=choose_placeholder(llm),
         prompt=asdict(Prompt.for_tokenizer(tokenizer)),
-        question=args.question or DEFAULT_QUESTIONS[input_kind],
+        question=args.question or DEFAULT_QUESTIONS[inputs["input_kind"]],
         max_question_tokens=args.max_question_tokens,
         max_answer_tokens=args.max_answer_tokens,
         training=vars(args),
@@ -133,8 +126,8 @@ def main() -> int:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
 
-    train_data = ReportDataset.for_model(model, tokenizer, train_records, seed=args.seed)
-    val_data = ReportDataset.for_model(model, tokenizer, val_records)
+    train_data = ReportDataset.for_model(model, tokenizer, train_records, seed=args.seed, skip_bad_inputs=True)
+    val_data = ReportDataset.for_model(model, tokenizer, val_records, skip_bad_inputs=True)
     train_batches = RecordBatches(
         len(train_data),
         args.batch_size,
@@ -174,12 +167,14 @@ def main() -> int:
 
     # Train
     progress = tqdm(total=num_steps, initial=state.step, unit="step", disable=not accelerator.is_main_process)
+    num_bad = 0
     for epoch in range(state.step // steps_per_epoch, args.num_epochs):
         model.train()
         train_batches.start_at(epoch, first_step=state.step - epoch * steps_per_epoch)
         for micro_batches in windows(train_loader, args.gradient_accumulation_steps):
             result = optimizer_step(accelerator, model, optimizer, micro_batches, args.max_grad_norm)
             state.step += 1
+            num_bad += result.num_bad
             log.step(state.step, state.step / steps_per_epoch, scheduler.get_last_lr()[0], **asdict(result))
             scheduler.step()
             progress.update()
@@ -203,8 +198,8 @@ def main() -> int:
         print(f"{run_dir / 'final_model'}", file=sys.stdout)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return SOME_FAILED if problems else DONE
+    return SOME_FAILED if problems or num_bad else DONE
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, to_go_on="add --resume_from_checkpoint latest to go on")

@@ -138,8 +138,8 @@ def main() -> int:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
 
-    train_data = ReportDataset.for_model(model, tokenizer, train_records, seed=args.seed)
-    val_data = ReportDataset.for_model(model, tokenizer, val_records)
+    train_data = ReportDataset.for_model(model, tokenizer, train_records, seed=args.seed, skip_bad_inputs=True)
+    val_data = ReportDataset.for_model(model, tokenizer, val_records, skip_bad_inputs=True)
     train_batches = RecordBatches(
         len(train_data),
         args.batch_size,
@@ -182,12 +182,14 @@ def main() -> int:
 
     # Train
     progress = tqdm(total=num_steps, initial=state.step, unit="step", disable=not accelerator.is_main_process)
+    num_bad = 0
     for epoch in range(state.step // steps_per_epoch, args.num_epochs):
         model.train()
         train_batches.start_at(epoch, first_step=state.step - epoch * steps_per_epoch)
         for micro_batches in windows(train_loader, args.gradient_accumulation_steps):
             result = optimizer_step(accelerator, model, optimizer, micro_batches, args.max_grad_norm)
             state.step += 1
+            num_bad += result.num_bad
             log.step(state.step, state.step / steps_per_epoch, scheduler.get_last_lr()[0], **asdict(result))
             scheduler.step()
             progress.update()
@@ -214,8 +216,8 @@ def main() -> int:
         print(f"{run_dir / 'final_model'}", file=sys.stdout)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return SOME_FAILED if problems else DONE
+    return SOME_FAILED if problems or num_bad else DONE
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, to_go_on="add --resume_from_checkpoint latest to go on")

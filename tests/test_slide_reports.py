@@ -136,7 +136,7 @@ def test_splits_named_in_the_file_are_kept(tmp_path):
     (tmp_path / "f").mkdir()
     rows = [{"id": f"s{i}", "report": "x", "split": split} for i, split in enumerate(["train", "val", "test"])]
     for i in range(3):
-        (tmp_path / "f" / f"s{i}.h5").touch()
+        write_features(tmp_path / "f" / f"s{i}.h5", 3)
     path = write_json(tmp_path / "r.json", rows)
     train, val, problems = read_training_records(
         path, None, features_dir=tmp_path / "f", image_root=None, val_fraction=0.5, seed=0

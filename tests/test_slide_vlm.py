@@ -166,6 +166,24 @@ def test_composite_checkpoint_loads_its_text_part_whole(tmp_path):
     assert choose_placeholder(llm) == 325
 
 
+def test_composite_gemma3_loads_its_text_part_too(tmp_path):
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
+
+    text = make_llm("gemma3").config.to_dict()
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = Gemma3Config(text_config=text, vision_config=vision.to_dict(), mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    whole = Gemma3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path)
+    llm = load_llm(str(tmp_path))
+    assert type(llm).__name__ == "Gemma3ForCausalLM"
+    ids = torch.randint(3, 300, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(llm(input_ids=ids).logits, whole(input_ids=ids).logits, atol=1e-5, rtol=0)
+
+
 def test_incomplete_checkpoint_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -209,11 +210,25 @@ def test_float16_is_refused_even_from_accelerate_config(corpus, tmp_path):
 def test_missing_features_are_listed_and_the_rest_trains(corpus, tmp_path):
     records = json.loads(corpus.reports.read_text())
     records.append({"id": "PIT_09_00001_01.tiff", "report": "Lung, biopsy"})
+    records.append({"id": "PIT_01_00000_00.tiff", "report": " "})
     (tmp_path / "more.json").write_text(json.dumps(records))
     flags = stage1_flags(corpus, tmp_path / "run")
     flags[flags.index("--train_json") + 1] = tmp_path / "more.json"
     done = run_command(*flags, "--batch_size", 32, "--num_epochs", 1, status=1)
-    assert "1 records left out" in done.stderr and "PIT_09_00001_01" in done.stderr
+    assert "2 records left out" in done.stderr and "PIT_09_00001_01" in done.stderr
+    assert "its report is empty" in done.stderr
+    assert (tmp_path / "run" / "final_model" / "vlm.json").exists()
+
+
+def test_a_picture_that_breaks_while_training_is_left_out(corpus, tmp_path):
+    shutil.copytree(corpus.images, tmp_path / "images")
+    broken = tmp_path / "images" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:900])  # its header still opens
+    flags = [STAGE1, "--train_json", corpus.captions, "--vision_model_name", corpus.encoder, "--llm_name", corpus.llm]
+    flags += ["--image_root", tmp_path / "images", "--val_fraction", 0, "--num_epochs", 2, "--batch_size", 4]
+    done = run_command(*flags, "--output_dir", tmp_path / "run", "--num_workers", 1, status=1)
+    assert "left out of epoch 2: 2.png" in done.stderr
+    assert sum(line.get("records_left_out", 0) for line in log_lines(tmp_path / "run")) == 2
     assert (tmp_path / "run" / "final_model" / "vlm.json").exists()
 
 
