@@ -127,9 +127,16 @@ def test_generate_refuses_in_one_line(model, flags, message):
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
+def heed_interrupts():
+    """A shell starts background jobs with interrupts ignored, and their children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupted_prediction_says_so_and_leaves_with_130(corpus, model, tmp_path):
     flags = predict_flags(corpus, model, tmp_path / "p.json", **{"--batch_size": 1, "--max_new_tokens": 60})
-    process = subprocess.Popen(command(*flags), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(*flags), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
     journal = tmp_path / "p.json.progress" / "process_0.jsonl"
     while process.poll() is None and not (journal.exists() and journal.read_text()):
         time.sleep(0.002)
