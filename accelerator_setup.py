@@ -16,13 +16,24 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration, parse_flag_from_env, set_seed
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors.torch import load_file, save_file
+
+# Processes wait for the slowest of them, which may be writing a large model; torch's default is 10 to 30 minutes.
+LONGEST_WAIT = timedelta(days=30)
+# Flags that may differ when a run is resumed; all others decide what it learns.
+FREE_ON_RESUME = {"output_dir", "resume_from_checkpoint", "overwrite", "save_steps", "keep_checkpoints", "num_workers"}
+FREE_ON_RESUME |= {"wandb_project", "tensorboard", "gradient_checkpointing"}
+# Places that may have moved; what lies there is compared by its content.
+FREE_ON_RESUME |= {"train_json", "val_json", "features_dir", "image_root", "llm_name", "vision_model_name"}
+FREE_ON_RESUME |= {"stage1_projector_path"}
 
 
 def add_run_arguments(parser) -> None:
@@ -39,12 +50,12 @@ def add_run_arguments(parser) -> None:
     group.add_argument(
         "--save_steps", type=int, default=500, help="steps between checkpoints; each epoch's end is one too"
     )
-    group.add_argument("--keep_checkpoints", type=int, default=2, help="newest checkpoints to keep")
+    group.add_argument("--keep_checkpoints", type=PositiveInt, default=2, help="newest checkpoints to keep")
     group.add_argument("--resume_from_checkpoint", default=None, help="`latest` or a checkpoints/step_<n> folder")
     group.add_argument("--overwrite", action="store_true", help="delete the run in --output_dir and start anew")
     group.add_argument(
         "--num_workers",
-        type=int,
+        type=NonNegativeInt,
         default=2,
         help="reader processes per GPU; 0: none",
     )
@@ -55,13 +66,18 @@ def add_run_arguments(parser) -> None:
 def add_optimizer_arguments(parser, *, learning_rate: float, num_epochs: int) -> None:
     """Flags of optimizer and schedule, with a stage's own defaults."""
     group = parser.add_argument_group("Optimization")
-    group.add_argument("--batch_size", type=int, default=8, help="records per process and forward pass")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
-    group.add_argument("--learning_rate", type=float, default=learning_rate, help="peak of the schedule")
-    group.add_argument("--num_epochs", type=int, default=num_epochs, help="passes over the training records")
-    group.add_argument("--weight_decay", type=float, default=0.0, help="of AdamW; never on biases and norms")
+    group.add_argument("--batch_size", type=PositiveInt, default=8, help="records per process and forward pass")
     group.add_argument(
-        "--warmup_ratio", type=float, default=0.03, help="share of all steps in which the learning rate rises"
+        "--gradient_accumulation_steps", type=PositiveInt, default=1, help="forward passes per optimizer step"
+    )
+    group.add_argument("--learning_rate", type=PositiveFloat, default=learning_rate, help="peak of the schedule")
+    group.add_argument("--num_epochs", type=PositiveInt, default=num_epochs, help="passes over the training records")
+    group.add_argument("--weight_decay", type=NonNegativeFloat, default=0.0, help="of AdamW; never on biases and norms")
+    group.add_argument(
+        "--warmup_ratio",
+        type=ClosedUnitInterval,
+        default=0.03,
+        help="share of steps in which the learning rate rises",
     )
     group.add_argument(
         "--lr_scheduler_type",
@@ -69,7 +85,7 @@ def add_optimizer_arguments(parser, *, learning_rate: float, num_epochs: int) ->
         default="cosine",
         help="after the warm-up",
     )
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this global norm")
+    group.add_argument("--max_grad_norm", type=PositiveFloat, default=1.0, help="global norm to clip gradients to")
     group.add_argument(
         "--gradient_checkpointing",
         action="store_true",
@@ -91,32 +107,31 @@ def make_accelerator(
     output_dir: str | Path,
     seed: int,
     mixed_precision: str | None = None,
-    wandb_project: str | None = None,
+    wandb: bool = False,
     tensorboard: bool = False,
     find_unused_parameters: bool = False,
-    config: dict[str, Any] | None = None,
 ) -> Accelerator:
-    """Accelerator with seeds set and trackers started. Collective: call on every rank.
+    """Accelerator with seeds set and trackers named; :class:`run_log.RunLog` starts them. Collective: every rank.
 
     Raises:
         ValueError: float16, from the flag or from accelerate's own configuration.
     """
-    trackers = [*(["wandb"] if wandb_project else []), *(["tensorboard"] if tensorboard else [])]
+    trackers = [*(["wandb"] if wandb else []), *(["tensorboard"] if tensorboard else [])]
     accelerator = Accelerator(
         cpu=runs_on_cpu(),
         mixed_precision=mixed_precision,
         log_with=trackers or None,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(Path(output_dir) / "tensorboard")),
         dataloader_config=DataLoaderConfiguration(even_batches=False),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
+            InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+        ],
         step_scheduler_with_optimizer=False,
     )
     if accelerator.mixed_precision == "fp16":
         raise ValueError("fp16 overflows in Gemma-3n; choose bf16 or no in --mixed_precision or in `accelerate config`")
     set_seed(seed)
-    if trackers:
-        flat = {key: value for key, value in (config or {}).items() if isinstance(value, int | float | str | bool)}
-        accelerator.init_trackers(wandb_project or "slidescribe", config=flat)
     return accelerator
 
 
@@ -152,17 +167,14 @@ def windows(batches: Iterable, size: int) -> Iterator[list]:
 class RunState:
     """What a run has reached. One counter, optimizer steps; the epoch and the place in it derive from it."""
 
-    def __init__(self):
-        self.step = 0
-        self.best_loss = float("inf")
+    def __init__(self, step: int = 0, best_loss: float = float("inf")):
+        self.step = step
+        self.best_loss = best_loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """For checkpoints."""
-        return {"step": self.step, "best_loss": self.best_loss}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
-        self.step, self.best_loss = state["step"], state["best_loss"]
+def run_identity(flags: dict[str, Any], **content: Any) -> dict[str, Any]:
+    """What must be the same for a run to be resumed: the flags that decide what it learns, and other content."""
+    return {name: value for name, value in flags.items() if name not in FREE_ON_RESUME} | content
 
 
 # Checkpoints
@@ -180,13 +192,11 @@ def checkpoint_trainable_only(accelerator: Accelerator) -> None:
     def load(models, folder):
         model = _only(accelerator, models)
         models.clear()  # tells accelerate that the weights are loaded
-        saved = load_file(Path(folder) / "trainable.safetensors")
-        own = model.learned_state()
-        if saved.keys() != own.keys():
-            different = sorted(saved.keys() ^ own.keys())
-            raise ValueError(
-                f"{folder}: other weights learned then ({different[0]}); resume with the flags of that run"
-            )
+        saved, own = load_file(Path(folder) / "trainable.safetensors"), model.learned_state()
+        shapes, own_shapes = ({name: value.shape for name, value in state.items()} for state in (saved, own))
+        if shapes != own_shapes:
+            different = next(name for name in shapes | own_shapes if shapes.get(name) != own_shapes.get(name))
+            raise ValueError(f"{folder}: other weights learned then ({different}); resume with the flags of that run")
         for name, value in own.items():
             value.copy_(saved[name])
 
@@ -199,7 +209,9 @@ def _only(accelerator: Accelerator, models: list) -> torch.nn.Module:
     return accelerator.unwrap_model(model)
 
 
-def save_checkpoint(accelerator: Accelerator, run_dir: Path, state: "RunState", scheduler: Any, keep: int) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, run_dir: Path, state: RunState, scheduler: Any, identity: dict[str, Any], keep: int
+) -> None:
     """Write ``checkpoints/step_<n>``, whole or not at all, and delete all but the newest. Collective: every rank.
 
     Every rank writes its random state into a temporary folder, which gets its name when all have finished. Run state
@@ -213,7 +225,7 @@ def save_checkpoint(accelerator: Accelerator, run_dir: Path, state: "RunState", 
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        progress = {"run": state.state_dict(), "scheduler": scheduler.state_dict()}
+        progress = {"run": vars(state), "scheduler": scheduler.state_dict(), "identity": identity}
         (temporary / "progress.json").write_text(json.dumps(progress))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
@@ -244,16 +256,30 @@ def checkpoint_to_resume(run_dir: Path, choice: str | None) -> Path | None:
     return folder
 
 
-def read_run_state(folder: Path | None) -> "RunState":
+def read_run_state(folder: Path | None) -> RunState:
     """The run state of a checkpoint, or that of a run at its beginning."""
-    state = RunState()
-    if folder is not None:
-        state.load_state_dict(json.loads((folder / "progress.json").read_text())["run"])
-    return state
+    return RunState() if folder is None else RunState(**_read_progress(folder)["run"])
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path, scheduler: Any) -> None:
+def check_identity(folder: Path | None, identity: dict[str, Any]) -> None:
+    """Refuse to go on from a checkpoint of a run that learns something else.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    if folder is None:
+        return
+    had = _read_progress(folder)["identity"]
+    different = [name for name in had | identity if had.get(name) != json.loads(json.dumps(identity.get(name)))]
+    if different:
+        was = ", ".join(f"{name} was {had.get(name)!r} and is {identity.get(name)!r}" for name in different[:3])
+        raise ValueError(f"{folder} is of another run: {was}; resume with what it began with, or begin anew")
+
+
+def load_checkpoint(accelerator: Accelerator, run_dir: Path, folder: Path, scheduler: Any) -> None:
     """Load weights, optimizer, schedule and random states of a checkpoint. Collective: call on every rank.
+
+    Later checkpoints of the run are deleted: it goes on from here.
 
     Raises:
         ValueError: it is of a run with other trainable weights, or of another number of processes.
@@ -264,7 +290,17 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, scheduler: Any) -> N
             f"{folder}: was written by {written_by} processes, this one has {accelerator.num_processes}; use as many"
         )
     accelerator.load_state(str(folder))
-    scheduler.load_state_dict(json.loads((folder / "progress.json").read_text())["scheduler"])
+    progress = _read_progress(folder)
+    scheduler.load_state_dict(progress["scheduler"])
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for later in checkpoints(run_dir):
+            if int(later.name.removeprefix("step_")) > progress["run"]["step"]:
+                shutil.rmtree(later)
+
+
+def _read_progress(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "progress.json").read_text())
 
 
 def prepare_run_dir(accelerator: Accelerator, run_dir: Path, *, overwrite: bool, resuming: bool) -> None:

@@ -7,9 +7,9 @@ file); 130 interrupted. Set ``SLIDESCRIBE_TRACEBACK=1`` to see the traceback beh
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 DONE = 0
 SOME_FAILED = 1
@@ -29,8 +29,17 @@ def make_parser(description: str | None) -> ArgumentParser:
     return parser
 
 
+def flags_of(args: Namespace) -> dict[str, Any]:
+    """The flags as plain values that JSON can hold, without ``--config``, whose content they are."""
+    plain = (bool, int, float, str, list, type(None))
+    values = {name: value for name, value in vars(args).items() if name != "config"}
+    return {name: value if isinstance(value, plain) else str(value) for name, value in values.items()}
+
+
 def run(main: Callable[[], int], *, to_go_on: str = "the same command goes on where this one stopped") -> NoReturn:
-    """Run ``main`` and leave with its exit status, turning refusals (ValueError, OSError) into one line on stderr.
+    """Run ``main`` and leave with its exit status, turning refusals into one line on stderr.
+
+    Refusals are ValueError, OSError and ArithmeticError (a loss that is not finite).
 
     ``to_go_on`` is what an interrupted user is told.
     """
@@ -39,7 +48,7 @@ def run(main: Callable[[], int], *, to_go_on: str = "the same command goes on wh
     except KeyboardInterrupt:
         print(f"interrupted; {to_go_on}", file=sys.stderr)
         status = INTERRUPTED
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         if os.environ.get("SLIDESCRIBE_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ Shapes: H language model width, V vocabulary.
 
 import hashlib
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 def llm_width(llm: PreTrainedModel) -> int:
     """H, the width of the token embeddings."""
     return llm.get_input_embeddings().weight.shape[1]
+
+
+def absolute_if_folder(name: str) -> str:
+    """A folder's absolute path, so that a result finds it from anywhere; a hub name as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def load_llm(

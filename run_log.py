@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -15,12 +16,18 @@ from accelerate import Accelerator
 class RunLog:
     """``log.jsonl``, ``curves.png`` and the trackers of a run; writes on the main process only."""
 
-    def __init__(self, accelerator: Accelerator, run_dir: Path, first_step: int):
-        """Open the log; lines after ``first_step`` are of a run that was interrupted later than its checkpoint."""
+    def __init__(self, accelerator: Accelerator, run_dir: Path, first_step: int, project: str, flags: dict[str, Any]):
+        """Open the log and start the trackers, if any, under ``project``.
+
+        Lines after ``first_step`` are of a run that was interrupted later than its checkpoint, and are dropped.
+        """
         self.accelerator = accelerator
         self.run_dir = run_dir
         self.path = run_dir / "log.jsonl"
         self.clock = time.perf_counter()
+        accelerator.init_trackers(
+            project, config={k: v for k, v in flags.items() if not isinstance(v, list | NoneType)}
+        )
         if accelerator.is_main_process:
             kept = [line for line in read_log(self.path) if line["step"] <= first_step]
             temporary = self.path.with_name("log.jsonl.writing")

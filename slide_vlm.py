@@ -93,7 +93,7 @@ class SlideVLM(nn.Module):
     A batch is a dictionary: ``input_ids``, ``attention_mask`` and optionally ``labels`` (B, T) int64 with one
     :data:`IMAGE_MARKER` per sample, and either ``patch_tokens`` (B, N, E) with ``coords`` (B, N, 2) int64 and
     ``patch_mask`` (B, N) bool, or ``pixel_values`` (B, M, 3, height, width) with ``image_mask`` (B, M) bool for the
-    encoder, M images a sample.
+    encoder, M images a sample; ``chosen_patches`` (B, N) int64, padded with -1, keeps some of their patch tokens.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class SlideVLM(nn.Module):
         """Negative log-likelihood of each supervised token, (S,) float32; S may be 0."""
         inputs = self.embed(batch)
         decoder = self.base_llm.get_decoder()
-        hidden = decoder(**inputs["conditioning"], **_positions(inputs["attention_mask"]), use_cache=False)
+        hidden = decoder(**inputs["conditioning"], **position_arguments(inputs["attention_mask"]), use_cache=False)
         targets = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)  # position t predicts token t + 1
         supervised = targets != IGNORED_LABEL
         return self._answer_nll(hidden.last_hidden_state[supervised], targets[supervised])
@@ -136,6 +136,10 @@ class SlideVLM(nn.Module):
         """Visual tokens (B, K, H) in the projector's dtype and their mask (B, K), real tokens first."""
         if "pixel_values" in batch:
             patch_tokens, coords, patch_mask = self._encode_images(batch["pixel_values"], batch["image_mask"])
+            if "chosen_patches" in batch:
+                rows = batch["chosen_patches"].clamp(min=0).unsqueeze(-1)
+                patch_tokens = patch_tokens.gather(1, rows.expand(-1, -1, patch_tokens.shape[-1]))
+                coords, patch_mask = coords.gather(1, rows.expand(-1, -1, 2)), batch["chosen_patches"] >= 0
         else:
             patch_tokens, coords, patch_mask = batch["patch_tokens"], batch["coords"], batch["patch_mask"]
         weight = next(self.projector.parameters())
@@ -340,7 +344,8 @@ def expand_image_markers(batch: dict[str, Tensor], counts: Tensor, padding_side:
     return expanded
 
 
-def _positions(attention_mask: Tensor) -> dict[str, Tensor]:
+def position_arguments(attention_mask: Tensor) -> dict[str, Tensor]:
+    """Attention mask and positions (B, L) of the decoder; padding does not count, on whichever side it is."""
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     return {"attention_mask": attention_mask, "position_ids": position_ids}
 
@@ -405,7 +410,12 @@ def check_fingerprint(llm: PreTrainedModel, settings: VLMSettings) -> None:
 
 
 def check_encoder(encoder: ImageEncoder, settings: VLMSettings) -> None:
-    """Raise ValueError unless ``encoder`` has the weights that the model was trained with."""
+    """Raise ValueError unless ``encoder`` is, as far as is known, the one that the model was trained with."""
+    if encoder.width != settings.patch_width and settings.input_kind == "features":
+        raise ValueError(
+            f"{encoder.name}: its patch tokens are {encoder.width} wide, the model takes {settings.patch_width}; "
+            "give the right image encoder with --vision_model_name"
+        )
     if settings.encoder_fingerprint and encoder.fingerprint() != settings.encoder_fingerprint:
         raise ValueError(
             f"{encoder.name}: its weights are not those that this model was trained with; "

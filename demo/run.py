@@ -36,6 +36,8 @@ def main() -> int:
     args = parse_arguments()
     began = time.monotonic()
     out = Path(args.output_dir)
+    if out.exists() and any(out.iterdir()) and not (out / "make_slides.json").exists():
+        raise ValueError(f"--output_dir {out} holds something that is not a demo; name an empty folder")
     shutil.rmtree(out, ignore_errors=True)
     train_json, test_json, features = out / "train.json", out / "test.json", out / "stage0" / "features"
     seed = ["--seed", args.seed]

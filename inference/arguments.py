@@ -1,11 +1,13 @@
 """Flags that generate.py and predict.py share. Imports nothing heavy, so that a wrong flag is refused at once."""
 
+from jsonargparse.typing import PositiveInt
+
 
 def add_decoding_arguments(parser) -> None:
     """Flags of decoding and of where the model runs, the same for one slide and for many."""
     group = parser.add_argument_group("Decoding")
-    group.add_argument("--num_beams", type=int, default=3, help="beams of the search; 1 is greedy")
-    group.add_argument("--max_new_tokens", type=int, default=256, help="longest report in tokens")
+    group.add_argument("--num_beams", type=PositiveInt, default=3, help="beams of the search; 1 is greedy")
+    group.add_argument("--max_new_tokens", type=PositiveInt, default=256, help="longest report in tokens")
     group.add_argument("--length_penalty", type=float, default=1.0, help="above 0 favours longer reports")
     group = parser.add_argument_group("Where it runs")
     group.add_argument("--device", default=None, help="cuda, cuda:1, cpu, …; default: a GPU where there is one")

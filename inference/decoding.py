@@ -5,14 +5,16 @@ beam. So all but the last prompt token are read here once, through :meth:`SlideV
 the beams.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from slide_reports import Prompt, collate
-from slide_vlm import SlideVLM, load_vlm
+from slide_vlm import SlideVLM, load_vlm, position_arguments
 
 
 @dataclass(frozen=True)
@@ -50,33 +52,43 @@ def generate_answers(
     input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
     cache = _read_prompt(model, inputs["conditioning"], attention_mask)
     cache.batch_repeat_interleave(num_beams)
-    output = model.llm.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        past_key_values=cache,
-        num_beams=num_beams,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        length_penalty=length_penalty,
-        eos_token_id=stop_ids,
-        pad_token_id=stop_ids[0],
-        return_dict_in_generate=True,
-        output_scores=num_beams > 1,
-    )
+    with _own_settings_aside(model.base_llm):
+        output = model.base_llm.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            num_beams=num_beams,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            length_penalty=length_penalty,
+            eos_token_id=stop_ids,
+            pad_token_id=stop_ids[0],
+            return_dict_in_generate=True,
+            output_scores=num_beams > 1,
+        )
     answers = output.sequences[:, input_ids.shape[1] :].tolist()
     scores = output.sequences_scores.tolist() if num_beams > 1 else [None] * len(answers)
     return [Decoded(_until(answer, stop_ids), score) for answer, score in zip(answers, scores, strict=True)]
+
+
+@contextmanager
+def _own_settings_aside(llm: PreTrainedModel) -> Iterator[None]:
+    """Set aside what a checkpoint ships as its generation settings: a repetition penalty, say, sees the prompt too."""
+    own, llm.generation_config = llm.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        llm.generation_config = own
 
 
 def _read_prompt(model: SlideVLM, conditioning: dict[str, Tensor], attention_mask: Tensor) -> DynamicCache:
     """Cache of all prompt positions but the last, which ``generate`` reads itself to predict the first token."""
     cache = DynamicCache(config=model.base_llm.config.get_text_config())
     length = attention_mask.shape[1] - 1
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    positions = position_arguments(attention_mask)
     model.base_llm.get_decoder()(
         **{name: value[:, :length] for name, value in conditioning.items()},
-        attention_mask=attention_mask[:, :length],
-        position_ids=position_ids[:, :length],
+        **{name: value[:, :length] for name, value in positions.items()},
         past_key_values=cache,
         use_cache=True,
     )

@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from jsonargparse.typing import PositiveFloat, PositiveInt
+
 from command_line import DONE, make_parser, run
 from inference.arguments import add_decoding_arguments
 
@@ -27,8 +29,10 @@ def parse_arguments():
     group.add_argument(
         "--assume_mpp", type=float, default=None, help="um/px of a slide that states none or a wrong one"
     )
-    group.add_argument("--tile_batch_size", type=int, default=64, help="tiles per forward pass of the encoder")
-    group.add_argument("--num_workers", type=int, default=4, help="threads that read tiles")
+    group.add_argument("--tile_size", type=PositiveInt, default=None, help="pixels; default: as in training")
+    group.add_argument("--mpp", type=PositiveFloat, default=None, help="um/px of tiles; default: as in training")
+    group.add_argument("--tile_batch_size", type=PositiveInt, default=64, help="tiles per forward pass of the encoder")
+    group.add_argument("--num_workers", type=PositiveInt, default=4, help="threads that read tiles")
     group.add_argument("--json", action="store_true", help="print a JSON object with question, beam score, seconds, …")
     add_decoding_arguments(parser)
     args = parser.parse_args()
@@ -42,7 +46,7 @@ def main() -> int:
 
     from inference.decoding import answer_samples, open_model
     from slide_reports import Prompt
-    from slide_vlm import VLMSettings
+    from slide_vlm import IGNORED_LABEL, VLMSettings
 
     began = time.perf_counter()
     settings = VLMSettings.read(args.model)
@@ -51,7 +55,7 @@ def main() -> int:
     question = args.question or settings.question
     prompt_ids = Prompt(**settings.prompt).question_ids(tokenizer, question, settings.max_question_tokens)
     case = read_case_of(args, model)
-    sample = {"input_ids": prompt_ids, "labels": [-100] * len(prompt_ids), **case}
+    sample = {"input_ids": prompt_ids, "labels": [IGNORED_LABEL] * len(prompt_ids), **case}
     decoding = {name: getattr(args, name) for name in ("num_beams", "max_new_tokens", "length_penalty")}
     ((report, score),) = answer_samples(model, tokenizer, [sample], **decoding)
     if args.json:
@@ -84,26 +88,31 @@ def read_case_of(args, model) -> dict:
     """Patch tokens with coordinates, or pixels, of what the flags name."""
     import torch
 
-    from slide_reports import case_of_slide, patch_budget, read_case, read_image
+    from slide_reports import case_of_slide, making_of, patch_budget, read_case, read_image
 
     if args.image:
         return {"pixel_values": torch.stack([read_image(Path(path), model.encoder.transform) for path in args.image])}
     settings = model.settings
     if args.features:
-        return read_case((Path(args.features),), patch_budget(settings), patch_width=settings.patch_width)
+        return read_case((Path(args.features),), patch_budget(settings), expected=making_of(settings))
 
     from encoders import load_encoder
     from slide_vlm import check_encoder
     from stage0_tiling.encode import encode_slide
 
-    if settings.encoder is None:
-        raise ValueError(f"{args.model} does not say which encoder its slides took; name it with --vision_model_name")
-    encoder = load_encoder(args.vision_model_name or settings.encoder).to(model.device)
+    name = args.vision_model_name or settings.encoder
+    tiling = settings.tiling | {k: getattr(args, k) for k in ("tile_size", "mpp") if getattr(args, k) is not None}
+    if name is None or not {"tile_size", "mpp"} <= tiling.keys():
+        raise ValueError(
+            f"{args.model} does not say how its slides were tiled and encoded (their feature files did not); say it "
+            "with --vision_model_name, --tile_size and --mpp"
+        )
+    encoder = load_encoder(name).to(model.device)
     check_encoder(encoder, settings)
     slide = encode_slide(
         args.slide,
         encoder,
-        **settings.tiling,
+        **tiling,
         assume_mpp=args.assume_mpp,
         batch_size=args.tile_batch_size,
         num_workers=args.num_workers,

@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import TextIO
 
 from accelerate import PartialState
+from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from accelerator_setup import runs_on_cpu
-from command_line import DONE, SOME_FAILED, make_parser, run
+from accelerator_setup import LONGEST_WAIT, runs_on_cpu
+from command_line import DONE, SOME_FAILED, flags_of, make_parser, run
 from inference.arguments import add_decoding_arguments
 from inference.decoding import answer_samples, open_model
 from slide_features import atomic_path
 from slide_reports import Record, ReportDataset, SampleKey, read_records
+from slide_vlm import VLMSettings
 
 
 def parse_arguments():
@@ -36,7 +38,7 @@ def parse_arguments():
     group.add_argument("--image_root", default=None, help="folder that `image` in the records is relative to")
     group.add_argument("--output", required=True, help="JSON file to write: [{id, report}]")
     group.add_argument("--details", action="store_true", help="add question, beam score and seconds to each record")
-    group.add_argument("--batch_size", type=int, default=4, help="records decoded together, per process")
+    group.add_argument("--batch_size", type=PositiveInt, default=4, help="records decoded together, per process")
     group.add_argument("--overwrite", action="store_true", help="answer every record anew")
     add_decoding_arguments(parser)
     return parser.parse_args()
@@ -44,7 +46,7 @@ def parse_arguments():
 
 def main() -> int:
     args = parse_arguments()
-    state = PartialState(cpu=args.device == "cpu" or runs_on_cpu())
+    state = PartialState(cpu=args.device == "cpu" or runs_on_cpu(), timeout=LONGEST_WAIT)
     output = Path(args.output)
     records = read_records(args.test_json, features_dir=args.features_dir, image_root=args.image_root)
     if any(record.split == "test" for record in records):
@@ -123,13 +125,17 @@ def answer_batch(model, tokenizer, dataset, positions, decoding) -> tuple[dict[i
 
 def run_description(args) -> dict:
     """What decides the answers; progress made under another description is not continued."""
-    names = ("model", "test_json", "num_beams", "max_new_tokens", "length_penalty", "dtype", "llm_name")
-    described = {name: getattr(args, name) for name in names}
-    for name, path in (("vlm_sha256", Path(args.model) / "vlm.json"), ("test_json_sha256", Path(args.test_json))):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: not found; give --model the final_model folder of stage 1 or 2")
-        described[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return described
+    free = {"output", "details", "batch_size", "overwrite", "device"}
+    described = {name: value for name, value in flags_of(args).items() if name not in free}
+    VLMSettings.read(args.model)
+    files = [Path(args.test_json), *sorted(path for path in Path(args.model).rglob("*") if path.is_file())]
+    return described | {"sha256": {str(path): hash_of(path) for path in files}}
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file, also of one of many gigabytes, in constant memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def run_file(output: Path) -> Path:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from encoders import ImageEncoder
 from slide_features import SlideFeatures, choose_patches, raster_order, read_slide_features, read_slide_positions
 from slide_reports.prompt import Prompt
-from slide_reports.records import Record
+from slide_reports.records import Record, check_making
 from slide_vlm import IGNORED_LABEL, SlideVLM, VLMSettings
 
 MAX_PATCHES = 16384  # read of one slide when a reducer other than `none` follows; 50 MB at width 1536
@@ -41,7 +41,8 @@ class ReportDataset(Dataset):
         num_patches: patch tokens read of a case at most.
         seed: of the random choice of patches; None chooses them evenly spaced, as in evaluation.
         image_transform: ``PIL.Image -> (3, height, width)`` tensor where inputs are images, else None.
-        patch_width: width that patch tokens must have.
+        expected: how feature files must have been made, as :func:`making_of` says it of the model's.
+        patches_per_image: patch tokens that the encoder gives of an image; None where that is unknown.
         skip_bad_inputs: put a filler in the place of a record whose input cannot be read, and say so; else raise.
     """
 
@@ -54,7 +55,8 @@ class ReportDataset(Dataset):
     max_answer_tokens: int = 512
     seed: int | None = None
     image_transform: Any = None
-    patch_width: int | None = None
+    expected: dict[str, Any] | None = None
+    patches_per_image: int | None = None
     skip_bad_inputs: bool = False
 
     @classmethod
@@ -69,6 +71,7 @@ class ReportDataset(Dataset):
     ) -> "ReportDataset":
         """Dataset that prepares records as the model's settings say."""
         settings = model.settings
+        has_grid = model.encoder is not None and model.encoder.patch_grid is not None
         return cls(
             records,
             tokenizer,
@@ -79,7 +82,8 @@ class ReportDataset(Dataset):
             max_answer_tokens=settings.max_answer_tokens,
             seed=seed,
             image_transform=model.encoder.transform if model.encoder is not None else None,
-            patch_width=settings.patch_width,
+            expected=making_of(settings),
+            patches_per_image=math.prod(model.encoder.patch_grid) if has_grid else None,
             skip_bad_inputs=skip_bad_inputs,
         )
 
@@ -111,12 +115,22 @@ class ReportDataset(Dataset):
         return {"input_ids": question + answer, "labels": [IGNORED_LABEL] * len(question) + targets}
 
     def _inputs(self, record: Record, epoch: int) -> dict[str, Any]:
-        if self.image_transform is not None:
-            return {"pixel_values": torch.stack([read_image(path, self.image_transform) for path in record.inputs])}
         rng = None
         if self.seed is not None:
             rng = np.random.default_rng([self.seed, epoch, zlib.crc32(record.id.encode())])
-        return read_case(record.inputs, self.num_patches, rng, self.patch_width)
+        if self.image_transform is None:
+            return read_case(record.inputs, self.num_patches, rng, self.expected)
+        inputs = {"pixel_values": torch.stack([read_image(path, self.image_transform) for path in record.inputs])}
+        if self.patches_per_image:
+            total = self.patches_per_image * len(record.inputs)
+            inputs["chosen_patches"] = torch.from_numpy(choose_patches(total, self.num_patches, rng))
+        return inputs
+
+
+def making_of(settings: VLMSettings) -> dict[str, Any]:
+    """How the feature files of a model must have been made, as far as its settings know."""
+    names = ("patch_width", "encoder", "encoder_fingerprint")
+    return {name: getattr(settings, name) for name in names} | {k: settings.tiling.get(k) for k in ("tile_size", "mpp")}
 
 
 def patch_budget(settings: VLMSettings) -> int:
@@ -125,27 +139,25 @@ def patch_budget(settings: VLMSettings) -> int:
 
 
 def read_case(
-    paths: tuple[Path, ...], num_patches: int, rng: np.random.Generator | None = None, patch_width: int | None = None
+    paths: tuple[Path, ...],
+    num_patches: int,
+    rng: np.random.Generator | None = None,
+    expected: dict[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Patch tokens of a case's slides, side by side, in raster order: ``patch_tokens`` (N, E), ``coords`` (N, 2) int64.
 
     The budget is shared equally by the slides; ``rng`` chooses patches at random, None evenly spaced.
 
     Raises:
-        ValueError: a slide without patches, or of another width than ``patch_width``.
+        ValueError: a slide without patches, or made otherwise than ``expected``.
     """
     tokens, coords, offset = [], [], 0
     for path in paths:
-        positions = read_slide_positions(path)
-        if not len(positions):
-            raise ValueError(f"{path}: holds no patch token; leave this slide out")
-        order = raster_order(positions)
+        order = raster_order(read_slide_positions(path))
         chosen = order[choose_patches(len(order), max(1, num_patches // len(paths)), rng)]
         by_row = np.argsort(chosen, kind="stable")  # files are read in rising row order, and put in raster order after
         part = read_slide_features(path, rows=chosen[by_row])
-        if patch_width is not None and part.features.shape[1] != patch_width:
-            found = part.features.shape[1]
-            raise ValueError(f"{path}: patch tokens are {found} wide, the model takes {patch_width}; encode it again")
+        check_making(path, part, expected or {})
         back = np.argsort(by_row, kind="stable")
         tokens.append(part.features[back])
         coords.append(part.coords[back] + [offset, 0])
@@ -166,17 +178,9 @@ def case_of_slide(slide: SlideFeatures, num_patches: int) -> dict[str, Tensor]:
     }
 
 
-def describe_features(path: Path) -> dict[str, Any]:
-    """What ``vlm.json`` keeps of how a feature file was made, so that inference tiles and encodes alike."""
-    first = read_slide_features(path, rows=np.array([0]))
-    tiling = {name: getattr(first, name) for name in ("tile_size", "mpp", "overlap", "min_tissue")}
-    return {
-        "input_kind": "features",
-        "patch_width": first.features.shape[1],
-        "encoder": first.encoder,
-        "encoder_fingerprint": first.encoder_fingerprint,
-        "tiling": {key: value for key, value in tiling.items() if value is not None},
-    }
+def default_num_visual_tokens(encoder: ImageEncoder | None) -> int:
+    """All patch tokens of an image; 256 of a slide."""
+    return math.prod(encoder.patch_grid) if encoder is not None and encoder.patch_grid else 256
 
 
 def describe_encoder(encoder: ImageEncoder) -> dict[str, Any]:
@@ -275,6 +279,9 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         images = [sample["pixel_values"] for sample in samples]
         batch["pixel_values"] = pad(images, batch_first=True)
         batch["image_mask"] = pad([torch.ones(len(row), dtype=torch.bool) for row in images], batch_first=True)
+        if "chosen_patches" in samples[0]:
+            chosen = [sample["chosen_patches"] for sample in samples]
+            batch["chosen_patches"] = pad(chosen, batch_first=True, padding_value=-1)
         return batch
     for name in ("patch_tokens", "coords"):
         batch[name] = pad([sample[name] for sample in samples], batch_first=True)

@@ -55,7 +55,10 @@ class Prompt:
         end = tokenizer(self.after_answer, add_special_tokens=False)["input_ids"][:1]
         configured = llm.generation_config.eos_token_id
         configured = configured if isinstance(configured, list) else [configured]
-        return sorted({i for i in [*end, *configured, tokenizer.eos_token_id] if i is not None})
+        stops = sorted({i for i in [*end, *configured, tokenizer.eos_token_id] if i is not None})
+        if not stops:
+            raise ValueError("neither tokenizer nor LLM names a token that ends a text; set the tokenizer's eos_token")
+        return stops
 
 
 def _escape(text: str) -> str:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jsonargparse.typing import PositiveInt
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from slide_features import read_slide_features
+from slide_features import SlideFeatures, read_slide_features
 
 FEATURE_SUFFIXES = (".h5", ".pt")
 REG_PATIENT = re.compile(r"^(PIT_\d+_\d+)_\d+$")
@@ -107,8 +108,9 @@ def _report_record(path: Path, index: int, row: dict[str, Any], features_dir: st
         raise ValueError(f"{path}: holds slide reports; give the folder of feature files with --features_dir")
     record_id = _text(path, index, row, "id")
     slide_id = slide_id_of(record_id)
-    features = [_inside(path, index, Path(features_dir), slide_id + extension) for extension in FEATURE_SUFFIXES]
-    chosen = next((file for file in features if file.is_file()), features[0])
+    names = dict.fromkeys([slide_id, Path(record_id).stem, record_id])
+    files = [_inside(path, index, Path(features_dir), name + suffix) for name in names for suffix in FEATURE_SUFFIXES]
+    chosen = next((file for file in files if file.is_file()), files[0])
     answer = _text(path, index, row, "report", default="").strip()
     question = _text(path, index, row, "question", default="")
     return Record(
@@ -139,14 +141,17 @@ def _inside(path: Path, index: int, root: Path, name: str) -> Path:
     """``root / name``, refused when it lies outside ``root``, also through links."""
     candidate = root / name
     if "\0" in name or not candidate.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"{path}: record {index} names {name[:80]!r}, which lies outside {root}; use a path below it")
+        raise ValueError(
+            f"{path}: record {index} names {name[:80]!r}, which lies outside {root} (links are followed); "
+            "name the folder that really holds it"
+        )
     return candidate
 
 
 def slide_id_of(name: str) -> str:
     """The file name of a slide without its last extension, where it has one that is not part of the identifier."""
     stem, dot, extension = name.rpartition(".")
-    return stem if dot and stem and re.fullmatch(r"[A-Za-z][A-Za-z0-9]{1,4}", extension) else name
+    return stem if dot and stem and re.fullmatch(r"[A-Za-z][A-Za-z0-9]{1,6}", extension) else name
 
 
 def patient_of(slide_id: str) -> str:
@@ -171,38 +176,86 @@ def split_by_patient(records: list[Record], fraction: float, seed: int) -> tuple
     return [r for r in records if r.group not in held_out], [r for r in records if r.group in held_out]
 
 
-def with_inputs(records: list[Record]) -> tuple[list[Record], list[str]]:
-    """The records whose answers exist and whose inputs open, and a line for each other record saying what is wrong."""
+def records_digest(records: list[Record]) -> str:
+    """SHA-256 of ids, questions and answers, in order: tells a changed annotation file."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update("\0".join((record.id, record.question, record.answer, "")).encode())
+    return digest.hexdigest()
+
+
+def with_inputs(records: list[Record], expected: dict[str, Any] | None = None) -> tuple[list[Record], list[str]]:
+    """The records whose answers exist and whose inputs open, and a line for each other record saying what is wrong.
+
+    Feature files must be made as ``expected`` says, or else as that of the first good record.
+    """
     usable, problems = [], []
     for record in tqdm(records, desc="checking records", unit="record", delay=5, leave=False):
         try:
             if not record.answer:
                 raise ValueError("its report is empty")
-            for path in record.inputs:
-                check_input(path)
+            makings = [check_input(path, expected or {}) for path in record.inputs]
         except (ValueError, OSError) as error:
             problems.append(f"{record.id}: {error}")
         else:
+            expected = expected or makings[0]
             usable.append(record)
     return usable, problems
 
 
-def check_input(path: Path) -> None:
-    """Open a feature file or image without reading it whole.
+def check_input(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """Open a feature file or image without reading it whole; of a feature file, return how it was made.
 
     Raises:
-        ValueError: it does not open as what its name says.
+        ValueError: it does not open as what its name says, or was made otherwise than ``expected``.
         FileNotFoundError: it is missing.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     if path.suffix in FEATURE_SUFFIXES:
-        read_slide_features(path, rows=np.array([0]))
-        return
+        slide = read_slide_features(path, rows=np.array([0]))
+        check_making(path, slide, expected)
+        return making_of_slide(slide)
     try:
         Image.open(path).close()
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} does not open as an image") from error
+    return {}
+
+
+def making_of_slide(slide: SlideFeatures) -> dict[str, Any]:
+    """How a feature file was made, as far as it says."""
+    names = ("encoder", "encoder_fingerprint", "tile_size", "mpp")
+    return {"patch_width": slide.features.shape[1]} | {name: getattr(slide, name) for name in names}
+
+
+def check_making(path: Path, slide: SlideFeatures, expected: dict[str, Any]) -> None:
+    """Refuse patch tokens of another width, encoder, tile size or resolution than the others'.
+
+    Raises:
+        ValueError: names both values. What one side does not say is not compared, nor are the names of two encoders
+            with fingerprints: a folder may have moved.
+    """
+    found = making_of_slide(slide)
+    if found["encoder_fingerprint"] and expected.get("encoder_fingerprint"):
+        found["encoder"] = None
+    for name, value in found.items():
+        wanted = expected.get(name)
+        if None not in (value, wanted) and value != wanted:
+            raise ValueError(f"{path} was made with {name} {value}, not {wanted}; encode it like the others")
+
+
+def describe_features(path: Path) -> dict[str, Any]:
+    """What ``vlm.json`` keeps of how a feature file was made, so that inference tiles and encodes alike."""
+    first = read_slide_features(path, rows=np.array([0]))
+    tiling = {name: getattr(first, name) for name in ("tile_size", "mpp", "overlap", "min_tissue")}
+    return {
+        "input_kind": "features",
+        "patch_width": first.features.shape[1],
+        "encoder": first.encoder,
+        "encoder_fingerprint": first.encoder_fingerprint,
+        "tiling": {key: value for key, value in tiling.items() if value is not None},
+    }
 
 
 def add_data_arguments(parser) -> None:
@@ -226,10 +279,18 @@ def add_data_arguments(parser) -> None:
         "--question", default=None, help="asked where a record has no question; default: one for slides, one for images"
     )
     group.add_argument(
-        "--max_question_tokens", "--max_q_len", type=int, default=128, help="longer questions lose their end"
+        "--max_question_tokens",
+        "--max_q_len",
+        type=PositiveInt,
+        default=None,
+        help="longer questions lose their end; default: 128, in stage 2 as in stage 1",
     )
     group.add_argument(
-        "--max_answer_tokens", "--max_a_len", type=int, default=512, help="longer answers lose their end"
+        "--max_answer_tokens",
+        "--max_a_len",
+        type=PositiveInt,
+        default=None,
+        help="longer answers lose their end; default: 512, in stage 2 as in stage 1",
     )
 
 
@@ -241,10 +302,12 @@ def read_training_records(
     image_root: str | None,
     val_fraction: float,
     seed: int,
+    expected: dict[str, Any] | None = None,
 ) -> tuple[list[Record], list[Record], list[str]]:
     """Training records, validation records, and a line for each record left out because something of it is missing.
 
-    Validation is ``val_json``, else the records whose split says ``val``, else patients split off.
+    Validation is ``val_json``, else the records whose split says ``val``, else patients split off. ``expected`` says
+    how feature files must have been made, as for :func:`with_inputs`.
 
     Raises:
         FileNotFoundError: an annotation file or folder is missing.
@@ -258,8 +321,10 @@ def read_training_records(
         train, val = ([r for r in records if r.split == split] for split in ("train", "val"))
     else:
         train, val = split_by_patient(records, val_fraction, seed)
-    train, problems = with_inputs(train)
-    val, val_problems = with_inputs(val)
+    train, problems = with_inputs(train, expected)
+    if train and not expected:
+        expected = check_input(train[0].inputs[0], {})
+    val, val_problems = with_inputs(val, expected)
     if not train:
         found = f" ({problems[0]})" if problems else ""
         raise ValueError(f"{train_json}: no record to train on{found}; check --features_dir or --image_root")

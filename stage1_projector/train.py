@@ -14,12 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 from transformers import AutoTokenizer, get_scheduler
 
 from accelerator_setup import (
     add_optimizer_arguments,
     add_run_arguments,
+    check_identity,
     checkpoint_to_resume,
     checkpoint_trainable_only,
     git_revision,
@@ -29,14 +31,15 @@ from accelerator_setup import (
     prepare_run_dir,
     read_run_state,
     report_left_out,
+    run_identity,
     save_checkpoint,
     trainable_parameters,
     windows,
     write_run_json,
 )
-from command_line import DONE, SOME_FAILED, make_parser, run
+from command_line import DONE, SOME_FAILED, flags_of, make_parser, run
 from encoders import load_encoder
-from language_model import choose_placeholder, fingerprint, load_llm, text_embedding_rms
+from language_model import absolute_if_folder, choose_placeholder, fingerprint, load_llm, text_embedding_rms
 from report_loss import evaluation_loss, optimizer_step
 from run_log import RunLog
 from slide_reports import (
@@ -45,10 +48,12 @@ from slide_reports import (
     RecordBatches,
     ReportDataset,
     add_data_arguments,
+    default_num_visual_tokens,
     describe_encoder,
     describe_features,
     make_loader,
     read_training_records,
+    records_digest,
 )
 from slide_vlm import SlideVLM, VLMSettings
 
@@ -62,7 +67,12 @@ def parse_arguments():
     group.add_argument("--vision_model_name", default=None, help="image encoder for --image_root: name or folder")
     group.add_argument("--projector", default="mlp2x_gelu", help="linear or mlp{n}x_gelu")
     group.add_argument("--token_reducer", default="none", help="none (a sample of patches), grid_pool or perceiver")
-    group.add_argument("--num_visual_tokens", type=int, default=256, help="visual tokens of a case at most")
+    group.add_argument(
+        "--num_visual_tokens",
+        type=PositiveInt,
+        default=None,
+        help="visual tokens of a case at most; default: 256 of slides, all of an image's patches",
+    )
     add_optimizer_arguments(parser, learning_rate=1e-3, num_epochs=3)
     add_run_arguments(parser)
     return parser.parse_args()
@@ -70,6 +80,7 @@ def parse_arguments():
 
 def main() -> int:
     args = parse_arguments()
+    flags = flags_of(args)
     run_dir = Path(args.output_dir)
     checkpoint = checkpoint_to_resume(run_dir, args.resume_from_checkpoint)
     state = read_run_state(checkpoint)
@@ -90,9 +101,8 @@ def main() -> int:
         output_dir=run_dir,
         seed=args.seed,
         mixed_precision=args.mixed_precision,
-        wandb_project=args.wandb_project,
+        wandb=args.wandb_project is not None,
         tensorboard=args.tensorboard,
-        config=vars(args),
     )
     prepare_run_dir(accelerator, run_dir, overwrite=args.overwrite, resuming=checkpoint is not None)
 
@@ -103,20 +113,20 @@ def main() -> int:
     encoder = load_encoder(args.vision_model_name) if args.image_root else None
     inputs = describe_encoder(encoder) if encoder else describe_features(train_records[0].inputs[0])
     settings = VLMSettings(
-        llm_name=args.llm_name,
+        llm_name=absolute_if_folder(args.llm_name),
         llm_revision=args.llm_revision,
         llm_fingerprint=fingerprint(llm),
         **inputs,
         projector=args.projector,
         token_reducer=args.token_reducer,
-        num_visual_tokens=args.num_visual_tokens,
+        num_visual_tokens=args.num_visual_tokens or default_num_visual_tokens(encoder),
         output_rms=text_embedding_rms(llm),
         placeholder_id=choose_placeholder(llm),
         prompt=asdict(Prompt.for_tokenizer(tokenizer)),
         question=args.question or DEFAULT_QUESTIONS[inputs["input_kind"]],
-        max_question_tokens=args.max_question_tokens,
-        max_answer_tokens=args.max_answer_tokens,
-        training=vars(args),
+        max_question_tokens=args.max_question_tokens or 128,
+        max_answer_tokens=args.max_answer_tokens or 512,
+        training=flags,
         git_revision=git_revision(),
     )
     model = SlideVLM(llm, settings, encoder)
@@ -147,16 +157,23 @@ def main() -> int:
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, round(args.warmup_ratio * num_steps), num_steps)
 
     # Resume
+    identity = run_identity(
+        flags,
+        steps_per_epoch=steps_per_epoch,
+        records=records_digest(train_records),
+        llm=model.settings.llm_fingerprint,
+    )
+    check_identity(checkpoint, identity)
     model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
     checkpoint_trainable_only(accelerator)
     if checkpoint:
-        load_checkpoint(accelerator, checkpoint, scheduler)
-    log = RunLog(accelerator, run_dir, first_step=state.step)
+        load_checkpoint(accelerator, run_dir, checkpoint, scheduler)
+    log = RunLog(accelerator, run_dir, state.step, args.wandb_project or "slidescribe", flags)
     vlm = accelerator.unwrap_model(model)
     write_run_json(
         accelerator,
         run_dir,
-        vars(args),
+        flags,
         train_records=len(train_records),
         val_records=len(val_records),
         left_out_records=len(problems),
@@ -180,7 +197,7 @@ def main() -> int:
             progress.update()
             progress.set_postfix(loss=f"{result.loss:.4f}")
             if state.step % args.save_steps == 0 and state.step % steps_per_epoch != 0:
-                save_checkpoint(accelerator, run_dir, state, scheduler, args.keep_checkpoints)
+                save_checkpoint(accelerator, run_dir, state, scheduler, identity, args.keep_checkpoints)
         if val_records:
             val_loss = evaluation_loss(accelerator, model, val_loader)
             log.evaluation(state.step, epoch + 1, val_loss)
@@ -188,7 +205,7 @@ def main() -> int:
                 state.best_loss = val_loss
                 if accelerator.is_main_process:
                     vlm.save(run_dir / "best_model", tokenizer)
-        save_checkpoint(accelerator, run_dir, state, scheduler, args.keep_checkpoints)
+        save_checkpoint(accelerator, run_dir, state, scheduler, identity, args.keep_checkpoints)
     progress.close()
 
     # Save

@@ -12,12 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 from transformers import get_scheduler
 
 from accelerator_setup import (
     add_optimizer_arguments,
     add_run_arguments,
+    check_identity,
     checkpoint_to_resume,
     checkpoint_trainable_only,
     forget_frozen,
@@ -28,12 +30,13 @@ from accelerator_setup import (
     prepare_run_dir,
     read_run_state,
     report_left_out,
+    run_identity,
     save_checkpoint,
     trainable_parameters,
     windows,
     write_run_json,
 )
-from command_line import DONE, SOME_FAILED, make_parser, run
+from command_line import DONE, SOME_FAILED, flags_of, make_parser, run
 from language_model import add_lora, unfreeze_llm
 from report_loss import evaluation_loss, optimizer_step
 from run_log import RunLog
@@ -42,7 +45,9 @@ from slide_reports import (
     ReportDataset,
     add_data_arguments,
     make_loader,
+    making_of,
     read_training_records,
+    records_digest,
 )
 from slide_vlm import VLMSettings, load_vlm
 
@@ -59,7 +64,7 @@ def parse_arguments():
     group.add_argument(
         "--llm_training", choices=["full", "lora", "frozen"], default="lora", help="what of the LLM learns"
     )
-    group.add_argument("--lora_rank", type=int, default=16, help="rank of the LoRA adapters")
+    group.add_argument("--lora_rank", type=PositiveInt, default=16, help="rank of the LoRA adapters")
     group.add_argument("--lora_alpha", type=float, default=32, help="LoRA scale, times 1 / rank")
     group.add_argument("--lora_dropout", type=float, default=0.05, help="dropout before the LoRA adapters")
     group.add_argument("--unfreeze_projection_layer", action="store_true", help="the projector and reducer learn on")
@@ -73,11 +78,13 @@ def parse_arguments():
 
 def main() -> int:
     args = parse_arguments()
+    flags = flags_of(args)
     run_dir = Path(args.output_dir)
     checkpoint = checkpoint_to_resume(run_dir, args.resume_from_checkpoint)
     state = read_run_state(checkpoint)
 
     # Data
+    settings = VLMSettings.read(args.stage1_projector_path)
     train_records, val_records, problems = read_training_records(
         args.train_json,
         args.val_json,
@@ -85,8 +92,8 @@ def main() -> int:
         image_root=args.image_root,
         val_fraction=args.val_fraction,
         seed=args.seed,
+        expected=making_of(settings),
     )
-    settings = VLMSettings.read(args.stage1_projector_path)
     if args.train_ve_first_epoch and settings.input_kind == "features":
         raise ValueError(
             "--train_ve_first_epoch needs images: feature files hold what the encoder gave in stage 0, so it cannot "
@@ -102,10 +109,9 @@ def main() -> int:
         output_dir=run_dir,
         seed=args.seed,
         mixed_precision=args.mixed_precision,
-        wandb_project=args.wandb_project,
+        wandb=args.wandb_project is not None,
         tensorboard=args.tensorboard,
         find_unused_parameters=args.train_ve_first_epoch,
-        config=vars(args),
     )
     prepare_run_dir(accelerator, run_dir, overwrite=args.overwrite, resuming=checkpoint is not None)
 
@@ -118,9 +124,9 @@ def main() -> int:
         encoder_name=args.vision_model_name,
     )
     model.settings.question = args.question or settings.question
-    model.settings.max_question_tokens = args.max_question_tokens
-    model.settings.max_answer_tokens = args.max_answer_tokens
-    model.settings.training = vars(args)
+    model.settings.max_question_tokens = args.max_question_tokens or settings.max_question_tokens
+    model.settings.max_answer_tokens = args.max_answer_tokens or settings.max_answer_tokens
+    model.settings.training = flags
     model.settings.git_revision = git_revision()
     model.requires_grad_(False)
     if args.llm_training == "full":
@@ -159,19 +165,26 @@ def main() -> int:
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, round(args.warmup_ratio * num_steps), num_steps)
 
     # Resume
+    identity = run_identity(
+        flags,
+        steps_per_epoch=steps_per_epoch,
+        records=records_digest(train_records),
+        llm=model.settings.llm_fingerprint,
+    )
+    check_identity(checkpoint, identity)
     if args.train_ve_first_epoch and state.step >= steps_per_epoch:
         model.encoder.requires_grad_(False)
         forget_frozen(optimizer)
     model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
     checkpoint_trainable_only(accelerator)
     if checkpoint:
-        load_checkpoint(accelerator, checkpoint, scheduler)
-    log = RunLog(accelerator, run_dir, first_step=state.step)
+        load_checkpoint(accelerator, run_dir, checkpoint, scheduler)
+    log = RunLog(accelerator, run_dir, state.step, args.wandb_project or "slidescribe", flags)
     vlm = accelerator.unwrap_model(model)
     write_run_json(
         accelerator,
         run_dir,
-        vars(args),
+        flags,
         train_records=len(train_records),
         val_records=len(val_records),
         left_out_records=len(problems),
@@ -195,7 +208,7 @@ def main() -> int:
             progress.update()
             progress.set_postfix(loss=f"{result.loss:.4f}")
             if state.step % args.save_steps == 0 and state.step % steps_per_epoch != 0:
-                save_checkpoint(accelerator, run_dir, state, scheduler, args.keep_checkpoints)
+                save_checkpoint(accelerator, run_dir, state, scheduler, identity, args.keep_checkpoints)
         if val_records:
             val_loss = evaluation_loss(accelerator, model, val_loader)
             log.evaluation(state.step, epoch + 1, val_loss)
@@ -206,7 +219,7 @@ def main() -> int:
         if args.train_ve_first_epoch and epoch == 0:
             vlm.encoder.requires_grad_(False)
             forget_frozen(optimizer)
-        save_checkpoint(accelerator, run_dir, state, scheduler, args.keep_checkpoints)
+        save_checkpoint(accelerator, run_dir, state, scheduler, identity, args.keep_checkpoints)
     progress.close()
 
     # Save

@@ -39,7 +39,7 @@ def question_batch(tokenizer, sizes):
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-@pytest.mark.parametrize("family", ["gemma3n", "gemma3", "llama"])
+@pytest.mark.parametrize("family", ["gemma3n", "gemma3", "llama", "qwen3", "biogpt"])
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_equals_plain_beam_search(family, num_beams):
     model, tokenizer = make_model(family, num_visual_tokens=24)
@@ -73,6 +73,18 @@ def test_stops_at_any_stop_id_and_leaves_it_out():
     stop = free[0].token_ids[3]
     stopped = generate_answers(model, batch, stop_ids=[stop, 10**6], num_beams=1, max_new_tokens=8)
     assert stopped[0].token_ids == list(itertools.takewhile(lambda token: token != stop, free[0].token_ids))
+
+
+def test_generation_settings_of_the_checkpoint_are_set_aside():
+    model, tokenizer = make_model("gemma3n")
+    batch = question_batch(tokenizer, (5,))
+    before = generate_answers(model, batch, stop_ids=[10**6], num_beams=2, max_new_tokens=8)
+    shipped = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "num_return_sequences": 2, "max_length": 3}
+    for name, value in shipped.items():
+        setattr(model.llm.generation_config, name, value)
+    after = generate_answers(model, batch, stop_ids=[10**6], num_beams=2, max_new_tokens=8)
+    assert after == before
+    assert model.llm.generation_config.repetition_penalty == 3.0
 
 
 def test_adapter_takes_part():

@@ -13,31 +13,33 @@ from tests.conftest import ROOT, command, environment, run_command
 GENERATE, PREDICT = "inference/generate.py", "inference/predict.py"
 
 
-@pytest.fixture(scope="module")
-def model(corpus, tmp_path_factory):
-    """A saved model with random projector weights."""
+def save_model(folder, corpus, **settings):
+    """Save a model with random projector weights on the corpus's language model."""
     from language_model import choose_placeholder, fingerprint, load_llm
     from slide_reports import Prompt
     from slide_vlm import SlideVLM, VLMSettings
-    from tests.tiny_models import PATCH_WIDTH, make_tokenizer
+    from tests.tiny_models import make_tokenizer
 
-    llm = load_llm(str(corpus.llm))
+    llm = load_llm(str(corpus.llm)).requires_grad_(False)
     tokenizer = make_tokenizer()
     settings = VLMSettings(
         llm_name=str(corpus.llm),
         llm_fingerprint=fingerprint(llm),
-        patch_width=PATCH_WIDTH,
         num_visual_tokens=8,
         placeholder_id=choose_placeholder(llm),
         prompt=vars(Prompt.for_tokenizer(tokenizer)),
         question="Write the report.",
-        encoder="made-up",
+        **settings,
     )
-    vlm = SlideVLM(llm, settings)
-    vlm.llm.requires_grad_(False)
-    folder = tmp_path_factory.mktemp("model") / "final_model"
-    vlm.save(folder, tokenizer)
+    SlideVLM(llm, settings).save(folder, tokenizer)
     return folder
+
+
+@pytest.fixture(scope="module")
+def model(corpus, tmp_path_factory):
+    from tests.tiny_models import PATCH_WIDTH
+
+    return save_model(tmp_path_factory.mktemp("model") / "final_model", corpus, patch_width=PATCH_WIDTH)
 
 
 def predict_flags(corpus, model, output, **changes):
@@ -144,3 +146,35 @@ def test_interrupted_prediction_says_so_and_leaves_with_130(corpus, model, tmp_p
     _, stderr = process.communicate()
     assert process.returncode == 130
     assert "interrupted" in stderr and "Traceback" not in stderr
+
+
+def test_a_slide_its_features_and_its_record_give_the_same_report(corpus, tmp_path):
+    from slide_reports import describe_features
+    from tests.slides import DrawnSlide
+
+    DrawnSlide().write(tmp_path / "slides" / "one.tiff")
+    flags = ["--tile_size", 64, "--mpp", 1, "--overlap", 16, "--min_tissue", 0.3, "--encoder", corpus.encoder]
+    out = tmp_path / "out"
+    run_command("stage0_tiling/encode.py", "--slides", tmp_path / "slides", "--output_dir", out, *flags, processes=1)
+    features = out / "features" / "one.h5"
+    folder = save_model(tmp_path / "final_model", corpus, **describe_features(features))
+    (tmp_path / "t.json").write_text(json.dumps([{"id": "one.tiff"}]))
+    shared = ["--model", folder, "--num_beams", 2, "--max_new_tokens", 12]
+    slide = run_command(GENERATE, *shared, "--slide", tmp_path / "slides" / "one.tiff").stdout
+    assert len(slide) > 1
+    assert run_command(GENERATE, *shared, "--features", features).stdout == slide
+    predict = [*shared, "--test_json", tmp_path / "t.json", "--features_dir", out / "features"]
+    run_command(PREDICT, *predict, "--output", tmp_path / "p.json")
+    assert json.loads((tmp_path / "p.json").read_text())[0]["report"] + "\n" == slide
+
+    # Another encoder under the same name, and a model that was retrained in place, are noticed.
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "projector" / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, folder / "projector" / "model.safetensors")
+    done = run_command(PREDICT, *predict, "--output", tmp_path / "p.json", status=2)
+    assert "--overwrite" in done.stderr
+    settings = json.loads((folder / "vlm.json").read_text())
+    (folder / "vlm.json").write_text(json.dumps(settings | {"encoder_fingerprint": "of another"}))
+    done = run_command(GENERATE, *shared, "--slide", tmp_path / "slides" / "one.tiff", status=2)
+    assert "not those that this model was trained with" in done.stderr

@@ -251,8 +251,8 @@ def test_loss_is_on_the_answer_only_and_a_filler_has_none(tmp_path):
 
 def test_width_that_does_not_fit_the_model_is_named(tmp_path):
     path = write_features(tmp_path / "a.h5", 5)
-    with pytest.raises(ValueError, match="a.h5: patch tokens are 4 wide, the model takes 8"):
-        read_case((path,), 10, patch_width=8)
+    with pytest.raises(ValueError, match="a.h5 was made with patch_width 4, not 8"):
+        read_case((path,), 10, expected={"patch_width": 8})
 
 
 @settings(max_examples=80, deadline=None)

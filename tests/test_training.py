@@ -176,6 +176,8 @@ def test_image_records_train_the_encoder_in_epoch_one_only(corpus, tmp_path):
         (1, {"--train_json": "missing.json"}, "missing.json: no such annotation file"),
         (1, {"--features_dir": "nowhere"}, "--features_dir nowhere: no such folder"),
         (1, {"--projector": "q_former"}, "--projector 'q_former' is unknown"),
+        (1, {"--batch_size": 0}, "batch_size"),
+        (1, {"--num_epochs": 0}, "num_epochs"),
         (1, {"--resume_from_checkpoint": "latest"}, "no such checkpoint"),
         (2, {"--train_ve_first_epoch": None}, "--train_ve_first_epoch needs images"),
         (2, {"--llm_training": "frozen"}, "nothing would learn"),
@@ -196,6 +198,31 @@ def test_refusals_are_one_line(corpus, stage1, tmp_path, monkeypatch, capsys, st
     assert left.value.code == 2
     assert message in stderr and "Traceback" not in stderr
     assert not (tmp_path / "run" / "final_model").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"--batch_size": 2}, "batch_size was 4 and is 2"),
+        ({"--seed": 7}, "seed was 0 and is 7"),
+        ({"--train_json": "shorter"}, "records was"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_not_resumed(corpus, stage1, tmp_path, monkeypatch, capsys, changes, message):
+    flags = stage1_flags(corpus, stage1)
+    flags += ["--batch_size", 4, "--num_epochs", 3, "--resume_from_checkpoint", "latest"]
+    if "--train_json" in changes:
+        shorter = tmp_path / "shorter.json"
+        shorter.write_text(json.dumps(json.loads(corpus.reports.read_text())[:18]))
+        changes = {"--train_json": shorter}
+    words = [*flags, *(word for pair in changes.items() for word in pair)]
+    monkeypatch.setattr("sys.argv", list(map(str, words)))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(SystemExit) as left:
+        run(importlib.import_module("stage1_projector.train").main)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_float16_is_refused_even_from_accelerate_config(corpus, tmp_path):
@@ -232,14 +259,15 @@ def test_a_picture_that_breaks_while_training_is_left_out(corpus, tmp_path):
     assert (tmp_path / "run" / "final_model" / "vlm.json").exists()
 
 
-def test_flags_come_from_a_file_and_the_command_line_wins(corpus, tmp_path, monkeypatch):
-    from stage1_projector.train import parse_arguments
-
-    (tmp_path / "flags.yaml").write_text(f"train_json: {corpus.reports}\nnum_epochs: 7\nbatch_size: 3\nllm_name: x\n")
-    words = ["train.py", "--config", tmp_path / "flags.yaml", "--batch_size", 5, "--output_dir", tmp_path]
-    monkeypatch.setattr("sys.argv", list(map(str, words)))
-    args = parse_arguments()
-    assert (args.num_epochs, args.batch_size, args.llm_name) == (7, 5, "x")
+def test_a_run_takes_its_flags_from_a_file_and_the_command_line_wins(corpus, tmp_path):
+    flags = {"train_json": corpus.reports, "features_dir": corpus.features, "llm_name": corpus.llm, "num_workers": 0}
+    flags |= {"num_epochs": 7, "batch_size": 20, "num_visual_tokens": 4}
+    (tmp_path / "flags.yaml").write_text("".join(f"{name}: {value}\n" for name, value in flags.items()))
+    words = ["--config", tmp_path / "flags.yaml", "--num_epochs", 2, "--output_dir", tmp_path / "run"]
+    run_command(STAGE1, *words)
+    assert log_lines(tmp_path / "run", "val_loss")[-1]["epoch"] == 2
+    training = json.loads((tmp_path / "run" / "final_model" / "vlm.json").read_text())["training"]
+    assert (training["num_epochs"], training["batch_size"], training["num_visual_tokens"]) == (2, 20, 4)
 
 
 def test_bfloat16_trains_close_to_float32(corpus, tmp_path):
