@@ -1,6 +1,6 @@
 """Image encoders: pixels to patch tokens, through timm and transformers.
 
-    encoder = load_encoder("hf-hub:MahmoodLab/UNI2-h")          any timm name, hub name or local folder
+    encoder = load_encoder("virchow2")                          a preset, timm name, hub name or local folder
     pixels_B3HW = torch.stack([encoder.transform(tile) for tile in tiles])
     encoder.encode_tiles(pixels_B3HW)                           (B, D): one patch token per tile, for slides
     encoder.encode_patches(pixels_B3HW)                         (B, N, D): the patch tokens of an image
@@ -12,7 +12,9 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ import torch
 from huggingface_hub import errors as hub_errors
 from PIL import Image
 from torch import Tensor, nn
+
+from encoder_presets import EncoderPreset, find_preset, preset_names
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
@@ -38,6 +42,8 @@ class ImageEncoder(nn.Module):
         std: of each channel, divided by in `transform`.
         patch_grid: (rows, columns) of `encode_patches`, None if the model gives no grid of patches.
         num_prefix_tokens: class and register tokens ahead of the patches.
+        token_pooling: how `encode_tiles` makes one vector of the tokens, a key of `encoder_presets.POOLINGS`.
+        preset: the published settings that the model was built with, if any.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class ImageEncoder(nn.Module):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         processor: Any = None,
+        token_pooling: str | None = None,
     ):
         """Wrap `backbone`; `processor` is a transformers image processor, None for a timm model."""
         super().__init__()
@@ -59,6 +66,8 @@ class ImageEncoder(nn.Module):
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.processor = processor
+        self.token_pooling = token_pooling
+        self.preset: EncoderPreset | None = None
         self._transform = transform
         self.eval()
         self._measure()
@@ -70,9 +79,14 @@ class ImageEncoder(nn.Module):
     def encode_tiles(self, pixels: Tensor) -> Tensor:
         """Turn (B, 3, H, W) into (B, D), one patch token per tile.
 
-        timm models give what they give with `num_classes=0`: the class token, the mean or the attention pool of their
-        configuration. transformers models give the class token where they have one, else their pooled output.
+        Presets pool as their authors do (`token_pooling`). Other timm models give what they give with `num_classes=0`:
+        the class token, the mean or the attention pool of their configuration. Other transformers models give the class
+        token where they have one, else their pooled output.
         """
+        if self.token_pooling == "projection":
+            return self.backbone(pixels) if self.processor is None else self.backbone(pixel_values=pixels).image_embeds
+        if self.token_pooling is not None:
+            return self._pool(self._feature_map(pixels))
         if self.processor is None:
             return self.backbone.forward_head(self.backbone.forward_features(pixels), pre_logits=True)
         output = self.backbone(pixel_values=pixels)
@@ -99,18 +113,32 @@ class ImageEncoder(nn.Module):
         if self.processor is not None:
             self.backbone.save_pretrained(folder)
             self.processor.save_pretrained(folder)
-            return
-        from timm.models import save_for_hf
+        else:
+            from timm.models import save_for_hf
 
-        save_for_hf(self.backbone, folder, safe_serialization=True)
+            save_for_hf(self.backbone, folder, safe_serialization=True)
+        if self.token_pooling is not None:
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {"token_pooling": self.token_pooling}, indent=2))
 
     def fingerprint(self) -> str:
-        """16 hex digits of the weights: a hash of the first values of every tensor. Tells a retrained encoder apart."""
+        """16 hex digits of the weights: a hash of the first values of every tensor. Tells a retrained encoder apart.
+
+        A pooling that is not the model's own counts too: the same weights then give other vectors.
+        """
         digest = hashlib.sha256()
+        if self.token_pooling in ("class_mean", "projection"):
+            digest.update(self.token_pooling.encode())
         for key, tensor in self.backbone.state_dict().items():
             digest.update(f"{key}{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def _pool(self, tokens: Tensor) -> Tensor:
+        """(B, D) or (B, 2 D) from class, register and patch tokens (B, N, D)."""
+        if self.token_pooling == "class":
+            return tokens[:, 0]
+        return torch.cat([tokens[:, 0], tokens[:, self.num_prefix_tokens :].mean(dim=1)], dim=-1)
 
     def _feature_map(self, pixels: Tensor) -> Tensor:
         if self.processor is None:
@@ -131,7 +159,8 @@ class ImageEncoder(nn.Module):
         if self.patch_grid is not None and features.ndim == 3:
             self.num_prefix_tokens = features.shape[1] - math.prod(self.patch_grid)
         self.patch_width = _tokens(features, channels_last=self._channels_last).shape[-1]
-        self.width = self.encode_tiles(blank).shape[-1]
+        pools_itself = self.token_pooling in ("class", "class_mean")  # spares a huge model the second pass
+        self.width = (self._pool(features) if pools_itself else self.encode_tiles(blank)).shape[-1]
 
     def _grid_of(self, features: Tensor) -> tuple[int, int] | None:
         if features.ndim == 4:
@@ -151,10 +180,13 @@ def load_encoder(
     """Open an image encoder, in eval mode on the CPU.
 
     Args:
-        name_or_path: a timm name (`vit_small_patch14_dinov2.lvd142m`), a hub name (`hf-hub:org/name` or `org/name`), or
-            a folder in timm's layout (config.json has `architecture`) or transformers' (config.json has `model_type`).
+        name_or_path: a preset (`virchow2`; `docs/encoders.md` lists them), a timm name
+            (`vit_small_patch14_dinov2.lvd142m`), a hub name (`hf-hub:org/name` or `org/name`; a preset's settings apply
+            to its hub name too), or a folder in timm's layout (config.json has `architecture`) or transformers'
+            (config.json has `model_type`).
         pretrained: False leaves the weights random; nothing is downloaded for a timm name or a folder.
-        model_args: further arguments of `timm.create_model`, e.g. `{"img_size": 128, "depth": 4}`; timm models only.
+        model_args: further arguments of `timm.create_model`, e.g. `{"img_size": 128, "depth": 4}`; of transformers
+            models only presets without weights take them, as fields of the configuration.
 
     Raises:
         ValueError: if the name is unknown (with the nearest known ones) or the folder is in neither layout.
@@ -163,22 +195,16 @@ def load_encoder(
         ConnectionError: if weights are neither here nor reachable.
     """
     name = str(name_or_path)
+    preset = find_preset(name)
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() and (preset is None or (folder / "config.json").is_file()):
         return _load_folder(folder.absolute(), pretrained, model_args or {})
     if name.startswith(("/", ".", "~")) or folder.is_file():
         raise FileNotFoundError(f"no encoder folder {name}: give a folder that holds config.json and model.safetensors")
     try:
-        if name.startswith(HUB_PREFIXES) or "/" in name:
-            return _load_hub(
-                name.removeprefix(HUB_PREFIXES[0]).removeprefix(HUB_PREFIXES[1]), pretrained, model_args or {}
-            )
-        return _load_timm_name(name, pretrained, model_args or {})
+        encoder = _load_name(name, preset, pretrained, model_args or {})
     except hub_errors.GatedRepoError as error:
-        raise PermissionError(
-            f"encoder {name} is gated: ask for access on https://huggingface.co/{name.split(':')[-1]}, "
-            "then run `hf auth login` or set HF_TOKEN"
-        ) from error
+        raise _gated(name, preset) from error
     except (hub_errors.RepositoryNotFoundError, hub_errors.EntryNotFoundError, hub_errors.HFValidationError) as error:
         if isinstance(error, hub_errors.LocalEntryNotFoundError):
             raise _unreachable(name) from error
@@ -187,6 +213,27 @@ def load_encoder(
         ) from error
     except (hub_errors.OfflineModeIsEnabled, ConnectionError) as error:
         raise _unreachable(name) from error
+    encoder.preset = preset
+    return encoder
+
+
+def _load_name(name: str, preset: EncoderPreset | None, pretrained: bool, model_args: dict[str, Any]) -> ImageEncoder:
+    hub_name = name.removeprefix(HUB_PREFIXES[0]).removeprefix(HUB_PREFIXES[1])
+    if preset is not None and not preset.is_timm_name:
+        build = _build_timm_preset if preset.library == "timm" else _build_transformers_preset
+        return build(preset, hub_name.partition("@")[2], pretrained, model_args)
+    if name.startswith(HUB_PREFIXES) or "/" in name:
+        return _load_hub(hub_name, pretrained, model_args)
+    return _load_timm_name(name, pretrained, model_args)
+
+
+def _gated(name: str, preset: EncoderPreset | None) -> PermissionError:
+    url = preset.url if preset is not None else f"https://huggingface.co/{name.split(':')[-1].partition('@')[0]}"
+    licence = f" ({preset.licence})" if preset is not None else ""
+    return PermissionError(
+        f"encoder {name} is gated: accept its licence{licence} at {url} and wait until access is granted, "
+        "then run `hf auth login` or set HF_TOKEN"
+    )
 
 
 def _unreachable(name: str) -> ConnectionError:
@@ -201,10 +248,11 @@ def _load_folder(folder: Path, pretrained: bool, model_args: dict[str, Any]) -> 
     if not config_path.is_file():
         raise FileNotFoundError(f"no config.json in encoder folder {folder}: save one with timm or transformers")
     config = json.loads(config_path.read_text())
+    token_pooling = config.get("token_pooling")
     if "architecture" in config:
-        return _build_timm(f"local-dir:{folder}", str(folder), pretrained, model_args)
+        return _build_timm(f"local-dir:{folder}", str(folder), pretrained, model_args, token_pooling)
     if "model_type" in config:
-        return _build_transformers(str(folder), pretrained)
+        return _build_transformers(str(folder), pretrained, token_pooling=token_pooling)
     raise ValueError(f"{config_path} names neither `architecture` (timm) nor `model_type` (transformers)")
 
 
@@ -225,7 +273,9 @@ def _load_timm_name(name: str, pretrained: bool, model_args: dict[str, Any]) -> 
 
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=4, cutoff=0.5)
+        near = difflib.get_close_matches(
+            name, [*preset_names(), *timm.list_models(), *timm.list_pretrained()], n=4, cutoff=0.5
+        )
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names them all"
         raise ValueError(f"unknown encoder {name}: {hint}")
     if pretrained and not timm.is_model_pretrained(name):
@@ -236,14 +286,40 @@ def _load_timm_name(name: str, pretrained: bool, model_args: dict[str, Any]) -> 
     return _build_timm(name, name, pretrained, model_args)
 
 
-def _build_timm(source: str, name: str, pretrained: bool, model_args: dict[str, Any]) -> ImageEncoder:
+def _build_timm_preset(
+    preset: EncoderPreset, revision: str, pretrained: bool, model_args: dict[str, Any]
+) -> ImageEncoder:
+    arguments = {"num_classes": 0, **preset.arguments, **model_args}
+    config = {
+        "source": "hf-hub",
+        "hf_hub_id": f"{preset.repository}@{revision}" if revision else preset.repository,
+        "hf_hub_filename": preset.weights_file,
+        "num_classes": arguments["num_classes"],
+        "classifier": "head",
+        "first_conv": "patch_embed.proj",
+        "input_size": (3, preset.input_size, preset.input_size),
+        "interpolation": preset.interpolation,
+        "crop_pct": preset.crop_pct,
+        "mean": preset.mean,
+        "std": preset.std,
+        "license": preset.licence,
+    }
+    name = f"hf-hub:{config['hf_hub_id']}"
+    arguments["pretrained_cfg"] = config
+    return _build_timm(preset.architecture, name, pretrained, arguments, preset.token_pooling)
+
+
+def _build_timm(
+    source: str, name: str, pretrained: bool, model_args: dict[str, Any], token_pooling: str | None = None
+) -> ImageEncoder:
     import timm
     from timm.data import create_transform
     from timm.data.model_config import resolve_input_data_config
 
+    headless = {} if token_pooling == "projection" else {"num_classes": 0}
     try:
-        model = timm.create_model(source, pretrained=pretrained, **{"num_classes": 0, **model_args})
-    except (RuntimeError, TypeError) as error:
+        model = timm.create_model(source, pretrained=pretrained, **{**headless, **model_args})
+    except (RuntimeError, TypeError, pickle.UnpicklingError) as error:
         if isinstance(error, hub_errors.HfHubHTTPError):
             raise
         raise ValueError(f"encoder {name} cannot be built: {str(error).splitlines()[0]}") from error
@@ -256,39 +332,97 @@ def _build_timm(source: str, name: str, pretrained: bool, model_args: dict[str, 
         image_size=settings["input_size"][-1],
         mean=settings["mean"],
         std=settings["std"],
+        token_pooling=token_pooling,
     )
 
 
-def _build_transformers(source: str, pretrained: bool, revision: str | None = None) -> ImageEncoder:
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+def _build_transformers_preset(
+    preset: EncoderPreset, revision: str, pretrained: bool, model_args: dict[str, Any]
+) -> ImageEncoder:
+    """Build a model of transformers itself, whatever code its repository names."""
+    from transformers import AutoConfig, CLIPImageProcessor
+    from transformers.image_utils import PILImageResampling
+
+    where = {"revision": revision or None, "trust_remote_code": False}
+    with _hub_causes(preset.repository):
+        published = _published_fields(preset.repository, where) if pretrained else {}
+        config = AutoConfig.for_model(preset.architecture, **{**preset.arguments, **published, **model_args})
+        model = _transformers_model(preset.repository, config, pretrained, preset.token_pooling, where)
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": round(preset.input_size / preset.crop_pct)},
+        crop_size={"height": preset.input_size, "width": preset.input_size},
+        resample=PILImageResampling[preset.interpolation.upper()],
+        image_mean=list(preset.mean),
+        image_std=list(preset.std),
+    )
+    name = f"{preset.repository}@{revision}" if revision else preset.repository
+    return _wrap_transformers(model, processor, name, preset.token_pooling)
+
+
+def _published_fields(repository: str, where: dict[str, Any]) -> dict[str, Any]:
+    """Sizes of the image model from the repository's config.json, without what would choose other code or heads."""
+    from transformers import PreTrainedConfig
+
+    published, _ = PreTrainedConfig.get_config_dict(repository, **where)
+    published = published.get("vision_config") or published
+    unwanted = {"model_type", "auto_map", "architectures", "transformers_version", "_name_or_path", "projection_dim"}
+    return {key: value for key, value in published.items() if key not in unwanted}
+
+
+def _build_transformers(
+    source: str, pretrained: bool, revision: str | None = None, token_pooling: str | None = None
+) -> ImageEncoder:
+    from transformers import AutoConfig, AutoImageProcessor
 
     where = {"revision": revision, "trust_remote_code": False}
-    try:
+    with _hub_causes(source):
         config = AutoConfig.from_pretrained(source, **where)
         config = getattr(config, "vision_config", config)  # the vision tower of CLIP, SigLIP, ...
         processor = AutoImageProcessor.from_pretrained(source, **where)
-        if pretrained:
-            model, info = AutoModel.from_pretrained(source, config=config, output_loading_info=True, **where)
-            missing = [key for key in info["missing_keys"] if "pooler" not in key]
-            if missing:
-                raise ValueError(
-                    f"encoder {source} lacks {len(missing)} weights, e.g. {missing[0]}: not a vision model?"
-                )
-        else:
-            model = AutoModel.from_config(config, trust_remote_code=False)
-    except OSError as error:
-        if isinstance(error.__cause__, hub_errors.HfHubHTTPError | hub_errors.LocalEntryNotFoundError):
-            raise error.__cause__ from error
-        raise ValueError(f"encoder {source} cannot be opened: {str(error).splitlines()[0]}") from error
+        model = _transformers_model(source, config, pretrained, token_pooling, where)
+    return _wrap_transformers(model, processor, source, token_pooling)
+
+
+def _transformers_model(
+    source: str, config: Any, pretrained: bool, token_pooling: str | None, where: dict[str, Any]
+) -> nn.Module:
+    from transformers import AutoModel, CLIPVisionModelWithProjection
+
+    projects = token_pooling == "projection"
+    if not pretrained:
+        return CLIPVisionModelWithProjection(config) if projects else AutoModel.from_config(config)
+    open_model = CLIPVisionModelWithProjection.from_pretrained if projects else AutoModel.from_pretrained
+    model, info = open_model(source, config=config, output_loading_info=True, **where)
+    missing = [key for key in info["missing_keys"] if "pooler" not in key]
+    if missing:
+        raise ValueError(f"encoder {source} lacks {len(missing)} weights, e.g. {missing[0]}: not a vision model?")
+    return model
+
+
+def _wrap_transformers(model: nn.Module, processor: Any, name: str, token_pooling: str | None) -> ImageEncoder:
     return ImageEncoder(
         model,
         partial(_process, processor),
-        name=source,
+        name=name,
         image_size=_processor_size(processor),
         mean=processor.image_mean,
         std=processor.image_std,
         processor=processor,
+        token_pooling=token_pooling,
     )
+
+
+@contextmanager
+def _hub_causes(source: str) -> Iterator[None]:
+    """Let the hub's own errors out of transformers' OSError; others become one line."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, hub_errors.HfHubHTTPError):
+            raise
+        if isinstance(error.__cause__, hub_errors.HfHubHTTPError | hub_errors.LocalEntryNotFoundError):
+            raise error.__cause__ from error
+        raise ValueError(f"encoder {source} cannot be opened: {str(error).splitlines()[0]}") from error
 
 
 def _process(processor: Any, image: Image.Image) -> Tensor:
