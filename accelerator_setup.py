@@ -243,12 +243,17 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def checkpoint_to_resume(run_dir: Path, choice: str | None) -> Path | None:
     """The folder that ``--resume_from_checkpoint`` names: ``latest`` of the run, a path, or None.
 
+    A run that was interrupted before its first checkpoint goes on from its beginning.
+
     Raises:
         FileNotFoundError: there is no such checkpoint.
     """
     if choice is None:
         return None
     folder = next(reversed(checkpoints(run_dir)), None) if choice == "latest" else Path(choice)
+    if folder is None and (run_dir / "log.jsonl").exists():
+        print(f"{run_dir} has no checkpoint yet; it begins anew", file=sys.stderr)
+        return None
     if folder is None or not (folder / "progress.json").is_file():
         raise FileNotFoundError(
             f"--resume_from_checkpoint {choice}: no such checkpoint under {run_dir / 'checkpoints'}"
@@ -303,20 +308,24 @@ def _read_progress(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "progress.json").read_text())
 
 
-def prepare_run_dir(accelerator: Accelerator, run_dir: Path, *, overwrite: bool, resuming: bool) -> None:
-    """Make the run folder, and refuse one that holds a run unless it is resumed or overwritten. Collective.
+def refuse_existing_run(run_dir: Path, *, overwrite: bool, resuming: bool) -> None:
+    """Refuse a folder that holds a run unless it is resumed or overwritten.
 
     Raises:
-        ValueError: the folder holds a run and neither flag was given.
+        ValueError: the folder holds a run and neither flag was given, or it is a file.
     """
-    held = (run_dir / "log.jsonl").exists()
-    accelerator.wait_for_everyone()
-    if held and not overwrite and not resuming:
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"--output_dir {run_dir} is a file; name a folder")
+    if (run_dir / "log.jsonl").exists() and not overwrite and not resuming:
         raise ValueError(
             f"--output_dir {run_dir} holds a run; add --resume_from_checkpoint latest to go on, or --overwrite"
         )
+
+
+def begin_run_dir(accelerator: Accelerator, run_dir: Path, *, overwrite: bool) -> None:
+    """Make the run folder, emptied of an earlier run if asked. Collective; call it when nothing is left to refuse."""
     if accelerator.is_main_process:
-        if overwrite and not resuming:
+        if overwrite:
             for name in ("checkpoints", "best_model", "final_model"):
                 shutil.rmtree(run_dir / name, ignore_errors=True)
             (run_dir / "log.jsonl").unlink(missing_ok=True)

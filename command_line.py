@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from safetensors import SafetensorError
 
 DONE = 0
 SOME_FAILED = 1
@@ -22,9 +23,20 @@ class _HelpFormatter(DefaultHelpFormatter):
         return text  # the description shows commands, whose line breaks matter
 
 
+class _Parser(ArgumentParser):
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
+        # PositiveInt and the like are classes of their own, which optimizer states and JSON should not meet.
+        parsed = super().parse_args(*args, **kwargs)
+        for name, value in list(vars(parsed).items()):
+            plain = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
+            if plain:
+                parsed[name] = plain(value)
+        return parsed
+
+
 def make_parser(description: str | None) -> ArgumentParser:
     """Argument parser with ``--config recipe.yaml``, whose values are defaults that flags override."""
-    parser = ArgumentParser(description=description, formatter_class=_HelpFormatter)
+    parser = _Parser(description=description, formatter_class=_HelpFormatter)
     parser.add_argument("--config", action="config", help="YAML file of flags; flags given on the command line win")
     return parser
 
@@ -39,7 +51,7 @@ def flags_of(args: Namespace) -> dict[str, Any]:
 def run(main: Callable[[], int], *, to_go_on: str = "the same command goes on where this one stopped") -> NoReturn:
     """Run ``main`` and leave with its exit status, turning refusals into one line on stderr.
 
-    Refusals are ValueError, OSError and ArithmeticError (a loss that is not finite).
+    Refusals are ValueError, OSError, ArithmeticError (a loss that is not finite) and SafetensorError (damaged weights).
 
     ``to_go_on`` is what an interrupted user is told.
     """
@@ -48,7 +60,7 @@ def run(main: Callable[[], int], *, to_go_on: str = "the same command goes on wh
     except KeyboardInterrupt:
         print(f"interrupted; {to_go_on}", file=sys.stderr)
         status = INTERRUPTED
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, SafetensorError) as error:
         if os.environ.get("SLIDESCRIBE_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

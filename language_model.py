@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 
@@ -19,6 +25,7 @@ TEXT_PART_NAMES = {
     r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
     r"^(?:model\.)?language_model\.(?:model\.)?": "model.",
 }
+ELSEWHERE = "give a folder or hub name with --llm_name; gated models need `hf auth login`"
 # peft 0.21 asks transformers 5.23 by the old name of a method.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
@@ -31,6 +38,23 @@ def llm_width(llm: PreTrainedModel) -> int:
 def absolute_if_folder(name: str) -> str:
     """A folder's absolute path, so that a result finds it from anywhere; a hub name as it is."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def load_tokenizer(name: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a hub name or folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(name), revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{name}: no tokenizer to open there ({first_line(error)}); {ELSEWHERE}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
 def load_llm(
@@ -47,13 +71,15 @@ def load_llm(
         **kwargs: further arguments of ``from_pretrained``, such as ``quantization_config``.
 
     Raises:
-        ValueError: a weight is missing from the checkpoint, or the model scales its logits in a way that the loss does
-            not know.
-        OSError: the checkpoint is not found.
+        ValueError: there is no such model, a weight is missing from the checkpoint, or the model scales its logits in a
+            way that the loss does not know.
     """
     if dtype == torch.float16:
         raise ValueError("float16 overflows in Gemma-3n; use bf16 or no mixed precision")
-    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: no language model to open there ({first_line(error)}); {ELSEWHERE}") from error
     text_config = config.get_text_config()
     for scale in ("logit_scale", "logits_scaling"):
         if getattr(text_config, scale, None) not in (None, 1, 1.0):

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from encoders import ImageEncoder, load_encoder
-from language_model import fingerprint, llm_width, load_llm
+from language_model import fingerprint, llm_width, load_llm, load_tokenizer
 from projectors import build_projector, build_reducer
 
 FORMAT_VERSION = 1
@@ -73,6 +74,8 @@ class VLMSettings:
             values = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not valid JSON ({error}); copy the folder anew") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: holds no settings; copy the folder anew")
         if values.get("format_version", 0) > FORMAT_VERSION:
             raise ValueError(
                 f"{path}: format {values['format_version']} is newer than {FORMAT_VERSION}; update SlideScribe"
@@ -286,8 +289,12 @@ class SlideVLM(nn.Module):
         if self.encoder_learned:
             self.encoder.save_pretrained(temporary / "encoder")
         tokenizer.save_pretrained(temporary / "tokenizer")
-        shutil.rmtree(folder, ignore_errors=True)
+        outdated = folder.with_name(folder.name + ".outdated")
+        shutil.rmtree(outdated, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, outdated)
         os.replace(temporary, folder)
+        shutil.rmtree(outdated, ignore_errors=True)
 
     def load_projector(self, folder: str | Path) -> None:
         """Load projector and reducer from a result folder.
@@ -299,7 +306,10 @@ class SlideVLM(nn.Module):
         path = Path(folder) / "projector" / "model.safetensors"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: not found; give the final_model folder of a stage 1 or stage 2 run")
-        state = load_file(path)
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: is damaged ({error}); copy the folder anew") from error
         for name in ("projector", "reducer"):
             part = {key[len(name) + 1 :]: value for key, value in state.items() if key.startswith(name + ".")}
             try:
@@ -375,7 +385,7 @@ def load_vlm(
     """
     folder = Path(folder)
     settings = VLMSettings.read(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
+    tokenizer = load_tokenizer(folder / "tokenizer")
     if (folder / "language_model").is_dir():
         settings.llm_name, settings.llm_revision = str(folder / "language_model"), None
         llm = load_llm(settings.llm_name, dtype=dtype)

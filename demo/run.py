@@ -29,13 +29,20 @@ def parse_arguments():
     parser.add_argument("--num_train", type=int, default=200, help="training slides")
     parser.add_argument("--num_test", type=int, default=48, help="held-out slides, of other patients")
     parser.add_argument("--seed", type=int, default=0, help="of slides and of all training")
+    parser.add_argument("--encoder_epochs", type=int, default=6, help="passes over the training tiles")
+    parser.add_argument("--llm_steps", type=int, default=180, help="optimizer steps of the language model")
+    parser.add_argument("--stage1_epochs", type=int, default=30, help="passes over the training slides in stage 1")
+    parser.add_argument("--stage2_epochs", type=int, default=10, help="passes over the training slides in stage 2")
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse_arguments()
     began = time.monotonic()
-    out = Path(args.output_dir)
+    out = Path(args.output_dir).resolve()
+    if out.is_relative_to(ROOT):  # the commands run in the root, and read better with short paths
+        os.chdir(ROOT)
+        out = out.relative_to(ROOT)
     if out.exists() and any(out.iterdir()) and not (out / "make_slides.json").exists():
         raise ValueError(f"--output_dir {out} holds something that is not a demo; name an empty folder")
     shutil.rmtree(out, ignore_errors=True)
@@ -47,20 +54,21 @@ def main() -> int:
     step("Stage 0: tile the slides", "stage0_tiling/tile.py", "--slides", out / "slides",
          "--output_dir", out / "stage0", *TILING)  # fmt: skip
     step("Train a small image encoder", "demo/train_encoder.py", "--data_dir", out,
-         "--coords_dir", out / "stage0" / "coords", "--output_dir", out / "encoder", *seed)  # fmt: skip
+         "--coords_dir", out / "stage0" / "coords", "--output_dir", out / "encoder",
+         "--num_epochs", args.encoder_epochs, *seed)  # fmt: skip
     step("Train a small Gemma-3n on the reports' text", "demo/train_llm.py", "--train_json", train_json,
-         "--output_dir", out / "llm", *seed)  # fmt: skip
+         "--output_dir", out / "llm", "--num_steps", args.llm_steps, *seed)  # fmt: skip
     step("Stage 0: encode the tiles", "stage0_tiling/encode.py", "--slides", out / "slides",
          "--output_dir", out / "stage0", *TILING, "--encoder", out / "encoder", launch=True)  # fmt: skip
 
     data = ["--train_json", train_json, "--features_dir", features, "--num_workers", 0, *seed]
     step("Stage 1: train the projector", "stage1_projector/train.py", *data, "--llm_name", out / "llm",
-         "--num_visual_tokens", 32, "--batch_size", 16, "--num_epochs", 30, "--learning_rate", 3e-3,
+         "--num_visual_tokens", 32, "--batch_size", 16, "--num_epochs", args.stage1_epochs, "--learning_rate", 3e-3,
          "--output_dir", out / "stage1", launch=True)  # fmt: skip
     predict(out / "stage1", out, "Write the held-out reports with stage 1 alone")
     step("Stage 2: fine-tune the language model", "stage2_finetune/train.py", *data,
          "--stage1_projector_path", out / "stage1" / "final_model", "--llm_training", "lora",
-         "--unfreeze_projection_layer", "--batch_size", 16, "--num_epochs", 10, "--learning_rate", 2e-3,
+         "--unfreeze_projection_layer", "--batch_size", 16, "--num_epochs", args.stage2_epochs, "--learning_rate", 2e-3,
          "--output_dir", out / "stage2", launch=True)  # fmt: skip
     predict(out / "stage2", out, "Write the held-out reports")
     shutil.copy(out / "stage2" / "predictions.json", out / "predictions.json")
@@ -95,7 +103,7 @@ def step(title: str, script: str, *flags: object, launch: bool = False) -> str:
     if done.returncode != 0:
         raise ValueError(f"{script} left with exit status {done.returncode}; its message is above")
     print(f"{time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    return done.stdout.strip()
+    return done.stdout.rstrip()
 
 
 def environment() -> dict[str, str]:

@@ -110,7 +110,11 @@ def answer_samples(model: SlideVLM, tokenizer, samples: list[dict], **decoding) 
 
 def open_model(args, device: str | torch.device | None = None):
     """Model and tokenizer as the flags say, in evaluation mode on its device."""
-    device = torch.device(device or args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(device or args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device or args.device}: {str(error).splitlines()[0]}; use cuda or cpu") from error
     dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     return load_vlm(
         args.model,

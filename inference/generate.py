@@ -78,6 +78,10 @@ def check_input(args, settings) -> None:
     for path in [args.slide, args.features, *(args.image or [])]:
         if path is not None and not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file")
+    if args.assume_mpp is not None:
+        from stage0_tiling.slide_list import check_mpp
+
+        check_mpp(args.assume_mpp)
     if settings.input_kind == "images" and not args.image:
         raise ValueError(f"{args.model} was trained on images; give --image")
     if settings.input_kind == "features" and args.image:

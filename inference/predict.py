@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from accelerate import PartialState
 from jsonargparse.typing import PositiveInt
@@ -25,8 +25,8 @@ from command_line import DONE, SOME_FAILED, flags_of, make_parser, run
 from inference.arguments import add_decoding_arguments
 from inference.decoding import answer_samples, open_model
 from slide_features import atomic_path
-from slide_reports import Record, ReportDataset, SampleKey, read_records
-from slide_vlm import VLMSettings
+from slide_reports import Record, ReportDataset, SampleKey, check_input_kind, read_records
+from slide_vlm import SlideVLM, VLMSettings
 
 
 def parse_arguments():
@@ -48,11 +48,13 @@ def main() -> int:
     args = parse_arguments()
     state = PartialState(cpu=args.device == "cpu" or runs_on_cpu(), timeout=LONGEST_WAIT)
     output = Path(args.output)
+    progress_dir = output.with_name(output.name + ".progress")
+
+    # Records
+    check_input_kind(args.model, VLMSettings.read(args.model), args.image_root)
     records = read_records(args.test_json, features_dir=args.features_dir, image_root=args.image_root)
     if any(record.split == "test" for record in records):
         records = [record for record in records if record.split == "test"]
-    progress_dir = output.with_name(output.name + ".progress")
-
     description = run_description(args)
     is_complete = not args.overwrite and answers_everything(output, progress_dir, description)
     state.wait_for_everyone()
@@ -60,74 +62,79 @@ def main() -> int:
         if state.is_main_process:
             print(f"{output}: all {len(records)} records were answered before", file=sys.stderr)
         return DONE
+
+    # Model
+    model, tokenizer = open_model(args, args.device or state.device)
+
+    # Resume
     if state.is_main_process:
         prepare_progress(progress_dir, output, description, overwrite=args.overwrite)
     state.wait_for_everyone()
     finished = read_progress(progress_dir)
     to_do = [(i, r) for i, r in enumerate(records) if i not in finished][state.process_index :: state.num_processes]
 
+    # Answer
+    decoding = {key: getattr(args, key) for key in ("num_beams", "max_new_tokens", "length_penalty")}
     failures = {}
-    if to_do:
-        model, tokenizer = open_model(args, args.device or state.device)
-        unanswered = [replace(record, answer="") for _, record in to_do]
-        dataset = ReportDataset.for_model(model, tokenizer, unanswered)
-        decoding = {key: getattr(args, key) for key in ("num_beams", "max_new_tokens", "length_penalty")}
-        bar = tqdm(total=len(to_do), unit="record", disable=not state.is_main_process)
-        with open_journal(progress_dir / f"process_{state.process_index}.jsonl") as journal:
-            for start in range(0, len(to_do), args.batch_size):
-                positions = range(start, min(start + args.batch_size, len(to_do)))
-                answers, failed = answer_batch(model, tokenizer, dataset, positions, decoding)
-                for position, answer in answers.items():
-                    index, record = to_do[position]
-                    asked = record.question or model.settings.question
-                    journal.write(json.dumps({"index": index, "id": record.id, "question": asked, **answer}) + "\n")
-                journal.flush()
-                failures |= {to_do[position][1].id: error for position, error in failed.items()}
-                bar.update(len(positions))
-        bar.close()
+    bar = tqdm(total=len(to_do), unit="record", disable=not state.is_main_process)
+    with open_journal(progress_dir / f"process_{state.process_index}.jsonl") as journal:
+        for start in range(0, len(to_do), args.batch_size):
+            batch = to_do[start : start + args.batch_size]
+            answers, failed = answer_batch(model, tokenizer, batch, decoding)
+            journal.writelines(json.dumps(answer) + "\n" for answer in answers)
+            journal.flush()
+            failures |= failed
+            bar.update(len(batch))
+    bar.close()
     (progress_dir / f"failed_{state.process_index}.json").write_text(json.dumps(failures))
     state.wait_for_everyone()
+
+    # Save
     failures = {}
     for file in sorted(progress_dir.glob("failed_*.json")):
         failures |= json.loads(file.read_text())
     state.wait_for_everyone()
-
     if state.is_main_process:
-        write_predictions(output, records, read_progress(progress_dir), details=args.details)
-        for record_id, error in failures.items():
-            print(f"failed: {record_id}: {error}", file=sys.stderr)
-        print(f"{len(records) - len(failures)} of {len(records)} records answered: {output}", file=sys.stderr)
+        answers = read_progress(progress_dir)
+        write_predictions(output, records, answers, details=args.details)
+        for index, error in failures.items():
+            print(f"failed: {records[int(index)].id}: {error}", file=sys.stderr)
+        print(f"{len(answers)} of {len(records)} records answered: {output}", file=sys.stderr)
         if not failures:
             os.replace(progress_dir / "settings.json", run_file(output))
             shutil.rmtree(progress_dir)
     return SOME_FAILED if failures else DONE
 
 
-def answer_batch(model, tokenizer, dataset, positions, decoding) -> tuple[dict[int, dict], dict[int, str]]:
-    """Answers by position, and an error for each record that could not be read or answered."""
+def answer_batch(
+    model: SlideVLM, tokenizer: Any, batch: list[tuple[int, Record]], decoding: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """Answers to numbered records, and an error for each number whose record could not be read."""
+    dataset = ReportDataset.for_model(model, tokenizer, [replace(record, answer="") for _, record in batch])
     samples, failed = {}, {}
-    for position in positions:
+    for position, (index, _) in enumerate(batch):
         try:
             samples[position] = dataset[SampleKey(position, 0, False)]
         except (ValueError, OSError) as error:
-            failed[position] = str(error)
+            failed[index] = str(error)
     if not samples:
-        return {}, failed
+        return [], failed
     began = time.perf_counter()
     texts = answer_samples(model, tokenizer, list(samples.values()), **decoding)
     seconds = round((time.perf_counter() - began) / len(samples), 3)
-    answers = {
-        position: {"report": text, "beam_score": score, "seconds": seconds}
-        for position, (text, score) in zip(samples, texts, strict=True)
-    }
+    answers = []
+    for position, (text, score) in zip(samples, texts, strict=True):
+        index, record = batch[position]
+        asked = record.question or model.settings.question
+        answer = {"index": index, "id": record.id, "report": text, "question": asked}
+        answers.append(answer | {"beam_score": score, "seconds": seconds})
     return answers, failed
 
 
 def run_description(args) -> dict:
     """What decides the answers; progress made under another description is not continued."""
-    free = {"output", "details", "batch_size", "overwrite", "device"}
+    free = {"output", "batch_size", "overwrite", "device"}
     described = {name: value for name, value in flags_of(args).items() if name not in free}
-    VLMSettings.read(args.model)
     files = [Path(args.test_json), *sorted(path for path in Path(args.model).rglob("*") if path.is_file())]
     return described | {"sha256": {str(path): hash_of(path) for path in files}}
 

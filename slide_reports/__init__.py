@@ -8,6 +8,7 @@ from slide_reports.batches import (
     ReportDataset,
     SampleKey,
     case_of_slide,
+    check_input_kind,
     collate,
     default_num_visual_tokens,
     describe_encoder,
@@ -35,6 +36,7 @@ from slide_reports.records import (
 )
 
 __all__ = [
+    "check_input_kind",
     "default_num_visual_tokens",
     "making_of",
     "DEFAULT_QUESTIONS",

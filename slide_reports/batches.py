@@ -133,6 +133,17 @@ def making_of(settings: VLMSettings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names} | {k: settings.tiling.get(k) for k in ("tile_size", "mpp")}
 
 
+def check_input_kind(model: str, settings: VLMSettings, image_root: str | None) -> None:
+    """Refuse to give images to a model of slides, or the reverse.
+
+    Raises:
+        ValueError: names the flag that would do.
+    """
+    if (settings.input_kind == "images") != bool(image_root):
+        flag = "--image_root" if settings.input_kind == "images" else "--features_dir"
+        raise ValueError(f"{model} was trained on {settings.input_kind}; give {flag}")
+
+
 def patch_budget(settings: VLMSettings) -> int:
     """Patch tokens to read of a case: the visual tokens themselves without a reducer, else as many as are useful."""
     return settings.num_visual_tokens if settings.token_reducer == "none" else MAX_PATCHES

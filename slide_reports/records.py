@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -87,7 +87,8 @@ def _read_json_list(path: Path) -> list[dict[str, Any]]:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON in UTF-8 ({error}); mend or export it again") from error
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path}: expected a list of at least one record, found {type(rows).__name__}")
+        found = "an empty list" if rows == [] else type(rows).__name__
+        raise ValueError(f"{path}: expected a list of at least one record, found {found}")
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"{path}: record {index} is a {type(row).__name__}; expected an object with named values")
@@ -267,7 +268,7 @@ def add_data_arguments(parser) -> None:
     group.add_argument("--val_json", default=None, help="validation records; default: patients split off --train_json")
     group.add_argument(
         "--val_fraction",
-        type=float,
+        type=ClosedUnitInterval,
         default=0.1,
         help="share of patients to split off without --val_json; 0 for no validation",
     )

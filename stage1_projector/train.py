@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
-from transformers import AutoTokenizer, get_scheduler
+from transformers import get_scheduler
 
 from accelerator_setup import (
     add_optimizer_arguments,
     add_run_arguments,
+    begin_run_dir,
     check_identity,
     checkpoint_to_resume,
     checkpoint_trainable_only,
@@ -28,8 +29,8 @@ from accelerator_setup import (
     load_checkpoint,
     make_accelerator,
     parameter_groups,
-    prepare_run_dir,
     read_run_state,
+    refuse_existing_run,
     report_left_out,
     run_identity,
     save_checkpoint,
@@ -39,7 +40,14 @@ from accelerator_setup import (
 )
 from command_line import DONE, SOME_FAILED, flags_of, make_parser, run
 from encoders import load_encoder
-from language_model import absolute_if_folder, choose_placeholder, fingerprint, load_llm, text_embedding_rms
+from language_model import (
+    absolute_if_folder,
+    choose_placeholder,
+    fingerprint,
+    load_llm,
+    load_tokenizer,
+    text_embedding_rms,
+)
 from report_loss import evaluation_loss, optimizer_step
 from run_log import RunLog
 from slide_reports import (
@@ -82,6 +90,7 @@ def main() -> int:
     args = parse_arguments()
     flags = flags_of(args)
     run_dir = Path(args.output_dir)
+    refuse_existing_run(run_dir, overwrite=args.overwrite, resuming=args.resume_from_checkpoint is not None)
     checkpoint = checkpoint_to_resume(run_dir, args.resume_from_checkpoint)
     state = read_run_state(checkpoint)
 
@@ -104,10 +113,9 @@ def main() -> int:
         wandb=args.wandb_project is not None,
         tensorboard=args.tensorboard,
     )
-    prepare_run_dir(accelerator, run_dir, overwrite=args.overwrite, resuming=checkpoint is not None)
 
     # Model
-    tokenizer = AutoTokenizer.from_pretrained(args.llm_name, revision=args.llm_revision, trust_remote_code=False)
+    tokenizer = load_tokenizer(args.llm_name, revision=args.llm_revision)
     llm_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     llm = load_llm(args.llm_name, revision=args.llm_revision, dtype=llm_dtype)
     encoder = load_encoder(args.vision_model_name) if args.image_root else None
@@ -166,6 +174,7 @@ def main() -> int:
     check_identity(checkpoint, identity)
     model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
     checkpoint_trainable_only(accelerator)
+    begin_run_dir(accelerator, run_dir, overwrite=args.overwrite and checkpoint is None)
     if checkpoint:
         load_checkpoint(accelerator, run_dir, checkpoint, scheduler)
     log = RunLog(accelerator, run_dir, state.step, args.wandb_project or "slidescribe", flags)

@@ -19,6 +19,7 @@ from transformers import get_scheduler
 from accelerator_setup import (
     add_optimizer_arguments,
     add_run_arguments,
+    begin_run_dir,
     check_identity,
     checkpoint_to_resume,
     checkpoint_trainable_only,
@@ -27,8 +28,8 @@ from accelerator_setup import (
     load_checkpoint,
     make_accelerator,
     parameter_groups,
-    prepare_run_dir,
     read_run_state,
+    refuse_existing_run,
     report_left_out,
     run_identity,
     save_checkpoint,
@@ -44,6 +45,7 @@ from slide_reports import (
     RecordBatches,
     ReportDataset,
     add_data_arguments,
+    check_input_kind,
     make_loader,
     making_of,
     read_training_records,
@@ -80,6 +82,7 @@ def main() -> int:
     args = parse_arguments()
     flags = flags_of(args)
     run_dir = Path(args.output_dir)
+    refuse_existing_run(run_dir, overwrite=args.overwrite, resuming=args.resume_from_checkpoint is not None)
     checkpoint = checkpoint_to_resume(run_dir, args.resume_from_checkpoint)
     state = read_run_state(checkpoint)
 
@@ -99,9 +102,7 @@ def main() -> int:
             "--train_ve_first_epoch needs images: feature files hold what the encoder gave in stage 0, so it cannot "
             "learn; drop the flag"
         )
-    if (settings.input_kind == "images") != bool(args.image_root):
-        flag = "--image_root" if settings.input_kind == "images" else "--features_dir"
-        raise ValueError(f"{args.stage1_projector_path} was trained on {settings.input_kind}; give {flag}")
+    check_input_kind(args.stage1_projector_path, settings, args.image_root)
     if (Path(args.stage1_projector_path) / "adapter").is_dir():
         raise ValueError(f"{args.stage1_projector_path} holds a LoRA adapter; start stage 2 from a stage 1 result")
 
@@ -113,7 +114,6 @@ def main() -> int:
         tensorboard=args.tensorboard,
         find_unused_parameters=args.train_ve_first_epoch,
     )
-    prepare_run_dir(accelerator, run_dir, overwrite=args.overwrite, resuming=checkpoint is not None)
 
     # Model
     is_bf16 = accelerator.mixed_precision == "bf16" and args.llm_training != "full"
@@ -177,6 +177,7 @@ def main() -> int:
         forget_frozen(optimizer)
     model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
     checkpoint_trainable_only(accelerator)
+    begin_run_dir(accelerator, run_dir, overwrite=args.overwrite and checkpoint is None)
     if checkpoint:
         load_checkpoint(accelerator, run_dir, checkpoint, scheduler)
     log = RunLog(accelerator, run_dir, state.step, args.wandb_project or "slidescribe", flags)

@@ -66,6 +66,13 @@ def test_an_existing_run_is_not_overwritten_unasked(corpus, stage1):
     assert "Traceback" not in done.stderr
 
 
+def test_a_refused_overwrite_leaves_the_old_run(corpus, tmp_path):
+    flags = stage1_flags(corpus, tmp_path / "run")
+    run_command(*flags, "--num_epochs", 1, "--batch_size", 30)
+    run_command(*flags, "--overwrite", "--token_reducer", "unknown", status=2)
+    assert (tmp_path / "run" / "final_model" / "vlm.json").exists() and log_lines(tmp_path / "run")
+
+
 def test_two_processes_give_the_first_step_of_one(corpus, tmp_path):
     runs = {}
     for processes, batch_size, accumulation in ((1, 4, 1), (2, 2, 1), (1, 1, 4)):
