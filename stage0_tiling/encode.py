@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_tiling_arguments(parser)
     group = parser.add_argument_group("Encoder")
     group.add_argument(
-        "--encoder", required=True, help="a timm name, hf-hub:org/name, or a local folder (timm or transformers)"
+        "--encoder",
+        required=True,
+        help="a preset (virchow2, uni2-h, ...: docs/encoders.md), a timm name, hf-hub:org/name, or a local folder",
     )
     group.add_argument("--batch_size", type=int, default=64, help="tiles per forward pass and process")
     group.add_argument(
@@ -80,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     process = PartialState(cpu=runs_on_cpu(), timeout=LONGEST_RUN)
     encoder = load_encoder(args.encoder).to(process.device)
+    advice = encoder.preset and encoder.preset.tiling_advice(tile_size=args.tile_size, mpp=args.mpp)
+    if advice and process.is_main_process:
+        logger.warning(advice)
     encoded_by = {"encoder": encoder.name, "encoder_fingerprint": encoder.fingerprint()}
 
     # Resume
@@ -99,7 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Tile and encode
     try:
-        tile_slides([e for e in mine if needs_tiling(folder, e)], folder, settings, num_workers=args.num_workers)
+        tile_slides(
+            [e for e in mine if needs_tiling(folder, e)],
+            folder,
+            settings,
+            num_workers=args.num_workers,
+            reader=args.reader,
+        )
         ready = [entry for entry in mine if folder.is_tiled(folder.read_state(entry.slide_id))]
         encode = partial(
             encode_slide,
@@ -109,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             device=process.device,
             dtype=choose_dtype(args.mixed_precision, process.device),
             num_workers=args.num_workers,
+            reader=args.reader,
         )
         num_tiles = sum(folder.read_state(entry.slide_id).row.n_tiles for entry in ready)
         with (
@@ -116,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tqdm(total=num_tiles, unit="tile", desc=f"encoding {process.process_index}") as bar,
         ):
             for entry in ready:
-                work = partial(encode_tiled, entry, folder, settings, partial(encode, on_tiles=bar.update))
+                work = partial(encode_tiled, entry, folder, settings, partial(encode, on_tiles=bar.update), args.reader)
                 record(folder, entry, lambda work=work: replace(work(), **encoded_by))
         process.wait_for_everyone()
     finally:
@@ -141,6 +153,7 @@ def encode_slide(
     device: "torch.device | str | None" = None,
     dtype: "torch.dtype | None" = None,
     num_workers: int = 4,
+    reader: str = "auto",
     coords: np.ndarray | None = None,
     on_tiles: Callable[[int], object] | None = None,
 ) -> SlideFeatures:
@@ -157,7 +170,8 @@ def encode_slide(
         batch_size: tiles per forward pass.
         device: where the encoder runs; None means where its weights are.
         dtype: precision of the forward pass (autocast); None means bfloat16 on a GPU, else float32.
-        num_workers: threads that read tiles; memory is bounded by 2 * num_workers + 1 batches.
+        num_workers: threads that read tiles; memory is bounded by 2 * num_workers + 1 batches, and 128 MiB more.
+        reader: `auto`, `openslide` or `tiff`, see `Slide`.
         coords: (N, 2) positions of tiles that were planned with the same settings; None finds them.
         on_tiles: called with the number of tiles after each batch.
 
@@ -172,7 +186,7 @@ def encode_slide(
     settings = TilingSettings(tile_size, mpp, overlap, min_tissue)
     device = torch.device(device) if device is not None else next(encoder.parameters()).device
     dtype = dtype or choose_dtype(None, device)
-    with Slide(path) as slide:
+    with Slide(path, reader) as slide:
         if coords is None:
             coords = plan_tiles(slide, settings, assume_mpp).coords
         if len(coords) == 0:
@@ -228,12 +242,18 @@ def needs_encoding(folder: RunFolder, entry: SlideEntry) -> bool:
 
 
 def encode_tiled(
-    entry: SlideEntry, folder: RunFolder, settings: TilingSettings, encode: Callable[..., SlideFeatures]
+    entry: SlideEntry,
+    folder: RunFolder,
+    settings: TilingSettings,
+    encode: Callable[..., SlideFeatures],
+    reader: str = "auto",
 ) -> SlideState:
     """Encode one tiled slide, write its feature file and return what to record of it, but for the encoder."""
     state = folder.read_state(entry.slide_id)
     if not state.row.n_tiles:
         return replace(state, row=replace(state.row, status="empty", error=None))
+    with Slide(entry.path, reader) as slide:
+        opened_by = slide.reader
     planned = read_slide_coords(folder.path("coords", entry.slide_id))
     result = encode(entry.path, coords=planned.coords, assume_mpp=entry.assume_mpp)
     write_slide_features(
@@ -252,7 +272,7 @@ def encode_tiled(
         level0_width=planned.level0_width,
         level0_height=planned.level0_height,
     )
-    return replace(state, row=replace(state.row, status="done", error=None))
+    return replace(state, row=replace(state.row, status="done", error=None), reader=opened_by)
 
 
 def _ahead(read: Callable, chunks: list[np.ndarray], num_workers: int) -> "Iterator[torch.Tensor]":

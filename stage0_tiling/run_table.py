@@ -49,12 +49,15 @@ class SlideState:
         tiling: settings that its tiles were made with; None if it is not tiled.
         encoder: name of the encoder of its features; None if it is not encoded.
         encoder_fingerprint: of the encoder's weights.
+        reader: `openslide`, `tiff` or `pillow`, whichever opened the slide last. Their results are equal within
+            tolerance, so that slides of several readers share a folder. None in folders of earlier versions.
     """
 
     row: SlideRow
     tiling: TilingSettings | None = None
     encoder: str | None = None
     encoder_fingerprint: str | None = None
+    reader: str | None = None
 
 
 class RunFolder:
@@ -74,7 +77,13 @@ class RunFolder:
         try:
             stored = json.loads(path.read_text())
             tiling = TilingSettings(**stored["tiling"]) if stored["tiling"] else None
-            return SlideState(SlideRow(**stored["row"]), tiling, stored["encoder"], stored["encoder_fingerprint"])
+            return SlideState(
+                SlideRow(**stored["row"]),
+                tiling,
+                stored["encoder"],
+                stored["encoder_fingerprint"],
+                stored.get("reader"),
+            )
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:

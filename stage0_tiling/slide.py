@@ -14,6 +14,13 @@ import numpy as np
 import openslide
 from PIL import Image, UnidentifiedImageError
 
+from stage0_tiling.resample import ON_GRID, on_grid, resize, sample_box
+from stage0_tiling.tiff_codecs import TileError
+from stage0_tiling.tiled_tiff import TiledTiff
+
+READERS = ("auto", "openslide", "tiff")
+# vendors whose levels are plain grids of tiles; those of others overlap, are padded or come in several regions
+PLAIN_TIFF = ("aperio", "generic-tiff")
 PLAUSIBLE_MPP = (0.05, 20.0)
 OBJECTIVE_TIMES_MPP = 10.0  # 10x is 1 um/px by convention: 20x 0.5, 40x 0.25
 ISOTROPIC_TOLERANCE = 0.01  # mpp of x and y that differ less are one number, rounded differently
@@ -23,6 +30,7 @@ WARN_UPSAMPLING = 1.1
 MAX_READ_PX = 2048  # side of one read: bounds memory where a slide has no pyramid
 UM_PER_UNIT = {"inch": 25400.0, "centimeter": 10000.0}
 BACKGROUND = 255
+OVERSAMPLING = 2.0  # least, of what is decoded at reduced size and resampled after
 
 logger = logging.getLogger(__name__)
 
@@ -56,49 +64,81 @@ class Slide:
 
     Attributes:
         path: the file.
-        format: OpenSlide's vendor name (`aperio`, `mirax`, ...) or `image/png` and the like.
+        format: OpenSlide's vendor name (`aperio`, `mirax`, ...), `tiff`, or `image/png` and the like.
+        reader: what reads the tiles: `openslide`, `tiff` (our own, faster), or `pillow` for plain images.
         width: level-0 pixels.
         height: level-0 pixels.
         num_levels: of the pyramid.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, reader: str = "auto"):
         """Open `path`.
 
+        Args:
+            path: a slide or plain image.
+            reader: `tiff` for our own reader of tiled JPEG and JPEG 2000 TIFFs, `openslide` to do without it, `auto`
+                for the former wherever it can be used. Thumbnails come from OpenSlide in any case.
+
         Raises:
-            SlideError: if it is missing or no slide or image.
+            SlideError: if it is missing, no slide or image, or not what the reader asked for can read.
         """
+        assert reader in READERS
         self.path = Path(path)
         if not self.path.exists():
             raise SlideError(f"{self.path.name} does not exist")
         self._image_dpi: tuple[float | None, float | None] = (None, None)
-        try:
-            self._handle = self._open()
-        except UnidentifiedImageError as error:
-            raise SlideError(f"{self.path.name} is no slide or image that OpenSlide or Pillow can open") from error
-        except (openslide.OpenSlideError, OSError, Image.DecompressionBombError) as error:
-            raise SlideError(f"{self.path.name} cannot be opened ({_reason(error)}): is the file whole?") from error
+        self._tiff: TiledTiff | None = None
+        self._handle = self._open(reader)
+        if reader == "tiff" and self._tiff is None:
+            self._handle.close()
+            raise SlideError(
+                f"{self.path.name} ({self.format}) is no tiled TIFF in JPEG or JPEG 2000 that --reader tiff can read: "
+                "use --reader auto"
+            )
+        self.reader = "tiff" if self._tiff else "pillow" if self.format.startswith("image/") else "openslide"
         self.width, self.height = self._handle.dimensions
         self.num_levels = self._handle.level_count
         self._downsamples = self._handle.level_downsamples
 
-    def _open(self) -> openslide.AbstractSlide:
-        """OpenSlide where it knows the format, else Pillow, with the whole image in memory."""
+    def _open(self, reader: str) -> openslide.AbstractSlide | TiledTiff:
+        """OpenSlide where it knows the format, else our own reader, else Pillow, with the whole image in memory."""
         try:
             slide = openslide.OpenSlide(self.path)
-        except openslide.OpenSlideUnsupportedFormatError:
+        except openslide.OpenSlideError as error:
+            if reader != "openslide" and (tiff := TiledTiff.open(self.path)):
+                self.format, self._tiff = "tiff", tiff
+                return tiff
+            if isinstance(error, openslide.OpenSlideUnsupportedFormatError):
+                return self._open_image()
+            raise self._unopenable(error) from error
+        except OSError as error:
+            raise self._unopenable(error) from error
+        self.format = slide.properties[openslide.PROPERTY_NAME_VENDOR]
+        if reader != "openslide" and self.format in PLAIN_TIFF:
+            self._tiff = TiledTiff.open(self.path, slide.level_dimensions)
+        return slide
+
+    def _open_image(self) -> openslide.AbstractSlide:
+        try:
             with Image.open(self.path) as image:
                 self.format = f"image/{(image.format or 'unknown').lower()}"
                 self._image_dpi = tuple(_positive(value) for value in image.info.get("dpi", (None, None)))
                 return openslide.ImageSlide(_on_white(image))
-        self.format = slide.properties[openslide.PROPERTY_NAME_VENDOR]
-        return slide
+        except UnidentifiedImageError as error:
+            raise SlideError(f"{self.path.name} is no slide or image that OpenSlide or Pillow can open") from error
+        except (OSError, Image.DecompressionBombError) as error:
+            raise self._unopenable(error) from error
+
+    def _unopenable(self, error: Exception) -> SlideError:
+        return SlideError(f"{self.path.name} cannot be opened ({_reason(error)}): is the file whole?")
 
     def __enter__(self) -> "Slide":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._handle.close()
+        if self._tiff is not None:
+            self._tiff.close()
 
     def pixel_size(self, assume_mpp: float | None = None) -> PixelSize:
         """Microns per pixel: what the slide says, else 10 / objective power, else `assume_mpp`.
@@ -134,10 +174,9 @@ class Slide:
         Returns:
             (size[1], size[0], 3) uint8 RGB, read from the coarsest level that is still fine enough.
         """
-        level = self._level_for(min(width / size[0], height / size[1]))
-        downsample = self._downsamples[level]
-        region = max(1, round(width / downsample)), max(1, round(height / downsample))
-        return _resize(self._read(x, y, level, region), size)
+        if self._tiff is not None and (picture := self._read_tiled(x, y, width, height, size)) is not None:
+            return picture
+        return self._read_plain(x, y, width, height, size)
 
     def read_whole(self, width: int, height: int) -> np.ndarray:
         """Read the whole slide as (height, width, 3) uint8 RGB, block by block, so that memory stays bounded."""
@@ -150,7 +189,9 @@ class Slide:
                 bottom, right = min(top + step, height), min(left + step, width)
                 x0, y0 = round(left * scale_x), round(top * scale_y)
                 x1, y1 = round(right * scale_x), round(bottom * scale_y)
-                block = self.read_region(x0, y0, x1 - x0, y1 - y0, (right - left, bottom - top))
+                # by the same reader whatever reads the tiles, so that the tissue found on it is the same
+                read = self.read_region if self._handle is self._tiff else self._read_plain
+                block = read(x0, y0, x1 - x0, y1 - y0, (right - left, bottom - top))
                 picture[top:bottom, left:right] = block
         return picture
 
@@ -159,18 +200,58 @@ class Slide:
         fine = [level for level, has in enumerate(self._downsamples) if has <= downsample * (1 + LEVEL_TOLERANCE)]
         return max(fine, default=0, key=lambda level: self._downsamples[level])
 
-    def _read(self, x: int, y: int, level: int, size: tuple[int, int]) -> np.ndarray:
+    def _read_tiled(self, x: int, y: int, width: int, height: int, size: tuple[int, int]) -> np.ndarray | None:
+        """Read through our own reader, shrunk while decoding; None where OpenSlide must decide what is not there."""
+        level = self._level_for(min(width / size[0], height / size[1]))
+        shrink = self._shrink_for(level, (x, y, width, height), size)
+        left, top, columns, rows = (value / self._downsamples[level] / shrink for value in (x, y, width, height))
+        if shrink == 1:  # whole pixels, and linear between them, as OpenSlide does
+            columns, rows = max(1, round(columns)), max(1, round(rows))
+        x0, y0 = math.floor(left + ON_GRID), math.floor(top + ON_GRID)
+        box = x0, y0, max(x0 + 1, math.ceil(left + columns - ON_GRID)), max(y0 + 1, math.ceil(top + rows - ON_GRID))
+        if self._handle is not self._tiff and self._tiff.is_sparse(level, box, shrink):
+            return None
         try:
-            rgba = np.asarray(self._handle.read_region((x, y), level, size))
+            picture = self._tiff.read(level, box, shrink)
+        except (TileError, OSError) as error:
+            raise self._unreadable(x, y, level, error) from error
+        interpolation = cv2.INTER_LINEAR if shrink == 1 else cv2.INTER_CUBIC
+        return sample_box(picture, left - x0, top - y0, columns, rows, size, interpolation)
+
+    def _shrink_for(self, level: int, box: tuple[int, int, int, int], size: tuple[int, int]) -> int:
+        """By how much to shrink a level while decoding it.
+
+        Down to the size wanted where the box then fills whole pixels. Else to twice that size at the coarsest: what
+        is resampled anyway must be finer than the result, or the picture differs visibly from one shrunk by area.
+        """
+        edges = [value / self._downsamples[level] for value in (box[0], box[1], box[0] + box[2], box[1] + box[3])]
+        ratio = min((edges[2] - edges[0]) / size[0], (edges[3] - edges[1]) / size[1])
+        for shrink in sorted(self._tiff.shrinks(level), reverse=True):
+            if ratio / shrink < 1 - LEVEL_TOLERANCE:
+                continue  # coarser than wanted
+            left, top, right, bottom = (edge / shrink for edge in edges)
+            fits = on_grid(left, top, right, bottom) and (round(right - left), round(bottom - top)) == size
+            if fits or ratio / shrink >= OVERSAMPLING:
+                return shrink
+        return 1
+
+    def _read_plain(self, x: int, y: int, width: int, height: int, size: tuple[int, int]) -> np.ndarray:
+        """Read through OpenSlide or Pillow."""
+        level = self._level_for(min(width / size[0], height / size[1]))
+        downsample = self._downsamples[level]
+        region = max(1, round(width / downsample)), max(1, round(height / downsample))
+        try:
+            rgba = np.asarray(self._handle.read_region((x, y), level, region))
         except (openslide.OpenSlideError, OSError, Image.DecompressionBombError) as error:
-            raise SlideError(
-                f"{self.path.name} cannot be read at ({x}, {y}), level {level} ({_reason(error)})"
-            ) from error
+            raise self._unreadable(x, y, level, error) from error
         rgb = np.ascontiguousarray(rgba[..., :3])
         outside = rgba[..., 3] == 0  # beyond the slide, or never scanned (MRXS)
         if outside.any():
             rgb[outside] = BACKGROUND
-        return rgb
+        return resize(rgb, size)
+
+    def _unreadable(self, x: int, y: int, level: int, error: Exception) -> SlideError:
+        return SlideError(f"{self.path.name} cannot be read at ({x}, {y}), level {level} ({_reason(error)})")
 
     def _stated_pixel_size(self) -> PixelSize | None:
         properties = self._handle.properties
@@ -212,13 +293,6 @@ def check_resolution(name: str, pixel_size: PixelSize, mpp: float) -> None:
             mpp,
             enlargement,
         )
-
-
-def _resize(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    if picture.shape[1::-1] == size:
-        return picture
-    shrinks = picture.shape[1] >= size[0] and picture.shape[0] >= size[1]
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -21,7 +21,7 @@ from slide_features import write_slide_coords
 from stage0_tiling.overlay import write_overlay
 from stage0_tiling.plan import TilePlan, TilingSettings, plan_tiles
 from stage0_tiling.run_table import RunFolder, SlideRow, SlideState
-from stage0_tiling.slide import Slide
+from stage0_tiling.slide import READERS, Slide
 from stage0_tiling.slide_list import SlideEntry, check_mpp, find_slides
 
 logger = logging.getLogger("stage0_tiling")
@@ -40,6 +40,13 @@ def add_tiling_arguments(parser) -> None:
     )
     group.add_argument(
         "--overwrite", action="store_true", help="delete what earlier runs made of these slides and start anew"
+    )
+    group.add_argument(
+        "--reader",
+        choices=READERS,
+        default="auto",
+        help="what reads the tiles: tiff is the fast path for tiled TIFF and SVS in JPEG or JPEG 2000, and fails on "
+        "other slides; openslide does without it; auto takes tiff where it can, with equal results",
     )
     group.add_argument("--num_workers", type=int, default=4, help="threads that read slides, per process; 0 means 1")
     group = parser.add_argument_group("Tiles")
@@ -77,18 +84,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Tile
     try:
-        tile_slides(todo, folder, settings, num_workers=args.num_workers)
+        tile_slides(todo, folder, settings, num_workers=args.num_workers, reader=args.reader)
     finally:
         folder.write_table()
     return report(entries, folder)
 
 
-def tile_slides(entries: list[SlideEntry], folder: RunFolder, settings: TilingSettings, *, num_workers: int) -> None:
+def tile_slides(
+    entries: list[SlideEntry], folder: RunFolder, settings: TilingSettings, *, num_workers: int, reader: str = "auto"
+) -> None:
     """Tile slides in threads and record each; a slide that fails is recorded as failed and the others go on."""
     executor = ThreadPoolExecutor(max(1, num_workers))
     try:
         jobs = [
-            executor.submit(record, folder, entry, lambda entry=entry: tile_slide(entry, folder, settings))
+            executor.submit(record, folder, entry, lambda entry=entry: tile_slide(entry, folder, settings, reader))
             for entry in entries
         ]
         with logging_redirect_tqdm():
@@ -98,13 +107,13 @@ def tile_slides(entries: list[SlideEntry], folder: RunFolder, settings: TilingSe
         executor.shutdown(cancel_futures=True)
 
 
-def tile_slide(entry: SlideEntry, folder: RunFolder, settings: TilingSettings) -> SlideState:
+def tile_slide(entry: SlideEntry, folder: RunFolder, settings: TilingSettings, reader: str = "auto") -> SlideState:
     """Write coords and overlay of one slide and return what to record of it.
 
     Raises:
         SlideError: if the slide cannot be used.
     """
-    with Slide(entry.path) as slide:
+    with Slide(entry.path, reader) as slide:
         plan = plan_tiles(slide, settings, entry.assume_mpp)
         write_overlay(folder.path("overlays", entry.slide_id), plan)
         row = _describe(entry, slide, plan)
@@ -127,7 +136,7 @@ def tile_slide(entry: SlideEntry, folder: RunFolder, settings: TilingSettings) -
                 entry.slide_id,
                 settings.min_tissue,
             )
-    return SlideState(row, tiling=settings)
+        return SlideState(row, tiling=settings, reader=slide.reader)
 
 
 def record(folder: RunFolder, entry: SlideEntry, work: Callable[[], SlideState]) -> None:

@@ -1,9 +1,11 @@
 """Small slides for tests: pyramidal, tiled JPEG TIFFs with mpp, drawn from a seed, with the exact mask of tissue."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
+import imagecodecs
 import numpy as np
 import tifffile
 
@@ -68,15 +70,87 @@ class DrawnSlide:
         return mask
 
 
-def write_pyramid(path: Path, picture: np.ndarray, mpp: float | None, num_levels: int = 3) -> None:
-    """Write (H, W, 3) uint8 RGB as a pyramidal, tiled JPEG TIFF, which OpenSlide opens."""
+def write_pyramid(path: Path, picture: np.ndarray, mpp: float | None, num_levels: int = 3, **how: object) -> None:
+    """Write (H, W, 3) uint8 RGB as a pyramidal, tiled JPEG TIFF, which OpenSlide opens; `how` as in `TiffForm`."""
+    form = TiffForm(**how)
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"tile": (256, 256), "photometric": "rgb", "compression": "jpeg", "compressionargs": {"level": 92}}
     with tifffile.TiffWriter(path) as tiff:
         for level in range(num_levels):
             where = {}
             if mpp is not None:
-                where = {"resolution": (1e4 / mpp / 2**level,) * 2, "resolutionunit": "CENTIMETER"}
-            tiff.write(picture, subfiletype=int(level > 0), **settings, **where)
-            size = picture.shape[1] // 2, picture.shape[0] // 2
+                where = {"resolution": (1e4 / mpp / form.step**level,) * 2, "resolutionunit": "CENTIMETER"}
+            if form.aperio:
+                text = f"Aperio Image Library\r\n{picture.shape[1]}x{picture.shape[0]}|AppMag = 20|MPP = {mpp}"
+                where |= {"description": text, "metadata": None}
+            reduced = int(level > 0 and not form.aperio)
+            form.write(tiff, picture, subfiletype=reduced, photometric="rgb", tile=(form.tile, form.tile), **where)
+            size = picture.shape[1] // form.step, picture.shape[0] // form.step
             picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+
+
+@dataclass(frozen=True)
+class TiffForm:
+    """How the tiles of a TIFF are written.
+
+    Attributes:
+        tile: side of a tile in pixels.
+        step: a level is this many times smaller than the one before.
+        colors: `ycbcr` or `rgb`, the components within the JPEG and the photometric tag.
+        subsampling: of the chroma: (1, 1) is 4:4:4, (2, 2) is 4:2:0.
+        compression: `jpeg`, or one of `aperio_jp2000_rgb` and `jpeg2000`, without loss.
+        shared_tables: abbreviated JPEGs, with their tables in the tag JPEGTables, as Aperio writes them.
+        aperio: with the description that makes it an SVS.
+    """
+
+    tile: int = 256
+    step: int = 2
+    colors: str = "ycbcr"
+    subsampling: tuple[int, int] = (2, 2)
+    compression: str = "jpeg"
+    shared_tables: bool = False
+    aperio: bool = False
+
+    def write(self, tiff: tifffile.TiffWriter, picture: np.ndarray, **settings: object) -> None:
+        if self.compression == "jpeg" and not self.shared_tables:
+            args = {"level": 92, "outcolorspace": self.colors}
+            subsampling = self.subsampling if self.colors == "ycbcr" else None
+            tiff.write(picture, compression="jpeg", compressionargs=args, subsampling=subsampling, **settings)
+            return
+        tiles = [self._encode(tile) for tile in _tiles(picture, self.tile)]
+        tables = {}
+        if self.shared_tables:
+            split = [split_jpeg(tile) for tile in tiles]
+            assert len({tables for tables, _ in split}) == 1
+            tables, tiles = {"jpegtables": split[0][0]}, [tile for _, tile in split]
+            settings["photometric"] = self.colors
+            if self.colors == "ycbcr":
+                settings["subsampling"] = self.subsampling
+        tiff.write(iter(tiles), shape=picture.shape, dtype=np.uint8, compression=self.compression, **tables, **settings)
+
+    def _encode(self, tile: np.ndarray) -> bytes:
+        if self.compression != "jpeg":
+            return imagecodecs.jpeg2k_encode(tile, codecformat="j2k", reversible=True, level=0)
+        return imagecodecs.jpeg8_encode(
+            tile, level=92, colorspace="rgb", outcolorspace=self.colors, subsampling=self.subsampling, optimize=False
+        )
+
+
+def split_jpeg(jpeg: bytes) -> tuple[bytes, bytes]:
+    """Cut a JPEG into its tables and an abbreviated stream without them."""
+    tables, rest, at = b"", b"", 2
+    while jpeg[at + 1] != 0xDA:  # start of scan
+        end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        if jpeg[at + 1] in (0xDB, 0xC4):  # tables of quantisation and of Huffman codes
+            tables += jpeg[at:end]
+        elif not 0xE0 <= jpeg[at + 1] <= 0xEF:
+            rest += jpeg[at:end]
+        at = end
+    return b"\xff\xd8" + tables + b"\xff\xd9", b"\xff\xd8" + rest + jpeg[at:]
+
+
+def _tiles(picture: np.ndarray, side: int) -> Iterator[np.ndarray]:
+    height, width = picture.shape[:2]
+    padded = np.pad(picture, ((0, -height % side), (0, -width % side), (0, 0)), mode="edge")
+    for y in range(0, height, side):
+        for x in range(0, width, side):
+            yield np.ascontiguousarray(padded[y : y + side, x : x + side])

@@ -1,0 +1,314 @@
+"""The fast reader of tiled TIFFs: equal to OpenSlide, each compressed tile decoded once, damage refused alike."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import openslide
+import pytest
+import tifffile
+import torch
+
+from encoders import load_encoder
+from stage0_tiling import encode as stage0_encode
+from stage0_tiling import tile as stage0_tile
+from stage0_tiling.encode import encode_slide
+from stage0_tiling.plan import TilingSettings, plan_tiles
+from stage0_tiling.slide import Slide, SlideError
+from stage0_tiling.tiff_codecs import JpegDecoder, TileError
+from stage0_tiling.tiled_tiff import TileCache
+from tests.conftest import ROOT, make_encoder, run_command
+from tests.slides import DrawnSlide, write_pyramid
+
+SHARED = ROOT.parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real slides in ../shared/data are not here")
+FORMS = {
+    "with the level": {},
+    "without the level": {"step": 4},
+    "one level": {"num_levels": 1},
+    "444": {"step": 4, "subsampling": (1, 1)},
+    "rgb": {"step": 4, "colors": "rgb"},
+    "240": {"step": 4, "tile": 240},
+    "svs": {"step": 4, "tile": 240, "shared_tables": True, "aperio": True},
+    "svs rgb": {"step": 4, "tile": 240, "shared_tables": True, "aperio": True, "colors": "rgb", "subsampling": (1, 1)},
+    "svs jpeg 2000": {"compression": "aperio_jp2000_rgb", "aperio": True},
+}
+
+
+@pytest.fixture(scope="module")
+def picture():
+    """A picture of 40x tissue: what a microscope resolves, enlarged, with the noise of a camera."""
+    drawn = cv2.resize(DrawnSlide(width=800, height=600, seed=3).draw()[0], (1588, 1190), interpolation=cv2.INTER_CUBIC)
+    noise = np.random.default_rng(0).normal(0, 2, drawn.shape)
+    return np.clip(drawn + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def slide_path(request, picture, tmp_path_factory):
+    path = tmp_path_factory.mktemp("forms") / "slide.tiff"
+    write_pyramid(path, picture, 0.25, **{"num_levels": 2} | FORMS[request.param])
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(picture, tmp_path_factory):
+    path = tmp_path_factory.mktemp("plain") / "slide.tiff"
+    write_pyramid(path, picture, 0.25, 1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder") / "vit"
+    make_encoder(folder)
+    return folder
+
+
+def tiles_of(path, reader, settings, assume_mpp=None):
+    """Positions and pixels of all tiles."""
+    with Slide(path, reader) as slide:
+        assert slide.reader == reader
+        plan = plan_tiles(slide, settings, assume_mpp)
+        size = (settings.tile_size,) * 2
+        sides = plan.grid.tile_width, plan.grid.tile_height
+        return plan.coords, [slide.read_region(x, y, *sides, size) for x, y in plan.coords.tolist()]
+
+
+def assert_equal(path, settings, assume_mpp=None):
+    coords, expected = tiles_of(path, "openslide", settings, assume_mpp)
+    same, tiles = tiles_of(path, "tiff", settings, assume_mpp)
+    np.testing.assert_array_equal(coords, same)
+    assert len(coords) > 0
+    for tile, other in zip(tiles, expected, strict=True):
+        assert tile.shape == other.shape and tile.dtype == np.uint8
+        assert np.abs(tile.astype(int) - other).mean() <= 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TilingSettings(128, 0.25),
+        TilingSettings(128, 0.5),
+        TilingSettings(128, 0.5, overlap=37),
+        TilingSettings(64, 1.0),
+        TilingSettings(100, 0.495),
+        TilingSettings(50, 1.1, overlap=9),
+        TilingSettings(96, 0.2),
+        TilingSettings(32, 2.0, min_tissue=0),
+    ],
+    ids=lambda s: f"{s.tile_size} at {s.mpp} overlap {s.overlap}",
+)
+def test_tiles_equal_those_of_openslide(slide_path, settings):
+    assert_equal(slide_path, settings)
+
+
+def test_without_shrinking_tiles_are_the_same_to_the_bit(plain):
+    for settings in (TilingSettings(256, 0.25), TilingSettings(256, 0.3), TilingSettings(200, 0.45)):
+        for tile, other in zip(
+            *(tiles_of(plain, reader, settings)[1] for reader in ("tiff", "openslide")), strict=True
+        ):
+            np.testing.assert_array_equal(tile, other)
+
+
+def test_features_equal_those_of_openslide(slide_path, encoder):
+    model = load_encoder(encoder)
+    found = [encode_slide(slide_path, model, tile_size=64, reader=reader) for reader in ("openslide", "tiff")]
+    np.testing.assert_array_equal(found[0].coords, found[1].coords)
+    a, b = (torch.from_numpy(result.features.astype(np.float32)) for result in found)
+    assert torch.cosine_similarity(a, b).min() >= 0.999
+
+
+@needs_shared
+@pytest.mark.parametrize("mpp", [0.5, 1.0, 1.37])
+@pytest.mark.parametrize("name", [path.name for path in sorted(SHARED.glob("slides/*.*"))])
+def test_real_slides_equal_those_of_openslide(name, mpp):
+    assert_equal(SHARED / "slides" / name, TilingSettings(128, mpp), assume_mpp=0.5)
+
+
+@needs_shared
+def test_only_the_pyramid_of_a_real_slide_is_read(monkeypatch):
+    path = SHARED / "slides" / "CMU-1-Small-Region.svs"
+    with tifffile.TiffFile(path) as tiff:
+        known = set(tiff.pages[0].dataoffsets)
+        assert len(tiff.pages) == 4, "it has a thumbnail, a label and a macro image"
+    asked = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda *args: asked.append(args[2]) or pread(*args))
+    tiles_of(path, "tiff", TilingSettings())
+    assert asked and set(asked) <= known
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The compressed tiles that were decoded, in order."""
+    seen, decode = [], JpegDecoder.__call__
+    monkeypatch.setattr(JpegDecoder, "__call__", lambda self, *args: seen.append(args) or decode(self, *args))
+    return seen
+
+
+@pytest.mark.parametrize("overlap", [0, 30])
+@pytest.mark.parametrize("num_threads", [1, 4])
+def test_each_compressed_tile_is_decoded_once_and_only_if_needed(plain, decoded, overlap, num_threads):
+    with Slide(plain, "tiff") as slide, ThreadPoolExecutor(num_threads) as pool:
+        settings = TilingSettings(100, 0.5, overlap)
+        plan = plan_tiles(slide, settings)
+        decoded.clear()
+        read = lambda xy: slide.read_region(*xy, 200, 200, (100, 100))  # noqa: E731
+        list(pool.map(read, plan.coords.tolist()))
+        needed = set()
+        for x, y in plan.coords.tolist():
+            needed |= {
+                (row, column)
+                for row in range(y // 256, min(-(-(y + 200) // 256), -(-slide.height // 256)))
+                for column in range(x // 256, min(-(-(x + 200) // 256), -(-slide.width // 256)))
+            }
+    assert len(decoded) == len(needed) < 5 * 7
+    assert {shrink for _, shrink in decoded} == {2, 1}, "1 at the edges of the slide only"
+
+
+def test_overlapping_boxes_that_hold_whole_tiles_are_noticed(plain, decoded):
+    with Slide(plain, "tiff") as slide:
+        decoded.clear()
+        for x in range(0, 1280, 256):
+            slide.read_region(x, 256, 512, 512, (512, 512))
+    assert len(decoded) <= 12 + 4, "12 tiles, and those of the first box once more"
+
+
+def test_the_cache_is_bounded_and_threads_share_work():
+    cache, made = TileCache(max_bytes=250), []
+
+    def make():
+        made.append(1)
+        return np.zeros(100, np.uint8)
+
+    with ThreadPoolExecutor(8) as pool:
+        tiles = list(pool.map(lambda _: cache.get("a", make), range(50)))
+    assert len(made) == 1 and all(tile is tiles[0] for tile in tiles)
+    cache.get("b", make)
+    cache.get("a", make)
+    cache.get("c", make)  # drops b, which was used longest ago
+    assert len(made) == 3 and cache._num_bytes == 200
+    cache.get("a", make)
+    assert len(made) == 3
+    with pytest.raises(TileError):
+        cache.get("d", lambda: (_ for _ in ()).throw(TileError("bad")))
+    cache.get("d", make)
+    assert not cache._pending
+
+
+def damage(source: Path, path: Path, tile: int, how: str, level: int = 0) -> None:
+    """Copy a slide with one compressed tile damaged."""
+    with tifffile.TiffFile(source) as tiff:
+        page = tiff.pages[level]
+        offset, count = page.dataoffsets[tile], page.databytecounts[tile]
+        tag = page.tags["TileByteCounts"]
+        width = {3: 2, 4: 4, 16: 8}[int(tag.dtype)]
+        place = tag.valueoffset + width * tile
+    data = bytearray(source.read_bytes())
+    if how == "missing":
+        data[place : place + width] = bytes(width)
+    elif how == "torn":
+        data[offset + count // 2 : offset + count] = bytes(count - count // 2)
+    elif how == "noise":
+        data[offset : offset + count] = np.random.default_rng(0).bytes(count)
+    elif how == "cut":
+        data = data[: offset + count // 2]
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["torn", "noise"])
+def test_a_damaged_tile_fails_the_slide_as_with_openslide(plain, tmp_path, how):
+    damage(plain, tmp_path / "bad.tiff", 8, how)
+    for reader in ("openslide", "tiff"):
+        with Slide(tmp_path / "bad.tiff", reader) as slide:
+            slide.read_region(768, 768, 256, 256, (128, 128))
+            with pytest.raises(SlideError, match=r"bad.tiff cannot be read at \(256, 256\), level 0") as refusal:
+                slide.read_region(256, 256, 256, 256, (128, 128))
+            assert "\n" not in str(refusal.value)
+
+
+def test_a_file_that_ends_early_is_refused(plain, tmp_path):
+    with Slide(plain, "tiff") as slide:
+        slide._tiff._file_bytes = 1000
+        with pytest.raises(SlideError, match="beyond the end of the file"):
+            slide.read_region(0, 0, 256, 256, (256, 256))
+    damage(plain, tmp_path / "cut.tiff", 30, "cut")
+    with pytest.raises(SlideError, match="cut.tiff"), Slide(tmp_path / "cut.tiff") as slide:
+        plan_tiles(slide, TilingSettings())
+
+
+@pytest.mark.parametrize("form", [{}, {"aperio": True, "shared_tables": True}])
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_tile_that_is_not_there_is_what_openslide_makes_of_it(picture, tmp_path, form, level):
+    write_pyramid(tmp_path / "whole.tiff", picture, 0.25, 2, **form)
+    damage(tmp_path / "whole.tiff", tmp_path / "sparse.tiff", 1, "missing", level)
+    regions = []
+    for reader in ("openslide", "tiff"):
+        with Slide(tmp_path / "sparse.tiff", reader) as slide:
+            step = 2**level
+            regions.append(slide.read_region(200 * step, 50 * step, 400 * step, 200 * step, (400, 200)))
+    np.testing.assert_array_equal(*regions)
+    assert (level == 1 and form) or (regions[0] == 255).all(axis=2).any()
+
+
+def test_jpeg_2000_that_openslide_does_not_open(picture, tmp_path):
+    write_pyramid(tmp_path / "j2k.tiff", picture, 0.25, 2, compression="jpeg2000")
+    with pytest.raises(openslide.OpenSlideError):
+        openslide.OpenSlide(tmp_path / "j2k.tiff")
+    with Slide(tmp_path / "j2k.tiff") as slide:
+        assert (slide.reader, slide.format, slide.num_levels, slide.pixel_size().mpp) == ("tiff", "tiff", 2, 0.25)
+        np.testing.assert_array_equal(slide.read_region(300, 200, 500, 400, (500, 400)), picture[200:600, 300:800])
+        beyond = slide.read_region(1500, 1100, 200, 200, (200, 200))
+        assert (beyond[100:] == 255).all() and (beyond[:, 100:] == 255).all() and (beyond[:90, :80] < 255).any()
+        assert len(plan_tiles(slide, TilingSettings(64)).coords) > 5
+
+
+def test_what_the_fast_reader_cannot_read_goes_to_openslide_or_is_refused(picture, tmp_path):
+    tifffile.imwrite(tmp_path / "lzw.tiff", picture, tile=(256, 256), photometric="rgb", compression="lzw")
+    tifffile.imwrite(tmp_path / "strips.tiff", picture, photometric="rgb")
+    cv2.imwrite(str(tmp_path / "plain.png"), picture)
+    for name, reader in (("lzw.tiff", "openslide"), ("strips.tiff", "pillow"), ("plain.png", "pillow")):
+        with Slide(tmp_path / name) as slide:
+            assert slide.reader == reader
+        with pytest.raises(SlideError, match=f"{name} .* --reader tiff .*use --reader auto"):
+            Slide(tmp_path / name, "tiff")
+    assert not [link for link in Path("/proc/self/fd").glob("*") if str(tmp_path) in _target(link)]
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except FileNotFoundError:
+        return ""
+
+
+def test_readers_are_recorded_and_mix_in_one_folder(picture, encoder, tmp_path):
+    slides, out = tmp_path / "slides", tmp_path / "out"
+    write_pyramid(slides / "a.tiff", picture, 0.25, 1)
+    cv2.imwrite(str(slides / "b.png"), picture)
+    flags = ["--slides", str(slides), "--output_dir", str(out), "--tile_size", "64", "--assume_mpp", "0.25"]
+    state = lambda name: json.loads((out / "state" / f"{name}.json").read_text())  # noqa: E731
+    assert stage0_tile.main([*flags, "--reader", "tiff"]) == 1
+    assert (state("a")["reader"], state("b")["row"]["status"]) == ("tiff", "failed")
+    assert "--reader tiff" in state("b")["row"]["error"]
+    assert stage0_tile.main([*flags, "--reader", "openslide", "--overwrite"]) == 0
+    assert (state("a")["reader"], state("b")["reader"]) == ("openslide", "pillow")
+    assert stage0_encode.main([*flags, "--encoder", str(encoder)]) == 0
+    assert (state("a")["reader"], state("b")["reader"]) == ("tiff", "pillow")
+    old = state("a")
+    del old["reader"]  # a folder of an earlier version
+    (out / "state" / "a.json").write_text(json.dumps(old))
+    made = (out / "features" / "a.h5").stat().st_mtime_ns
+    assert stage0_encode.main([*flags, "--encoder", str(encoder), "--reader", "openslide"]) == 0
+    assert (out / "features" / "a.h5").stat().st_mtime_ns == made
+
+
+def test_the_benchmark_runs_and_writes_ratios(tmp_path):
+    sizes = ("--side", 2048, "--repeats", 1, "--work_dir", tmp_path / "slides", "--json", tmp_path / "ratios.json")
+    done = run_command("benchmarks/stage0.py", *sizes)
+    measured = json.loads((tmp_path / "ratios.json").read_text())
+    assert measured["a"]["ratio"] > 0 and measured["b"]["ratio"] > 0
+    assert measured["b"]["openslide_tiles"] == measured["b"]["tiles"] and "floor" in done.stdout
