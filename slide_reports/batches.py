@@ -301,6 +301,40 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     return batch
 
 
+def make_loaders(
+    model: SlideVLM,
+    tokenizer: Any,
+    train_records: list[Record],
+    val_records: list[Record],
+    *,
+    batch_size: int,
+    gradient_accumulation_steps: int,
+    num_processes: int,
+    num_workers: int,
+    seed: int,
+) -> tuple[RecordBatches, DataLoader, DataLoader]:
+    """Training batches, which are told where to begin each epoch, and the loaders of training and validation.
+
+    Training shuffles records and draws patches at random; validation does neither. Both leave bad inputs out.
+    """
+    train_data = ReportDataset.for_model(model, tokenizer, train_records, seed=seed, skip_bad_inputs=True)
+    val_data = ReportDataset.for_model(model, tokenizer, val_records, skip_bad_inputs=True)
+    train_batches = RecordBatches(
+        len(train_data),
+        batch_size,
+        num_processes=num_processes,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        shuffle=True,
+        seed=seed,
+    )
+    val_batches = RecordBatches(len(val_data), batch_size, num_processes=num_processes)
+    return (
+        train_batches,
+        make_loader(train_data, train_batches, num_workers),
+        make_loader(val_data, val_batches, num_workers),
+    )
+
+
 def make_loader(dataset: ReportDataset, batches: RecordBatches, num_workers: int = 0) -> DataLoader:
     """Loader with a random generator of its own, so that making an iterator leaves the global one as it was."""
     return DataLoader(

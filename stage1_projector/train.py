@@ -53,13 +53,11 @@ from run_log import RunLog
 from slide_reports import (
     DEFAULT_QUESTIONS,
     Prompt,
-    RecordBatches,
-    ReportDataset,
     add_data_arguments,
     default_num_visual_tokens,
     describe_encoder,
     describe_features,
-    make_loader,
+    make_loaders,
     read_training_records,
     records_digest,
 )
@@ -144,19 +142,17 @@ def main() -> int:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
 
-    train_data = ReportDataset.for_model(model, tokenizer, train_records, seed=args.seed, skip_bad_inputs=True)
-    val_data = ReportDataset.for_model(model, tokenizer, val_records, skip_bad_inputs=True)
-    train_batches = RecordBatches(
-        len(train_data),
-        args.batch_size,
-        num_processes=accelerator.num_processes,
+    train_batches, train_loader, val_loader = make_loaders(
+        model,
+        tokenizer,
+        train_records,
+        val_records,
+        batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        shuffle=True,
+        num_processes=accelerator.num_processes,
+        num_workers=args.num_workers,
         seed=args.seed,
     )
-    val_batches = RecordBatches(len(val_data), args.batch_size, num_processes=accelerator.num_processes)
-    train_loader = make_loader(train_data, train_batches, args.num_workers)
-    val_loader = make_loader(val_data, val_batches, args.num_workers)
 
     # Optimizer
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate)
