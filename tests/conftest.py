@@ -5,6 +5,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads sleep, so commands can run beside it
 
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -127,6 +128,11 @@ def environment() -> dict[str, str]:
     """Environment of a command: no network, no GPU, and one thread a process so that two fit on two cores."""
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     return os.environ | quiet | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def heed_interrupts() -> None:
+    """For a child that is to be interrupted: a background job of a shell ignores interrupts, and hands that down."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_command(*arguments: object, processes: int | None = None, status: int = 0) -> subprocess.CompletedProcess:

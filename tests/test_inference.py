@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.conftest import ROOT, command, environment, run_command
+from tests.conftest import ROOT, command, environment, heed_interrupts, run_command
 
 GENERATE, PREDICT = "inference/generate.py", "inference/predict.py"
 
@@ -127,11 +127,6 @@ def test_output_of_other_flags_is_not_continued(corpus, model, predictions):
 def test_generate_refuses_in_one_line(model, flags, message):
     done = run_command(GENERATE, "--model", model, *flags, status=2)
     assert message in done.stderr and "Traceback" not in done.stderr
-
-
-def heed_interrupts():
-    """A shell starts background jobs with interrupts ignored, and their children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_interrupted_prediction_says_so_and_leaves_with_130(corpus, model, tmp_path):

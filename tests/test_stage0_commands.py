@@ -18,7 +18,7 @@ from slide_features import read_slide_coords, read_slide_features
 from stage0_tiling import encode as stage0_encode
 from stage0_tiling.encode import encode_slide
 from stage0_tiling.slide import Slide, SlideError
-from tests.conftest import ROOT, environment, run_command
+from tests.conftest import ROOT, environment, heed_interrupts, run_command
 from tests.slides import DrawnSlide
 
 COLUMNS = "slide_id,path,status,format,width,height,levels,mpp,mpp_source,tissue_fraction,n_tiles,seconds,error".split(
@@ -266,7 +266,13 @@ def running(slides, encoder, tmp_path):
     slow += "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     command[1:1] = ["-c", slow]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_interrupts,
     )
     deadline = time.monotonic() + 60
     while not list((tmp_path / "features").glob("*.h5")) and time.monotonic() < deadline and process.poll() is None:

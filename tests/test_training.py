@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -83,6 +84,12 @@ def test_two_processes_give_the_first_step_of_one(corpus, tmp_path):
         norms = [line["grad_norm"] for line in log_lines(output)]
         runs[processes, batch_size, "norm"] = norms
         runs[processes, batch_size, "val"] = [line["val_loss"] for line in log_lines(output, "val_loss")]
+    # The command that accelerate documents for CPUs; in 1.15 it starts a single process.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    flags = [*stage1_flags(corpus, tmp_path / "launched"), "--batch_size", 4, "--num_epochs", 2]
+    subprocess.run([*launch, *map(str, flags)], cwd=ROOT, env=environment(), check=True, capture_output=True)
+    assert log_lines(tmp_path / "launched")[0]["loss"] == pytest.approx(runs[1, 4][0], abs=1e-5)
+
     one = runs[1, 4]
     for other in ((2, 2), (1, 1)):
         assert runs[other][0] == pytest.approx(one[0], abs=1e-5)
