@@ -403,7 +403,9 @@ def load_vlm(
         own = folder / "encoder"
         settings.encoder = encoder_name or (str(own) if own.is_dir() else settings.encoder)
         encoder = load_encoder(settings.encoder)
-        if not own.is_dir():
+        if own.is_dir():
+            settings.encoder_fingerprint = encoder.fingerprint()  # it learned after stage 1 took down the other's
+        else:
             check_encoder(encoder, settings)
     model = SlideVLM(llm, settings, encoder)
     model.load_projector(folder)
