@@ -102,7 +102,7 @@ def read_case_of(args, model) -> dict:
 
     from encoders import load_encoder
     from slide_vlm import check_encoder
-    from stage0_tiling.encode import encode_slide
+    from stage0_tiling.encoding import encode_slide
 
     name = args.vision_model_name or settings.encoder
     tiling = settings.tiling | {k: getattr(args, k) for k in ("tile_size", "mpp") if getattr(args, k) is not None}

@@ -16,7 +16,7 @@ from PIL import Image
 from encoders import load_encoder
 from slide_features import read_slide_coords, read_slide_features
 from stage0_tiling import encode as stage0_encode
-from stage0_tiling.encode import encode_slide
+from stage0_tiling.encoding import encode_slide
 from stage0_tiling.slide import Slide, SlideError
 from tests.conftest import ROOT, environment, heed_interrupts, run_command
 from tests.slides import DrawnSlide

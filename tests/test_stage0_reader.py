@@ -15,7 +15,7 @@ import torch
 from encoders import load_encoder
 from stage0_tiling import encode as stage0_encode
 from stage0_tiling import tile as stage0_tile
-from stage0_tiling.encode import encode_slide
+from stage0_tiling.encoding import encode_slide
 from stage0_tiling.plan import TilingSettings, plan_tiles
 from stage0_tiling.slide import Slide, SlideError
 from stage0_tiling.tiff_codecs import JpegDecoder, TileError
