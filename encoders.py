@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from encoder_presets import EncoderPreset, find_preset, preset_names
+from hub_access import explained
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
@@ -83,7 +84,7 @@ class ImageEncoder(nn.Module):
         the class token, the mean or the attention pool of their configuration. Other transformers models give the class
         token where they have one, else their pooled output.
         """
-        if self.token_pooling == "projection":
+        if self.token_pooling in ("projection", "attention"):
             return self.backbone(pixels) if self.processor is None else self.backbone(pixel_values=pixels).image_embeds
         if self.token_pooling is not None:
             return self._pool(self._feature_map(pixels))
@@ -127,7 +128,7 @@ class ImageEncoder(nn.Module):
         A pooling that is not the model's own counts too: the same weights then give other vectors.
         """
         digest = hashlib.sha256()
-        if self.token_pooling in ("class_mean", "projection"):
+        if self.token_pooling in ("class_mean", "projection", "attention"):
             digest.update(self.token_pooling.encode())
         for key, tensor in self.backbone.state_dict().items():
             digest.update(f"{key}{tuple(tensor.shape)}".encode())
@@ -201,24 +202,16 @@ def load_encoder(
         return _load_folder(folder.absolute(), pretrained, model_args or {})
     if name.startswith(("/", ".", "~")) or folder.is_file():
         raise FileNotFoundError(f"no encoder folder {name}: give a folder that holds config.json and model.safetensors")
-    try:
+    repository = preset.repository if preset is not None else _without_prefix(name).partition("@")[0]
+    licence, gated = (preset.licence, preset.gated) if preset is not None else (None, False)
+    with explained(f"encoder {name}", repository, licence=licence, gated=gated):
         encoder = _load_name(name, preset, pretrained, model_args or {})
-    except hub_errors.GatedRepoError as error:
-        raise _gated(name, preset) from error
-    except (hub_errors.RepositoryNotFoundError, hub_errors.EntryNotFoundError, hub_errors.HFValidationError) as error:
-        if isinstance(error, hub_errors.LocalEntryNotFoundError):
-            raise _unreachable(name) from error
-        raise FileNotFoundError(
-            f"no encoder {name}: neither a folder here nor a model on the hub that you may see"
-        ) from error
-    except (hub_errors.OfflineModeIsEnabled, ConnectionError) as error:
-        raise _unreachable(name) from error
     encoder.preset = preset
     return encoder
 
 
 def _load_name(name: str, preset: EncoderPreset | None, pretrained: bool, model_args: dict[str, Any]) -> ImageEncoder:
-    hub_name = name.removeprefix(HUB_PREFIXES[0]).removeprefix(HUB_PREFIXES[1])
+    hub_name = _without_prefix(name)
     if preset is not None and not preset.is_timm_name:
         build = _build_timm_preset if preset.library == "timm" else _build_transformers_preset
         return build(preset, hub_name.partition("@")[2], pretrained, model_args)
@@ -227,20 +220,8 @@ def _load_name(name: str, preset: EncoderPreset | None, pretrained: bool, model_
     return _load_timm_name(name, pretrained, model_args)
 
 
-def _gated(name: str, preset: EncoderPreset | None) -> PermissionError:
-    url = preset.url if preset is not None else f"https://huggingface.co/{name.split(':')[-1].partition('@')[0]}"
-    licence = f" ({preset.licence})" if preset is not None else ""
-    return PermissionError(
-        f"encoder {name} is gated: accept its licence{licence} at {url} and wait until access is granted, "
-        "then run `hf auth login` or set HF_TOKEN"
-    )
-
-
-def _unreachable(name: str) -> ConnectionError:
-    return ConnectionError(
-        f"the weights of encoder {name} are not in the local cache and the hub cannot be reached: "
-        "check the network, or give a local folder that holds config.json and model.safetensors"
-    )
+def _without_prefix(name: str) -> str:
+    return name.removeprefix(HUB_PREFIXES[0]).removeprefix(HUB_PREFIXES[1])
 
 
 def _load_folder(folder: Path, pretrained: bool, model_args: dict[str, Any]) -> ImageEncoder:
@@ -315,6 +296,8 @@ def _build_timm(
     import timm
     from timm.data import create_transform
     from timm.data.model_config import resolve_input_data_config
+
+    import encoder_backbones  # noqa: F401 - registers its architectures with timm
 
     headless = {} if token_pooling == "projection" else {"num_classes": 0}
     try:
