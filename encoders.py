@@ -28,6 +28,7 @@ from encoder_presets import EncoderPreset, find_preset, preset_names
 from hub_access import explained
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+SLIDE_ENCODER_MARK = " + "  # between tile and slide encoder in the `encoder` of a file of slide tokens
 
 
 class ImageEncoder(nn.Module):
@@ -127,13 +128,8 @@ class ImageEncoder(nn.Module):
 
         A pooling that is not the model's own counts too: the same weights then give other vectors.
         """
-        digest = hashlib.sha256()
-        if self.token_pooling in ("class_mean", "projection", "attention"):
-            digest.update(self.token_pooling.encode())
-        for key, tensor in self.backbone.state_dict().items():
-            digest.update(f"{key}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        not_its_own = self.token_pooling in ("class_mean", "projection", "attention")
+        return weights_fingerprint(self.backbone.state_dict(), self.token_pooling if not_its_own else "")
 
     def _pool(self, tokens: Tensor) -> Tensor:
         """(B, D) or (B, 2 D) from class, register and patch tokens (B, N, D)."""
@@ -175,6 +171,15 @@ class ImageEncoder(nn.Module):
         return None
 
 
+def weights_fingerprint(weights: dict[str, Tensor], salt: str = "") -> str:
+    """16 hex digits of named weights: a hash of `salt` and of the name, shape and first values of every tensor."""
+    digest = hashlib.sha256(salt.encode())
+    for key, tensor in weights.items():
+        digest.update(f"{key}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def load_encoder(
     name_or_path: str | Path, *, pretrained: bool = True, model_args: dict[str, Any] | None = None
 ) -> ImageEncoder:
@@ -196,6 +201,11 @@ def load_encoder(
         ConnectionError: if weights are neither here nor reachable.
     """
     name = str(name_or_path)
+    if SLIDE_ENCODER_MARK in name and not Path(name).is_dir():
+        raise ValueError(
+            f"{name} are a tile encoder and a slide encoder: give the first to stage0_tiling/encode.py and the second "
+            "to stage0_tiling/encode_slides.py, and go on with the feature files of the latter"
+        )
     preset = find_preset(name)
     folder = Path(name).expanduser()
     if folder.is_dir() and (preset is None or (folder / "config.json").is_file()):
