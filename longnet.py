@@ -30,6 +30,7 @@ class LongNet(nn.Module):
     `slide_features.raster_order`.
 
     Attributes:
+        name: `longnet`, or what `slide_encoders.load_slide_encoder` opened.
         input_width: D, the width of the features it takes.
         width: E, the width of what it gives.
         arguments: what the constructor was called with, as plain data.
@@ -85,6 +86,7 @@ class LongNet(nn.Module):
             "dropout": dropout,
             "drop_path": drop_path,
         }
+        self.name = "longnet"
         self.input_width = input_width
         self.width = width
         self.pooling = pooling

@@ -5,7 +5,7 @@
     encoder(features_BND, cells_BN2, tile_mask_BN)            (B, K, E): K slide tokens per slide
 
 An encoder is a module with `encoder(features_BND, cells_BN2, tile_mask_BN=None, *, tokens="slide") -> (B, K, E)`, with
-`input_width` (D, None if it takes any), `width` (E, None if it is D) and `arguments`, what it was made with.
+`name`, `input_width` (D, None if it takes any), `width` (E, None if it is D) and `arguments`, what it was made with.
 `tokens="all"` asks for every tile seen in its slide, (B, N, E), which only LongNet gives.
 
 Shapes: B slides, N tiles, D width of the features, K slide tokens, E their width.
@@ -38,7 +38,7 @@ class TilePool(nn.Module):
         super().__init__()
         if kind not in ("mean", "max"):
             raise ValueError(f"unknown pooling {kind}, expected mean or max")
-        self.kind = kind
+        self.kind = self.name = kind
         self.input_width = self.width = None
         self.arguments = {"kind": kind}
 
@@ -79,6 +79,7 @@ class GatedAttention(nn.Module):
             dropout: of projected tiles and of both halves of the attention network, while training.
         """
         super().__init__()
+        self.name = "abmil"
         self.input_width = input_width
         self.width = width
         self.arguments = {
@@ -170,9 +171,10 @@ def save_slide_encoder(encoder: nn.Module, folder: str | Path) -> None:
     """Save config.json and model.safetensors, which `load_slide_encoder(folder)` opens again with equal outputs."""
     from safetensors.torch import save_file
 
+    kind = next((kind for kind, made_as in SLIDE_ENCODERS.items() if type(encoder) is made_as), None)
+    assert kind is not None, f"{type(encoder).__name__} is no slide encoder of ours"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    kind = next(kind for kind, made_as in SLIDE_ENCODERS.items() if type(encoder) is made_as)
     weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = {"slide_encoder": kind, "arguments": encoder.arguments, "format_version": FORMAT_VERSION}
