@@ -188,8 +188,9 @@ def load_encoder(
     Args:
         name_or_path: a preset (`virchow2`; `docs/encoders.md` lists them), a timm name
             (`vit_small_patch14_dinov2.lvd142m`), a hub name (`hf-hub:org/name` or `org/name`; a preset's settings apply
-            to its hub name too), or a folder in timm's layout (config.json has `architecture`) or transformers'
-            (config.json has `model_type`).
+            to its hub name too), `preset=FILE` for a preset's weights in a file that was downloaded by hand
+            (`ctranspath=ctranspath.pth`), or a folder in timm's layout (config.json has `architecture`) or
+            transformers' (config.json has `model_type`).
         pretrained: False leaves the weights random; nothing is downloaded for a timm name or a folder.
         model_args: further arguments of `timm.create_model`, e.g. `{"img_size": 128, "depth": 4}`; of transformers
             models only presets without weights take them, as fields of the configuration.
@@ -206,8 +207,13 @@ def load_encoder(
             f"{name} are a tile encoder and a slide encoder: give the first to stage0_tiling/encode.py and the second "
             "to stage0_tiling/encode_slides.py, and go on with the feature files of the latter"
         )
+    name, weights_path = _split_weights(name)
     preset = find_preset(name)
     folder = Path(name).expanduser()
+    if weights_path is not None:
+        encoder = _build_timm_preset(preset, "", pretrained, model_args or {}, weights_path)
+        encoder.preset = preset
+        return encoder
     if folder.is_dir() and (preset is None or (folder / "config.json").is_file()):
         return _load_folder(folder.absolute(), pretrained, model_args or {})
     if name.startswith(("/", ".", "~")) or folder.is_file():
@@ -218,6 +224,24 @@ def load_encoder(
         encoder = _load_name(name, preset, pretrained, model_args or {})
     encoder.preset = preset
     return encoder
+
+
+def _split_weights(name: str) -> tuple[str, Path | None]:
+    """A preset's name and the file of its weights, of `preset=FILE`; other names as they are."""
+    preset_name, _, file = name.partition("=")
+    preset = find_preset(preset_name)
+    if not file or preset is None:
+        return name, None
+    if preset.library != "timm" or preset.is_timm_name:
+        raise ValueError(
+            f"encoder {name}: {preset.name} takes no file of weights; give a folder that holds config.json"
+        )
+    path = Path(file).expanduser().absolute()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"encoder {name}: no file {path}; it is the {preset.weights_file or 'weights'} of {preset.url}"
+        )
+    return preset_name, path
 
 
 def _load_name(name: str, preset: EncoderPreset | None, pretrained: bool, model_args: dict[str, Any]) -> ImageEncoder:
@@ -278,7 +302,11 @@ def _load_timm_name(name: str, pretrained: bool, model_args: dict[str, Any]) -> 
 
 
 def _build_timm_preset(
-    preset: EncoderPreset, revision: str, pretrained: bool, model_args: dict[str, Any]
+    preset: EncoderPreset,
+    revision: str,
+    pretrained: bool,
+    model_args: dict[str, Any],
+    weights_path: Path | None = None,
 ) -> ImageEncoder:
     arguments = {"num_classes": 0, **preset.arguments, **model_args}
     config = {
@@ -296,6 +324,9 @@ def _build_timm_preset(
         "license": preset.licence,
     }
     name = f"hf-hub:{config['hf_hub_id']}"
+    if weights_path is not None:
+        config |= {"source": "file", "file": str(weights_path)}
+        name = f"{preset.name}={weights_path}"
     arguments["pretrained_cfg"] = config
     return _build_timm(preset.architecture, name, pretrained, arguments, preset.token_pooling)
 

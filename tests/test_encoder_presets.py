@@ -318,7 +318,7 @@ def test_conch_v15_stretches_its_positions_as_its_authors_do(monkeypatch):
 
 
 @torch.inference_mode()
-def test_ctranspath_loads_from_the_layout_of_its_authors(monkeypatch):
+def test_ctranspath_loads_from_the_layout_of_its_authors(monkeypatch, tmp_path):
     expected = small("ctranspath")
     for name, buffer in expected.backbone.named_buffers():
         if name.endswith("running_mean"):
@@ -329,6 +329,7 @@ def test_ctranspath_loads_from_the_layout_of_its_authors(monkeypatch):
         stage = int(key.split(".")[1]) if key.startswith("layers.") else 0
         theirs[key.replace(f"layers.{stage}.downsample", f"layers.{stage - 1}.downsample")] = value
     assert "layers.0.downsample.norm.weight" in theirs
+    torch.save({"model": theirs}, tmp_path / "ctranspath.pth")
     asked = serve_weights(monkeypatch, {"model": theirs})
     encoder = load_encoder("ctranspath", model_args=SMALL_SWIN)
     assert asked == [("1aurent/swin_tiny_patch4_window7_224.CTransPath", None)]
@@ -336,6 +337,22 @@ def test_ctranspath_loads_from_the_layout_of_its_authors(monkeypatch):
     torch.testing.assert_close(encoder.encode_tiles(pixels), expected.encode_tiles(pixels))
     feature_map = encoder.backbone.forward_features(pixels)
     torch.testing.assert_close(encoder.encode_tiles(pixels), feature_map.mean((1, 2)))
+    by_hand = load_encoder(f"ctranspath={tmp_path}/ctranspath.pth", model_args=SMALL_SWIN)
+    torch.testing.assert_close(by_hand.encode_tiles(pixels), expected.encode_tiles(pixels))
+    assert by_hand.preset is find_preset("ctranspath") and by_hand.fingerprint() == encoder.fingerprint()
+    assert load_encoder(by_hand.name, model_args=SMALL_SWIN).name == by_hand.name
+
+
+def test_files_of_weights_that_do_not_fit_are_refused(tmp_path):
+    torch.save({"model": {"patch_embed.proj.0.weight": torch.zeros(3, 3)}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="ctranspath=.*other.pth cannot be built: "):
+        load_encoder(f"ctranspath={tmp_path}/other.pth", model_args=SMALL_SWIN)
+    with pytest.raises(
+        FileNotFoundError, match=r"pytorch_model_vision\.bin of https://huggingface\.co/MahmoodLab/conchv1_5"
+    ):
+        load_encoder(f"conch-v1.5={tmp_path}/absent.bin")
+    with pytest.raises(ValueError, match="phikon takes no file of weights; give a folder"):
+        load_encoder(f"phikon={tmp_path}/other.pth")
 
 
 @torch.inference_mode()
