@@ -1,5 +1,6 @@
 """A real FTP server in a thread, that can be told to misbehave, and that notes what was asked of it."""
 
+import logging
 import socket
 import threading
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pyftpdlib.filesystems import AbstractedFS
 from pyftpdlib.handlers import DTPHandler, FTPHandler
 from pyftpdlib.servers import FTPServer
 
+logging.getLogger("pyftpdlib").setLevel(logging.CRITICAL)
 USER, PASSWORD = "reader", "s3cret-word"
 
 
@@ -70,7 +72,7 @@ class FlakyServer:
 
     def _serve(self) -> None:
         while not self._ended.is_set():
-            self._server.serve_forever(timeout=0.02, blocking=False, handle_exit=False)
+            self._server.ioloop.loop(timeout=0.02, blocking=False)
 
 
 class _Data(DTPHandler):

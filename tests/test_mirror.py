@@ -120,7 +120,7 @@ class DiskWatch(threading.Thread):
 def test_thirty_files_arrive_once_and_whole_through_drops_and_kills(tmp_path):
     sums = make_collection(tmp_path / "ftp", 30)
     total = sum(file.stat().st_size for file in (tmp_path / "ftp").rglob("*.svs"))
-    parts, target, max_disk, rng = tmp_path / "scratch" / "parts", tmp_path / "target", 1_600_000, random.Random(1)
+    parts, target, max_disk, rng = tmp_path / "scratch" / "parts", tmp_path / "target", 900_000, random.Random(1)
     words = ["--target", target, "--scratch_dir", tmp_path / "scratch", "--max_disk", max_disk, "--num_workers", 4]
     with FlakyServer(tmp_path / "ftp") as server, DiskWatch(parts) as disk:
         for path in list(sums)[1::3]:
