@@ -17,7 +17,7 @@ FLOORS = [
     {"command_line", "encoder_presets", "encoder_backbones", "hub_access", "longnet"},
     {"projectors", "encoders", "slide_encoders", "language_model", "accelerator_setup", "run_log", "slide_features"},
     {"slide_vlm"},
-    {"slide_reports", "report_loss"},
+    {"slide_reports", "report_loss", "offline_kit"},
 ]
 
 
