@@ -4,7 +4,7 @@ r"""Pack what a machine without internet needs: code, Python packages, models, W
     python offline_kit.py pack --output_dir kit --models google/gemma-3n-E2B-it uni2-h
     python offline_kit.py verify --output_dir kit
 
-The kit says in its README.txt how it is used; install.sh in it does so. It holds
+docs/offline.md, the README.md of the kit, says how it is used; install.sh in it does so. It holds
 
     slidescribe.tar.gz   this checkout as committed
     requirements.txt     the pinned packages
@@ -140,7 +140,7 @@ def pack(
     )
     (kit / "install.sh").write_text(INSTALL.replace("@PYTHON@", version))
     (kit / "install.sh").chmod(0o755)
-    (kit / "README.txt").write_text(README)
+    shutil.copy(ROOT / "docs" / "offline.md", kit / "README.md")
     write_sums(kit)
     size = sum(file.stat().st_size for file in files_below(kit))
     logger.info("%s is whole: %.1f GB; copy it, and run its install.sh", kit, size / 1e9)
@@ -340,27 +340,6 @@ export HF_HUB_OFFLINE=1 HF_HOME="$kit/huggingface" NLTK_DATA="$kit/nltk_data"
 END
 echo "installed; begin each session with: . $target/offline_env.sh"
 """
-
-README = """\
-SlideScribe for a machine without internet
-==========================================
-
-1. Check what arrived:       sha256sum --check --quiet SHA256SUMS
-2. Install:                  sh install.sh /opt/slidescribe
-   It needs the Python that kit.json names, with venv; PYTHON=/path/to/python chooses one. By hand, it is
-
-       tar -xzf slidescribe.tar.gz && cd slidescribe && python3 -m venv .venv
-       .venv/bin/pip install --no-index --find-links KIT/wheels -r KIT/requirements.txt
-       .venv/bin/pip install --no-index --find-links KIT/wheels --no-deps -e .
-
-3. Begin each session with:  . /opt/slidescribe/offline_env.sh
-   It sets HF_HUB_OFFLINE=1, HF_HOME=KIT/huggingface and NLTK_DATA=KIT/nltk_data, where the models and WordNet are; keep
-   the kit where it is. Models are then given by their hub names, as with internet.
-
-A folder wordnet/ is Debian's: copy it to /usr/share/wordnet. Without WordNet, METEOR counts no synonyms, and says so.
-Licences of models and packages go with them; terms that you accepted for a gated model bind whoever uses the copy.
-"""
-
 
 if __name__ == "__main__":
     run(main)
