@@ -3,7 +3,7 @@ r"""Copy a collection of slides to another place through little disk space; kill
     python stage0_tiling/mirror.py --source ftp://host/slides --target hf://datasets/org/name \
         --scratch_dir /scratch/mirror --max_disk 19GB --include "*.svs"
 
-Sources: ftp:// ftps:// file:// s3:// hf://datasets/... or a local folder. Targets: the same without FTP. Every file is
+Sources: ftp:// file:// s3:// hf://datasets/... or a local folder. Targets: the same without FTP. Every file is
 checked by size and SHA-256 and noted in SCRATCH_DIR/manifest.jsonl. The same command run again sends only what is
 missing, and continues downloads where they stopped.
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from command_line import DONE, SOME_FAILED, make_parser, run
-from stage0_tiling.transfer.listing import Item, choose, parse_bytes, path_fault, without_secrets
+from stage0_tiling.transfer.listing import Item, add_checksums, choose, parse_bytes, path_fault, without_secrets
 from stage0_tiling.transfer.manifest import Manifest
 from stage0_tiling.transfer.mover import Mover, is_there
 from stage0_tiling.transfer.scratch import Scratch, lock_folder
@@ -40,6 +40,9 @@ def add_arguments(parser) -> None:
     group.add_argument("--target", required=True, help="URL to copy it to, or a local folder; a data set must exist")
     group.add_argument("--include", nargs="+", default=[], help='patterns of the files to take, such as "*.svs"; all')
     group.add_argument("--exclude", nargs="+", default=[], help="patterns of the files to leave")
+    group.add_argument(
+        "--checksums", default=None, help="list of the files' checksums, as md5sum, sha1sum or sha256sum write it"
+    )
     group.add_argument(
         "--delete_source",
         action="store_true",
@@ -73,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError("--delete_source: a data set keeps deleted files in its history; delete them there by hand")
     # Data
     listed = choose(list_source(source), args.include, args.exclude)
+    if args.checksums:
+        listed = with_checksums(listed, Path(args.checksums))
     if not listed:
         raise ValueError(f"{source.name} holds no file that --include and --exclude leave")
     faults = {item.path: fault for item in listed if (fault := path_fault(item.path))}
@@ -98,6 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             manifest.compact()
     return report(mover, faults | mover.failed, num_there=len(there))
+
+
+def with_checksums(items: list[Item], path: Path) -> list[Item]:
+    try:
+        return add_checksums(items, path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--checksums {path}: {error}") from error
 
 
 def split(items: list[Item], manifest: Manifest, target: Any) -> tuple[list[Item], list[Item]]:

@@ -59,16 +59,9 @@ def manifest_of(scratch: Path) -> dict[str, dict]:
     return {line["path"]: line for line in lines}
 
 
-def move(source, target, scratch, *flags, status=0) -> subprocess.CompletedProcess:
-    return run_command(
-        "stage0_tiling/mirror.py", "--source", source, "--target", target, "--scratch_dir", scratch, *flags, *QUICK,
-        status=status,
-    )  # fmt: skip
-
-
 def call(source, target, scratch, *flags) -> int:
     """The command in this process."""
-    words = ["--source", source, "--target", target, "--scratch_dir", scratch, *flags, "--retries", 0]
+    words = ["--source", source, "--target", target, "--scratch_dir", scratch, "--retries", 0, *QUICK, *flags]
     return mirror.main([str(word) for word in words])
 
 
@@ -153,30 +146,30 @@ def test_thirty_files_arrive_once_and_whole_through_drops_and_kills(tmp_path):
     assert {record["state"] for record in records.values()} == {"done"}
 
 
-def test_a_file_that_is_refused_costs_only_itself_and_comes_later(tmp_path):
+def test_a_file_that_is_refused_costs_only_itself_and_comes_later(tmp_path, caplog):
     sums = make_collection(tmp_path / "ftp", 5, kilobytes=(1, 20))
     target, scratch = tmp_path / "target", tmp_path / "scratch"
     with FlakyServer(tmp_path / "ftp") as server:
         server.refused.add("case 2/slide 02.svs")
-        done = move(server.url, target, scratch, "--retries", 2, status=1)
-        assert "case 2/slide 02.svs" in done.stderr and "550" in done.stderr and "Traceback" not in done.stderr
+        assert call(server.url, target, scratch, "--retries", 2) == 1
+        assert "failed: 'case 2/slide 02.svs': 550 Not for you." in caplog.text
         assert [path for path, _ in server.asked].count("case 2/slide 02.svs") == 3
         assert contents(target) == {path: each for path, each in sums.items() if path != "case 2/slide 02.svs"}
         assert manifest_of(scratch)["case 2/slide 02.svs"]["state"] == "failed"
         server.refused.clear()
-        move(server.url, target, scratch)
+        assert call(server.url, target, scratch) == 0
     assert contents(target) == sums
 
 
-def test_names_that_leave_the_collection_are_refused(tmp_path):
+def test_names_that_leave_the_collection_are_refused(tmp_path, caplog):
     sums = make_collection(tmp_path / "ftp", 3, kilobytes=(1, 20))
     with FlakyServer(tmp_path / "ftp") as server:
         server.listed = [
             f"type=file;size=4;modify=20260101000000; {name}" for name in ("../../evil", "a/../../evil", "tab\there")
         ]
-        done = move(server.url, tmp_path / "deep" / "target", tmp_path / "deep" / "scratch", status=1)
+        assert call(server.url, tmp_path / "deep" / "target", tmp_path / "deep" / "scratch") == 1
         assert all("evil" not in path and "here" not in path for path, _ in server.asked)
-    assert done.stderr.count("leaves the collection") == 3 and "control characters" in done.stderr
+    assert caplog.text.count("leaves the collection") == 3 and "control characters" in caplog.text
     assert contents(tmp_path / "deep" / "target") == sums
     assert {path.name for path in tmp_path.rglob("*") if "evil" in path.name or "here" in path.name} == set()
 
@@ -185,25 +178,28 @@ def test_a_server_without_rest_sends_the_file_again(tmp_path):
     sums = make_collection(tmp_path / "ftp", 2)
     with FlakyServer(tmp_path / "ftp", without=("REST",)) as server:
         server.drop_after["case 1/slide 01.svs"] = [30_000]
-        move(server.url, tmp_path / "target", tmp_path / "scratch")
+        assert call(server.url, tmp_path / "target", tmp_path / "scratch", "--retries", 1) == 0
         assert [offset for path, offset in server.asked if path == "case 1/slide 01.svs"] == [0, 0]
     assert contents(tmp_path / "target") == sums
 
 
-def test_passwords_come_from_url_environment_or_netrc_and_stay_secret(tmp_path, monkeypatch):
+def test_passwords_come_from_url_environment_or_netrc_and_stay_secret(tmp_path, monkeypatch, caplog):
     sums = make_collection(tmp_path / "ftp", 2, kilobytes=(1, 20))
     with FlakyServer(tmp_path / "ftp", anonymous=False) as server:
-        done = [move(server.private_url, tmp_path / "by url", tmp_path / "scratch 1")]
-        wrong = move(server.private_url.replace("cret", "cr3t"), tmp_path / "x", tmp_path / "scratch x", status=2)
+        caplog.set_level("DEBUG")
+        call(server.private_url, tmp_path / "by url", tmp_path / "scratch 1")
+        words = ["--target", tmp_path / "x", "--scratch_dir", tmp_path / "scratch x"]
+        false_url = server.private_url.replace("cret", "cr3t")
+        wrong = run_command("stage0_tiling/mirror.py", "--source", false_url, *words, status=2)
         assert len(wrong.stderr.splitlines()) == 1 and "530" in wrong.stderr and "s3cr3t" not in wrong.stderr
         monkeypatch.setenv("HOME", str(tmp_path))
         (tmp_path / ".netrc").write_text(f"machine 127.0.0.1 login {USER} password {PASSWORD}\n")
         (tmp_path / ".netrc").chmod(0o600)
-        done.append(move(server.url, tmp_path / "by netrc", tmp_path / "scratch 2"))
+        call(server.url, tmp_path / "by netrc", tmp_path / "scratch 2")
         (tmp_path / ".netrc").unlink()
         monkeypatch.setenv("FTP_USER", USER)
         monkeypatch.setenv("FTP_PASSWORD", PASSWORD)
-        done.append(move(server.url, tmp_path / "by environment", tmp_path / "scratch 3"))
+        call(server.url, tmp_path / "by environment", tmp_path / "scratch 3")
     assert (
         contents(tmp_path / "by url")
         == contents(tmp_path / "by netrc")
@@ -211,7 +207,7 @@ def test_passwords_come_from_url_environment_or_netrc_and_stay_secret(tmp_path, 
         == sums
     )
     written = "".join((tmp_path / f"scratch {i}" / "manifest.jsonl").read_text() for i in (1, 2, 3))
-    assert PASSWORD not in written + "".join(each.stdout + each.stderr for each in done)
+    assert PASSWORD not in written + caplog.text
 
 
 def test_an_interrupt_leaves_130_and_the_next_run_goes_on(tmp_path):
@@ -228,19 +224,21 @@ def test_an_interrupt_leaves_130_and_the_next_run_goes_on(tmp_path):
     assert contents(tmp_path / "target") == sums
 
 
-def test_dry_run_lists_what_is_missing_and_writes_nothing(tmp_path):
+def test_dry_run_lists_what_is_missing_and_writes_nothing(tmp_path, capsys):
     make_collection(tmp_path / "source", 6, kilobytes=(1, 9))
     (tmp_path / "source" / "notes.txt").write_text("not a slide")
     flags = ("--include", "*.svs", "--exclude", "case 1/*")
-    done = move(tmp_path / "source", tmp_path / "target", tmp_path / "scratch", *flags, "--dry_run")
+    places = (tmp_path / "source", tmp_path / "target", tmp_path / "scratch")
+    assert call(*places, *flags, "--dry_run") == 0
     wanted = {
         path for path in contents(tmp_path / "source") if path.endswith(".svs") and not path.startswith("case 1/")
     }
-    assert {line.split("\t")[1] for line in done.stdout.splitlines()} == wanted
+    assert {line.split("\t")[1] for line in capsys.readouterr().out.splitlines()} == wanted
     assert not (tmp_path / "target").exists() and not (tmp_path / "scratch").exists()
-    move(tmp_path / "source", tmp_path / "target", tmp_path / "scratch", *flags)
+    assert call(*places, *flags) == 0
     assert set(contents(tmp_path / "target")) == wanted
-    assert move(tmp_path / "source", tmp_path / "target", tmp_path / "scratch", *flags, "--dry_run").stdout == ""
+    assert call(*places, *flags, "--dry_run") == 0
+    assert capsys.readouterr().out == ""
 
 
 @pytest.fixture
@@ -311,7 +309,8 @@ def test_a_data_set_that_does_not_exist_is_refused_with_the_mend(tmp_path, hub):
     make_collection(tmp_path / "source", 2, kilobytes=(1, 2))
     words = ["--source", tmp_path / "source", "--scratch_dir", tmp_path / "scratch", "--target"]
     assert "hf repo create org/other --repo-type dataset" in run_online(*words, "hf://datasets/org/other", status=2)
-    assert "is no data set" in run_online(*words, "hf://org/model", status=2)
+    with pytest.raises(ValueError, match="is no data set"):
+        call(tmp_path / "source", "hf://org/model", tmp_path / "scratch")
 
 
 def test_a_data_set_is_a_source_whose_checksums_are_used(tmp_path, hub):
@@ -329,26 +328,26 @@ def test_a_data_set_is_a_source_whose_checksums_are_used(tmp_path, hub):
     assert contents(tmp_path / "target") == sums
 
 
-def test_delete_source_deletes_only_what_the_target_holds(tmp_path):
+def test_delete_source_deletes_only_what_the_target_holds(tmp_path, caplog):
     sums = make_collection(tmp_path / "ftp", 4, kilobytes=(1, 9))
     target, scratch = tmp_path / "target", tmp_path / "scratch"
     with FlakyServer(tmp_path / "ftp") as server:
-        move(server.private_url, target, scratch, "--include", "case 1/*")
+        assert call(server.private_url, target, scratch, "--include", "case 1/*") == 0
         (target / "case 1" / "slide 01.svs").write_bytes(b"x" * (target / "case 1" / "slide 01.svs").stat().st_size)
         server.refused.add("slide 03.svs")
-        done = move(server.private_url, target, scratch, "--delete_source", "--retries", 0, status=1)
-        assert "no longer holds" in done.stderr
+        assert call(server.private_url, target, scratch, "--delete_source") == 1
+        assert "no longer holds" in caplog.text
         assert set(contents(tmp_path / "ftp")) == {"case 1/slide 01.svs", "slide 03.svs"}
         server.refused.clear()
-        move(server.private_url, target, scratch, "--delete_source")
+        assert call(server.private_url, target, scratch, "--delete_source") == 0
     assert contents(target) == sums and not contents(tmp_path / "ftp")
 
 
-def test_a_file_bigger_than_the_disk_space_fails_alone(tmp_path):
+def test_a_file_bigger_than_the_disk_space_fails_alone(tmp_path, caplog):
     sums = make_collection(tmp_path / "source", 3, kilobytes=(1, 9))
     (tmp_path / "source" / "huge.svs").write_bytes(bytes(50_000))
-    done = move(tmp_path / "source", tmp_path / "target", tmp_path / "scratch", "--max_disk", "40kB", status=1)
-    assert "huge.svs" in done.stderr and "--max_disk" in done.stderr
+    assert call(tmp_path / "source", tmp_path / "target", tmp_path / "scratch", "--max_disk", "40kB") == 1
+    assert "failed: 'huge.svs': its 50000 bytes are more than --max_disk, 40000 bytes" in caplog.text
     assert contents(tmp_path / "target") == sums
 
 
@@ -409,12 +408,29 @@ def test_a_changed_file_is_sent_again_and_other_content_of_its_size_is_replaced(
 def test_what_arrives_with_another_checksum_than_stated_is_refused(tmp_path):
     class Lying(sources.FsspecSource):
         def list_items(self):
-            return [replace(item, sha256="0" * 64) for item in super().list_items()]
+            return [replace(item, sums={"sha256": "0" * 64}) for item in super().list_items()]
 
     make_collection(tmp_path / "source", 2, kilobytes=(1, 9))
     with mock.patch.object(sources, "FsspecSource", Lying):
         assert call(tmp_path / "source", tmp_path / "target", tmp_path / "scratch") == 1
     assert contents(tmp_path / "target") == {}
+
+
+@pytest.mark.parametrize("kind", ["md5", "sha1", "sha256"])
+def test_checksums_of_a_list_are_compared_with_what_arrives(tmp_path, kind, caplog):
+    source, target = tmp_path / "source", tmp_path / "target"
+    sums = make_collection(source, 4, kilobytes=(1, 9))
+    lines = [f"{hashlib.new(kind, (source / path).read_bytes()).hexdigest()}  ./{path}" for path in sums]
+    wrong = list(sums)[2]
+    lines[2] = f"{hashlib.new(kind, b'another').hexdigest().upper()} *{wrong}"
+    (tmp_path / "list").write_text("# published\n" + "\n".join(lines[1:]) + "\n")
+    assert call(source, target, tmp_path / "scratch", "--checksums", tmp_path / "list") == 1
+    assert contents(target) == {path: each for path, each in sums.items() if path != wrong}
+    assert f"its {kind} is" in caplog.text
+    for text, words in (("not a sum\n", "line 1 is none"), (f"{'0' * 64}  elsewhere.svs\n", "names no file")):
+        (tmp_path / "list").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            call(source, target, tmp_path / "scratch", "--checksums", tmp_path / "list")
 
 
 def test_any_place_that_fsspec_knows_is_read_back(tmp_path):

@@ -35,12 +35,13 @@ class Download:
         """Hexadecimal checksums by name.
 
         Raises:
-            OSError: if the source states another.
+            OSError: if another is stated for the file.
         """
         sums = {name: hasher.hexdigest() for name, hasher in self._hashers.items()}
-        if self._item.sha256 not in (None, sums["sha256"]):
-            self._part.unlink()
-            raise OSError(f"its SHA-256 is {sums['sha256']}, but the source states {self._item.sha256}")
+        for name, stated in self._item.sums.items():
+            if sums[name] != stated:
+                self._part.unlink()
+                raise OSError(f"its {name} is {sums[name]}, but {stated} is stated for it")
         return sums
 
     def hash_again(self) -> None:
@@ -88,7 +89,8 @@ class Download:
 
     def _begin(self) -> None:
         self.count = 0
-        self._hashers = {"sha256": hashlib.sha256(), **self._make_hashers(self._item.size)}
+        stated = {name: hashlib.new(name, usedforsecurity=False) for name in self._item.sums}
+        self._hashers = {**stated, "sha256": hashlib.sha256(), **self._make_hashers(self._item.size)}
 
     def _hash(self, block: bytes) -> None:
         self.count += len(block)

@@ -1,11 +1,13 @@
 """What a transfer is made of: files with a size, named by a path below the root of a collection."""
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit, urlunsplit
+
+CHECKSUM_NAMES = {32: "md5", 40: "sha1", 64: "sha256"}
 
 
 @dataclass(frozen=True)
@@ -15,13 +17,13 @@ class Item:
     path: POSIX path below the collection's root, as the source names it (not yet known to be safe)
     size: bytes
     version: what changes when the file does (modification time, ETag); empty when the source tells nothing
-    sha256: of the whole file, where the source states it
+    sums: hexadecimal checksums of the whole file by name (md5, sha1, sha256), where they are known beforehand
     """
 
     path: str
     size: int
     version: str = ""
-    sha256: str | None = None
+    sums: Mapping[str, str] = field(default_factory=dict)
 
 
 def path_fault(path: str) -> str | None:
@@ -44,6 +46,28 @@ def choose(items: Iterable[Item], include: list[str], exclude: list[str]) -> lis
         return any(fnmatchcase(path, each) or fnmatchcase(PurePosixPath(path).name, each) for each in patterns)
 
     return [item for item in items if (not include or matches(item.path, include)) and not matches(item.path, exclude)]
+
+
+def add_checksums(items: list[Item], list_text: str) -> list[Item]:
+    """Items with the checksums of a list as md5sum, sha1sum and sha256sum write it: a line `<checksum>  <path>` a file.
+
+    Paths are those below the collection's root; files that the list does not name get none.
+
+    Raises:
+        ValueError: if a line is none of the list's, or no line names an item.
+    """
+    sums: dict[str, dict[str, str]] = {}
+    for number, line in enumerate(list_text.splitlines(), start=1):
+        match = re.fullmatch(r"([0-9a-fA-F]+) [ *](?:\./)?(.+)", line)
+        kind = CHECKSUM_NAMES.get(len(match[1])) if match else None
+        if kind is None and line.strip() and not line.startswith("#"):
+            raise ValueError(f"line {number} is none of md5sum, sha1sum or sha256sum: {line[:60]!r}")
+        if kind is not None:
+            sums.setdefault(match[2], {})[kind] = match[1].lower()
+    found = [replace(item, sums={**sums.get(item.path, {}), **item.sums}) for item in items]
+    if not any(item.path in sums for item in items):
+        raise ValueError("it names no file of the collection; its paths must be those below --source")
+    return found
 
 
 def parse_bytes(text: str) -> int:

@@ -52,7 +52,7 @@ class Mover:
         """Note files that the target was found to hold, and delete them at the source if asked."""
         for item in items:
             if self.manifest[item.path].get("state") != DONE:
-                self._note_done(item, {"sha256": item.sha256})
+                self._note_done(item, dict(item.sums))
             if self.delete_source:
                 self._survive(item, lambda item=item: self._delete_if_held(item))
 
@@ -254,7 +254,7 @@ def is_there(item: Item, manifest: Manifest, target: Any, target_sizes: dict[str
     record = manifest[item.path]
     if record.get("state") == DONE and (record["size"], record["version"]) == (item.size, item.version):
         return target.holds(item.path, item.size, record["sums"], careful=False)
-    return item.sha256 is not None and target.holds(item.path, item.size, {"sha256": item.sha256}, careful=True)
+    return "sha256" in item.sums and target.holds(item.path, item.size, dict(item.sums), careful=True)
 
 
 def one_line(error: Exception) -> str:

@@ -19,7 +19,6 @@ FTP_PORT = 21
 TIMEOUT_SECONDS = 60
 READ_BYTES = 1 << 18
 REMOTE_BLOCK_BYTES = 8 << 20  # of a range request
-SCHEMES = ("ftp", "ftps", "file", "s3", "hf")
 _NO_SUCH_COMMAND = ("500", "501", "502", "504")
 
 
@@ -34,9 +33,7 @@ def open_source(url: str) -> "FtpSource | FsspecSource":
         ValueError: if the URL's scheme is none that can be read from.
     """
     scheme = urlsplit(url).scheme
-    if scheme in ("ftp", "ftps"):
-        return FtpSource(url)
-    return FsspecSource(url)
+    return FtpSource(url) if scheme == "ftp" else FsspecSource(url)
 
 
 def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -82,7 +79,7 @@ class FsspecSource:
 
 
 class FtpSource:
-    """A folder of an FTP server, plain or (ftps://) with explicit TLS; a connection for every file in flight.
+    """A folder of an FTP server; a connection for every file in flight.
 
     Name and password come from the URL, else FTP_USER and FTP_PASSWORD, else ~/.netrc, else anonymous.
     """
@@ -92,7 +89,7 @@ class FtpSource:
         if not parts.hostname:
             raise ValueError(f"{public_url(url)} names no server; write ftp://host/folder")
         self.name = public_url(url)
-        self._host, self._port, self._tls = parts.hostname, parts.port or FTP_PORT, parts.scheme == "ftps"
+        self._host, self._port = parts.hostname, parts.port or FTP_PORT
         self._root = "/" + unquote(parts.path).strip("/")
         self._login = _ftp_login(parts.hostname, parts.username, parts.password)
 
@@ -104,7 +101,6 @@ class FtpSource:
             port=self._port,
             username=user,
             password=password,
-            tls=self._tls,
             timeout=TIMEOUT_SECONDS,
             skip_instance_cache=True,
         )
@@ -132,12 +128,10 @@ class FtpSource:
             ftp.delete(self._path(item))
 
     def _connect(self) -> ftplib.FTP:
-        ftp = (ftplib.FTP_TLS if self._tls else ftplib.FTP)(timeout=TIMEOUT_SECONDS)
+        ftp = ftplib.FTP(timeout=TIMEOUT_SECONDS)
         try:
             ftp.connect(self._host, self._port)
             ftp.login(*self._login)
-            if self._tls:
-                ftp.prot_p()
         except BaseException:
             ftp.close()
             raise
@@ -158,7 +152,8 @@ def _items(found: dict[str, dict], root: str) -> list[Item]:
             raise ValueError(f"{path}: the source states no size, without which a transfer cannot be checked")
         version = next((info[key] for key in ("ETag", "modify", "mtime", "blob_id") if info.get(key)), "")
         lfs = info.get("lfs") or {}
-        items.append(Item(path, int(info["size"]), str(version), lfs.get("sha256")))
+        sums = {"sha256": lfs["sha256"]} if lfs.get("sha256") else {}
+        items.append(Item(path, int(info["size"]), str(version), sums))
     return items
 
 

@@ -33,7 +33,7 @@ def open_target(url: str, *, batch_files: int, batch_bytes: int) -> Any:
             "kaggle:// is no target: its client makes a version only of a folder that holds the whole collection, "
             "which cannot be done in bounded disk space, and tells no checksums; send to hf:// or s3://"
         )
-    if scheme in ("ftp", "ftps"):
+    if scheme == "ftp":
         raise ValueError("ftp:// can be a source only, since its servers tell no checksum of what arrived")
     if scheme == "hf":
         from stage0_tiling.transfer.hub_target import HubTarget
