@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -28,7 +29,7 @@ from stage0_tiling.transfer.listing import Item, add_checksums, choose, parse_by
 from stage0_tiling.transfer.manifest import Manifest
 from stage0_tiling.transfer.mover import Mover, is_there
 from stage0_tiling.transfer.scratch import Scratch, lock_folder
-from stage0_tiling.transfer.sources import open_source
+from stage0_tiling.transfer.sources import open_filesystem, open_source
 from stage0_tiling.transfer.targets import open_target
 
 logger = logging.getLogger("stage0_tiling")
@@ -70,10 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Places
     max_bytes = check(args)
+    check_apart(args)
     source = open_source(args.source)
     target = open_target(args.target, batch_files=args.batch_files, batch_bytes=max_bytes // 2)
     if args.delete_source and source.name.startswith("hf://"):
         raise ValueError("--delete_source: a data set keeps deleted files in its history; delete them there by hand")
+
     # Data
     listed = choose(list_source(source), args.include, args.exclude)
     if args.checksums:
@@ -132,6 +135,20 @@ def check(args: Any) -> int:
         return parse_bytes(args.max_disk)
     except ValueError as error:
         raise ValueError(f"--max_disk {error}") from error
+
+
+def check_apart(args: Any) -> None:
+    """Refuse to write into a local source, whose listing would then hold what this command wrote."""
+    source = local_folder(args.source)
+    for flag in ("target", "scratch_dir"):
+        folder = local_folder(getattr(args, flag))
+        if source and folder and folder.is_relative_to(source):
+            raise ValueError(f"--{flag} {folder} lies in --source {source}; give a folder outside of it")
+
+
+def local_folder(url: str) -> Path | None:
+    """The folder of a local path or file:// URL, or None for what is elsewhere."""
+    return Path(open_filesystem(url)[1]).resolve() if urlsplit(url).scheme in ("", "file", "local") else None
 
 
 def list_source(source: Any) -> list[Item]:

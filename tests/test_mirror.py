@@ -184,6 +184,8 @@ def test_bad_flags_and_shared_scratch_folders_are_refused(tmp_path):
     for refused, words in (
         ((source, target, scratch, "--max_disk", "many"), "--max_disk 'many' is no size"),
         ((source, target, scratch, "--num_workers", 0), "--num_workers 0"),
+        ((source, source / "copy", scratch), "--target"),
+        ((f"file://{source}", target, source / "scratch"), "lies in --source"),
         ((tmp_path / "nowhere", target, scratch), "nowhere cannot be listed"),
         ((tmp_path / "empty", target, scratch), "holds no file"),
         ((source, "kaggle://datasets/me/slides", scratch), "kaggle:// is no target"),

@@ -7,6 +7,7 @@ manifest, deleted at the source if asked, and only then deleted here.
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from stage0_tiling.transfer.manifest import DONE, FAILED, STARTED, Manifest
 from stage0_tiling.transfer.scratch import Scratch, Stopped
 
 LONGEST_WAIT_SECONDS = 60.0
+PATIENCE_SECONDS = 5.0  # with threads that an interrupt is to end
 
 logger = logging.getLogger("stage0_tiling")
 
@@ -74,13 +76,14 @@ class Mover:
         try:
             for thread in threads:
                 thread.start()
-            for thread in threads:
+            for thread in threads:  # in short waits, so that an interrupt is heard
                 while thread.is_alive():
                     thread.join(timeout=0.2)
         except BaseException:
             self._stop.set()
+            deadline = time.monotonic() + PATIENCE_SECONDS
             for thread in threads:
-                thread.join(timeout=5)
+                thread.join(timeout=max(0.0, deadline - time.monotonic()))
             raise
         if self._broken is not None:
             raise self._broken
