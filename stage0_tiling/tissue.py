@@ -101,8 +101,8 @@ def tissue_mask(picture: np.ndarray, mpp: float) -> np.ndarray:
     chroma = brightest - darkest
     dark = (brightest < DARK) & (chroma < NEUTRAL)
     excluded = _grow(dark | _marker_ink(balanced), INK_MARGIN_UM / mpp, only_large_px=MIN_INK_UM2 / mpp**2)
-    tissue = (chroma > _threshold(chroma[~excluded])) & ~excluded
-    tissue = cv2.morphologyEx(tissue.astype(np.uint8), cv2.MORPH_CLOSE, _disc(CLOSING_UM / 2 / mpp)).astype(bool)
+    tissue = (chroma > _threshold(chroma[~excluded] if excluded.any() else chroma)) & ~excluded
+    tissue = cv2.morphologyEx(tissue.view(np.uint8), cv2.MORPH_CLOSE, _disc(CLOSING_UM / 2 / mpp)).view(bool)
     tissue = _without_small(tissue & ~excluded, MIN_TISSUE_UM2 / mpp**2)
     return ~_without_small(~tissue, MAX_HOLE_UM2 / mpp**2)
 
@@ -153,13 +153,31 @@ def _full_span(starts: np.ndarray, length: int, scale: float) -> np.ndarray:
 def _white_balance(picture: np.ndarray) -> np.ndarray:
     """Scale channels so that the background is white; a picture without a bright, near-neutral one stays as it is."""
     brightest, darkest = _extremes(picture)
-    candidates = (brightest - darkest <= TINT) & (brightest > 140)
-    if np.count_nonzero(candidates) < 0.005 * brightest.size:
+    candidates = ((brightest - darkest <= TINT) & (brightest > 140)).view(np.uint8)
+    if cv2.countNonZero(candidates) < 0.005 * brightest.size:
         return picture
-    level = int(np.bincount(brightest[candidates], minlength=256).argmax())
-    background = np.median(picture[candidates & (brightest >= level - 4) & (brightest <= level + 4)], axis=0)
-    balanced = np.clip(np.arange(256)[:, None] * (255.0 / background), 0, 255).astype(np.uint8)
-    return cv2.LUT(picture, balanced[None])
+    level = int(_histogram(brightest, candidates).argmax())
+    near = candidates & (brightest >= level - 4) & (brightest <= level + 4)
+    channels = cv2.split(picture)
+    background = [_median(_histogram(channel, near)) for channel in channels]
+    return cv2.merge(
+        [cv2.LUT(channel, _gain(255.0 / level)) for channel, level in zip(channels, background, strict=True)]
+    )
+
+
+def _gain(factor: float) -> np.ndarray:
+    return np.clip(np.arange(256) * factor, 0, 255).astype(np.uint8)
+
+
+def _histogram(channel: np.ndarray, where: np.ndarray) -> np.ndarray:
+    return cv2.calcHist([channel], [0], where, [256], [0, 256]).ravel()
+
+
+def _median(histogram: np.ndarray) -> float:
+    """Median of the values that a histogram counts; the mean of the middle two where they are even in number."""
+    up_to = np.cumsum(histogram.astype(np.int64))
+    middle = (up_to[-1] - 1) // 2, up_to[-1] // 2
+    return float(np.searchsorted(up_to, middle, side="right").mean())
 
 
 def _extremes(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -188,14 +206,21 @@ def _threshold(chroma: np.ndarray) -> float:
 
 def _grow(mask: np.ndarray, radius_px: float, only_large_px: float) -> np.ndarray:
     large = _without_small(mask, only_large_px)
-    return cv2.dilate(large.astype(np.uint8), _disc(radius_px)).astype(bool)
+    if not large.any():
+        return large
+    return cv2.dilate(large.view(np.uint8), _disc(radius_px)).view(bool)
 
 
 def _without_small(mask: np.ndarray, min_px: float) -> np.ndarray:
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-    keep = stats[:, cv2.CC_STAT_AREA] >= min_px
+    """Drop the connected groups of less than `min_px` pixels from (H, W) bool."""
+    if cv2.countNonZero(mask.view(np.uint8)) < min_px:
+        return np.zeros_like(mask)
+    count, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
+    if count <= 2:  # the background, and one group at most, which is large as its pixels were counted above
+        return mask
+    keep = np.bincount(labels.ravel(), minlength=count) >= min_px
     keep[0] = False
-    return keep[labels]
+    return mask if keep[1:].all() else np.take(keep, labels)
 
 
 def _disc(radius_px: float) -> np.ndarray:
