@@ -1,13 +1,5 @@
-"""Where the tissue lies: a mask from a thumbnail, and the grid of tiles that it carries.
+"""Where the tissue lies: a mask from a thumbnail, and the grid of tiles that it carries."""
 
-The mask follows the common recipe, a threshold on saturation found by Otsu's method on a thumbnail (Otsu 1979; the use
-on slides e.g. Lu et al. 2021, CLAM), with what experience asks for: white balance first, so that grey and tinted
-backgrounds are neutral; dark neutral pixels (scanner borders, black ink) and marker ink taken out before the threshold
-is sought; bounds on the threshold, so that faint tissue beside dark tissue is kept and an empty slide stays empty; and
-clean-up in um², not pixels.
-"""
-
-import math
 from dataclasses import dataclass
 
 import cv2
@@ -15,20 +7,11 @@ import numpy as np
 
 from stage0_tiling.outlines import Polygon, outline
 from stage0_tiling.slide import PixelSize, Slide
+from stage0_tiling.tissue_methods import tissue_mask
 
 MASK_MPP = 8.0
 MASK_MIN_SIDE = 512  # small slides get a finer mask, their tissue is small as well
 MASK_MAX_SIDE = 4096
-DARK = 70  # brightest channel of scanner borders and black ink
-NEUTRAL = 40  # largest chroma of what counts as grey
-TINT = 30  # largest chroma of a background
-CHROMA_RANGE = (7, 12)  # bounds of the threshold: below is JPEG noise, above is tissue in any stain
-MEDIAN_UM = 20.0
-CLOSING_UM = 20.0
-INK_MARGIN_UM = 50.0  # the fringe of a pen stroke looks like tissue
-MIN_TISSUE_UM2 = 3_000.0  # the strands of a biopsy are larger, dust is smaller
-MAX_HOLE_UM2 = 20_000.0  # larger is a lumen, fat or a tear
-MIN_INK_UM2 = 5_000.0  # ink comes in strokes, a few odd pixels are tissue
 
 
 @dataclass(frozen=True)
@@ -75,36 +58,20 @@ class Grid:
     step_y: int
 
 
-def find_tissue(slide: Slide, pixel_size: PixelSize) -> TissueMask:
-    """Read a thumbnail at about 8 um/px (finer for small slides, never finer than level 0) and find its tissue."""
+def find_tissue(slide: Slide, pixel_size: PixelSize, method: str = "otsu") -> TissueMask:
+    """Read a thumbnail and find its tissue by one of the methods of tissue_methods.py."""
+    picture, mpp = read_thumbnail(slide, pixel_size)
+    height, width = picture.shape[:2]
+    return TissueMask(tissue_mask(picture, mpp, method), picture, width / slide.width, height / slide.height)
+
+
+def read_thumbnail(slide: Slide, pixel_size: PixelSize) -> tuple[np.ndarray, float]:
+    """Read a thumbnail at about 8 um/px, finer for small slides, never finer than level 0; with its um/px."""
     width_um, height_um = slide.width * pixel_size.x, slide.height * pixel_size.y
     long_side = max(width_um, height_um)
     mpp = min(max(MASK_MPP, long_side / MASK_MAX_SIDE), max(long_side / MASK_MIN_SIDE, pixel_size.mpp))
     width, height = max(1, round(width_um / mpp)), max(1, round(height_um / mpp))
-    picture = slide.read_whole(width, height)
-    return TissueMask(tissue_mask(picture, mpp), picture, width / slide.width, height / slide.height)
-
-
-def tissue_mask(picture: np.ndarray, mpp: float) -> np.ndarray:
-    """Find the tissue of a picture.
-
-    Args:
-        picture: (H, W, 3) uint8 RGB.
-        mpp: microns per pixel of the picture.
-
-    Returns:
-        (H, W) bool.
-    """
-    smooth = cv2.medianBlur(picture, _odd(MEDIAN_UM / mpp))
-    balanced = _white_balance(smooth)
-    brightest, darkest = _extremes(balanced)
-    chroma = brightest - darkest
-    dark = (brightest < DARK) & (chroma < NEUTRAL)
-    excluded = _grow(dark | _marker_ink(balanced), INK_MARGIN_UM / mpp, only_large_px=MIN_INK_UM2 / mpp**2)
-    tissue = (chroma > _threshold(chroma[~excluded] if excluded.any() else chroma)) & ~excluded
-    tissue = cv2.morphologyEx(tissue.view(np.uint8), cv2.MORPH_CLOSE, _disc(CLOSING_UM / 2 / mpp)).view(bool)
-    tissue = _without_small(tissue & ~excluded, MIN_TISSUE_UM2 / mpp**2)
-    return ~_without_small(~tissue, MAX_HOLE_UM2 / mpp**2)
+    return slide.read_whole(width, height), mpp
 
 
 def make_grid(tile_size: int, overlap: int, mpp: float, pixel_size: PixelSize) -> Grid:
@@ -148,85 +115,3 @@ def _mask_span(starts: np.ndarray, length: int, scale: float, limit: int) -> tup
 
 def _full_span(starts: np.ndarray, length: int, scale: float) -> np.ndarray:
     return np.maximum(np.round((starts + length) * scale) - np.round(starts * scale), 1)
-
-
-def _white_balance(picture: np.ndarray) -> np.ndarray:
-    """Scale channels so that the background is white; a picture without a bright, near-neutral one stays as it is."""
-    brightest, darkest = _extremes(picture)
-    candidates = ((brightest - darkest <= TINT) & (brightest > 140)).view(np.uint8)
-    if cv2.countNonZero(candidates) < 0.005 * brightest.size:
-        return picture
-    level = int(_histogram(brightest, candidates).argmax())
-    near = candidates & (brightest >= level - 4) & (brightest <= level + 4)
-    channels = cv2.split(picture)
-    background = [_median(_histogram(channel, near)) for channel in channels]
-    return cv2.merge(
-        [cv2.LUT(channel, _gain(255.0 / level)) for channel, level in zip(channels, background, strict=True)]
-    )
-
-
-def _gain(factor: float) -> np.ndarray:
-    return np.clip(np.arange(256) * factor, 0, 255).astype(np.uint8)
-
-
-def _histogram(channel: np.ndarray, where: np.ndarray) -> np.ndarray:
-    return cv2.calcHist([channel], [0], where, [256], [0, 256]).ravel()
-
-
-def _median(histogram: np.ndarray) -> float:
-    """Median of the values that a histogram counts; the mean of the middle two where they are even in number."""
-    up_to = np.cumsum(histogram.astype(np.int64))
-    middle = (up_to[-1] - 1) // 2, up_to[-1] // 2
-    return float(np.searchsorted(up_to, middle, side="right").mean())
-
-
-def _extremes(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Brightest and darkest channel of each pixel; channel by channel, which is ten times as fast as along an axis."""
-    red, green, blue = cv2.split(picture)
-    return cv2.max(cv2.max(red, green), blue), cv2.min(cv2.min(red, green), blue)
-
-
-def _marker_ink(picture: np.ndarray) -> np.ndarray:
-    """Pixels of marker pens: pairs of hue and saturation that H&E, DAB and haematoxylin do not reach."""
-    hue, saturation, value = cv2.split(cv2.cvtColor(picture, cv2.COLOR_RGB2HSV))
-    yellow = (hue > 24) & (hue <= 35) & (saturation > 150)
-    green = (hue > 35) & (hue <= 90) & (saturation > 60)
-    blue = (hue > 90) & (hue <= 124) & (saturation > 130)
-    red = ((hue <= 5) | (hue >= 174)) & (saturation > 190) & (value > 110)
-    return yellow | green | blue | red
-
-
-def _threshold(chroma: np.ndarray) -> float:
-    """Otsu's threshold, held between noise and the chroma that is tissue in any stain."""
-    if chroma.size == 0:
-        return CHROMA_RANGE[1]
-    otsu, _ = cv2.threshold(chroma.reshape(-1, 1), 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
-    return float(np.clip(otsu, *CHROMA_RANGE))
-
-
-def _grow(mask: np.ndarray, radius_px: float, only_large_px: float) -> np.ndarray:
-    large = _without_small(mask, only_large_px)
-    if not large.any():
-        return large
-    return cv2.dilate(large.view(np.uint8), _disc(radius_px)).view(bool)
-
-
-def _without_small(mask: np.ndarray, min_px: float) -> np.ndarray:
-    """Drop the connected groups of less than `min_px` pixels from (H, W) bool."""
-    if cv2.countNonZero(mask.view(np.uint8)) < min_px:
-        return np.zeros_like(mask)
-    count, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
-    if count <= 2:  # the background, and one group at most, which is large as its pixels were counted above
-        return mask
-    keep = np.bincount(labels.ravel(), minlength=count) >= min_px
-    keep[0] = False
-    return mask if keep[1:].all() else np.take(keep, labels)
-
-
-def _disc(radius_px: float) -> np.ndarray:
-    side = 2 * max(1, round(radius_px)) + 1
-    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
-
-
-def _odd(size: float) -> int:
-    return max(3, 2 * math.floor(size / 2) + 1)

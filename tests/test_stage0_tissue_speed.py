@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from stage0_tiling.tissue import (
+from stage0_tiling.tissue_methods import (
     CHROMA_RANGE,
     CLOSING_UM,
     DARK,
