@@ -7,14 +7,14 @@ A feature file `features/<slide_id>.h5` holds
 
 Row i of one belongs to row i of the other. Attributes on `coords` use TRIDENT's names, so that its tools read our
 files; `mpp`, `encoder`, `tile_size` and `format_version` lie on the file root. `coords/<slide_id>.h5` is the same
-without `features`. Files of TRIDENT, CLAM (`.h5` and `.pt`), WSI-LLaVA (`coords_yx`) and HistoGPT (`feats`) are read as
-well.
+without `features`, with the fraction of each tile that is tissue or an artefact (QUALITY_KEYS, each (N,) float32).
+Files of TRIDENT, CLAM (`.h5` and `.pt`), WSI-LLaVA (`coords_yx`) and HistoGPT (`feats`) are read as well.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy as np
 FORMAT_VERSION = 1
 FEATURE_KEYS = ("features", "feats")
 COORD_KEYS = ("coords", "coords_yx")
+QUALITY_KEYS = ("tissue", "pen", "fold", "blur", "edge")
 NOMINAL_MAGNIFICATIONS = (1.25, 2.5, 5, 10, 20, 40, 60, 80)
 ROWS_PER_READ = 1024
 GRID_STEP = 256  # spacing of made-up positions, for files that store none
@@ -70,6 +71,8 @@ class SlideCoords:
         level0_mpp: microns per pixel of level 0.
         level0_width: width of level 0 in pixels.
         level0_height: height of level 0 in pixels.
+        quality: fraction of each tile that is `tissue`, `pen`, `fold`, `blur` or `edge`, (N,) float32 each; those that
+            the file records.
     """
 
     coords: np.ndarray
@@ -81,6 +84,7 @@ class SlideCoords:
     level0_mpp: float | None = None
     level0_width: int | None = None
     level0_height: int | None = None
+    quality: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @contextmanager
@@ -177,10 +181,16 @@ def write_slide_coords(
     level0_mpp: float | None = None,
     level0_width: int | None = None,
     level0_height: int | None = None,
+    quality: dict[str, np.ndarray] | None = None,
 ) -> None:
-    """Write the coords file of one slide, atomically: as `write_slide_features`, without the features."""
+    """Write the coords file of one slide, atomically: as `write_slide_features`, without the features.
+
+    `quality` holds fractions of tiles by the names of QUALITY_KEYS, (N,) each, and is written as float32 datasets.
+    """
     coords = np.asarray(coords)
     _check(path, None, coords)
+    for key, values in (quality or {}).items():
+        assert key in QUALITY_KEYS and values.shape == (len(coords),), (key, values.shape)
     with atomic_path(path) as partial, h5py.File(partial, "w") as file:
         _write_coords(
             file,
@@ -194,6 +204,8 @@ def write_slide_coords(
             level0_width=level0_width,
             level0_height=level0_height,
         )
+        for key, values in (quality or {}).items():
+            file.create_dataset(key, data=values.astype(np.float32))
 
 
 def read_slide_features(path: str | Path, rows: np.ndarray | None = None) -> SlideFeatures:
@@ -262,7 +274,8 @@ def read_slide_coords(path: str | Path) -> SlideCoords:
     path = _existing(path)
     with _open_h5(path) as file:
         _find(path, file, COORD_KEYS)
-        return SlideCoords(_positions(path, file, None), **_describe(file))
+        quality = {key: file[key][()] for key in QUALITY_KEYS if isinstance(file.get(key), h5py.Dataset)}
+        return SlideCoords(_positions(path, file, None), **_describe(file), quality=quality)
 
 
 def raster_order(coords: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ does only what is missing or failed before.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -18,7 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from command_line import DONE, SOME_FAILED, make_parser, run
 from slide_features import SlideFeatures, read_slide_coords, write_slide_features
 from stage0_tiling.encoding import choose_dtype, encode_slide
-from stage0_tiling.plan import TilingSettings
+from stage0_tiling.plan import TilingSettings, tiling_settings
 from stage0_tiling.run_table import RunFolder, SlideState
 from stage0_tiling.slide import Slide
 from stage0_tiling.slide_list import SlideEntry, find_slides
@@ -31,6 +31,7 @@ from stage0_tiling.tile import (
     start_logging,
     tile_slides,
 )
+from stage0_tiling.tissue_sources import tissue_sources
 
 LONGEST_RUN = timedelta(days=30)  # processes wait for the slowest one; the default of 30 minutes would end the run
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_logging()
 
     # Data
-    settings = TilingSettings(args.tile_size, args.mpp, args.overlap, args.min_tissue)
+    settings, sources = tiling_settings(args), tissue_sources(args)
     if args.batch_size < 1:
         raise ValueError(f"--batch_size {args.batch_size}: expected at least 1 tile")
     entries = assume_mpp(find_slides(args.slides), args.assume_mpp)
@@ -99,12 +100,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             settings,
             num_workers=args.num_workers,
             reader=args.reader,
+            sources=sources,
         )
         ready = [entry for entry in mine if folder.is_tiled(folder.read_state(entry.slide_id))]
         encode = partial(
             encode_slide,
             encoder=encoder,
-            **asdict(settings),
+            **settings.of_tiles(),
             batch_size=args.batch_size,
             device=process.device,
             dtype=choose_dtype(args.mixed_precision, process.device),

@@ -19,10 +19,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from command_line import DONE, SOME_FAILED, make_parser, run
 from slide_features import write_slide_coords
 from stage0_tiling.overlay import write_overlay
-from stage0_tiling.plan import TilePlan, TilingSettings, plan_tiles
+from stage0_tiling.plan import TilePlan, TilingSettings, measure_quality, plan_tiles, tiling_settings, why_empty
 from stage0_tiling.run_table import RunFolder, SlideRow, SlideState
 from stage0_tiling.slide import READERS, Slide
 from stage0_tiling.slide_list import SlideEntry, check_mpp, find_slides
+from stage0_tiling.tissue_sources import TissueSources, add_tissue_arguments, tissue_sources
 
 logger = logging.getLogger("stage0_tiling")
 
@@ -62,6 +63,7 @@ def add_tiling_arguments(parser) -> None:
         help="um per level-0 pixel of slides that state none, or an implausible one; by default these fail",
     )
     group.add_argument("--min_tissue", type=float, default=0.1, help="least fraction of a tile that is tissue, 0 to 1")
+    add_tissue_arguments(parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_logging()
 
     # Data
-    settings = TilingSettings(args.tile_size, args.mpp, args.overlap, args.min_tissue)
+    settings, sources = tiling_settings(args), tissue_sources(args)
     entries = assume_mpp(find_slides(args.slides), args.assume_mpp)
     folder = RunFolder(args.output_dir)
     if args.overwrite:
@@ -84,20 +86,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Tile
     try:
-        tile_slides(todo, folder, settings, num_workers=args.num_workers, reader=args.reader)
+        tile_slides(todo, folder, settings, num_workers=args.num_workers, reader=args.reader, sources=sources)
     finally:
         folder.write_table()
     return report(entries, folder)
 
 
 def tile_slides(
-    entries: list[SlideEntry], folder: RunFolder, settings: TilingSettings, *, num_workers: int, reader: str = "auto"
+    entries: list[SlideEntry],
+    folder: RunFolder,
+    settings: TilingSettings,
+    *,
+    num_workers: int,
+    reader: str = "auto",
+    sources: TissueSources | None = None,
 ) -> None:
     """Tile slides in threads and record each; a slide that fails is recorded as failed and the others go on."""
     executor = ThreadPoolExecutor(max(1, num_workers))
     try:
         jobs = [
-            executor.submit(record, folder, entry, lambda entry=entry: tile_slide(entry, folder, settings, reader))
+            executor.submit(
+                record, folder, entry, lambda entry=entry: tile_slide(entry, folder, settings, reader, sources)
+            )
             for entry in entries
         ]
         with logging_redirect_tqdm():
@@ -107,14 +117,20 @@ def tile_slides(
         executor.shutdown(cancel_futures=True)
 
 
-def tile_slide(entry: SlideEntry, folder: RunFolder, settings: TilingSettings, reader: str = "auto") -> SlideState:
+def tile_slide(
+    entry: SlideEntry,
+    folder: RunFolder,
+    settings: TilingSettings,
+    reader: str = "auto",
+    sources: TissueSources | None = None,
+) -> SlideState:
     """Write coords and overlay of one slide and return what to record of it.
 
     Raises:
         SlideError: if the slide cannot be used.
     """
     with Slide(entry.path, reader) as slide:
-        plan = plan_tiles(slide, settings, entry.assume_mpp)
+        plan = plan_tiles(slide, settings, entry.assume_mpp, sources, entry.slide_id)
         write_overlay(folder.path("overlays", entry.slide_id), plan)
         row = _describe(entry, slide, plan)
         if row.n_tiles:
@@ -129,13 +145,10 @@ def tile_slide(entry: SlideEntry, folder: RunFolder, settings: TilingSettings, r
                 level0_mpp=plan.pixel_size.mpp,
                 level0_width=slide.width,
                 level0_height=slide.height,
+                quality=measure_quality(slide, plan, blur=bool(sources and sources.quality)),
             )
         else:
-            logger.warning(
-                "%s: no tile holds %g tissue; look at its overlay and try a lower --min_tissue",
-                entry.slide_id,
-                settings.min_tissue,
-            )
+            logger.warning("%s: %s", entry.slide_id, why_empty(plan, settings))
         return SlideState(row, tiling=settings, reader=slide.reader)
 
 

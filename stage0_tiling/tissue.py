@@ -97,21 +97,22 @@ def tiles_on_tissue(tissue: TissueMask, width: int, height: int, grid: Grid, min
         as no tissue. With `min_tissue` 0 the tiles cover all tissue.
     """
     xs, ys = np.arange(0, width, grid.step_x), np.arange(0, height, grid.step_y)
-    left, right = _mask_span(xs, grid.tile_width, tissue.scale_x, tissue.mask.shape[1])
-    top, bottom = _mask_span(ys, grid.tile_height, tissue.scale_y, tissue.mask.shape[0])
+    left, right = mask_span(xs, grid.tile_width, tissue.scale_x, tissue.mask.shape[1])
+    top, bottom = mask_span(ys, grid.tile_height, tissue.scale_y, tissue.mask.shape[0])
     sums = cv2.integral(tissue.mask.astype(np.uint8)).astype(np.int64)
     area = sums[np.ix_(bottom, right)] - sums[np.ix_(top, right)] - sums[np.ix_(bottom, left)] + sums[np.ix_(top, left)]
-    whole = np.outer(_full_span(ys, grid.tile_height, tissue.scale_y), _full_span(xs, grid.tile_width, tissue.scale_x))
+    whole = np.outer(full_span(ys, grid.tile_height, tissue.scale_y), full_span(xs, grid.tile_width, tissue.scale_x))
     rows, columns = np.nonzero((area > 0) & (area >= min_tissue * whole))
     return np.stack([xs[columns], ys[rows]], axis=1).astype(np.int64)
 
 
-def _mask_span(starts: np.ndarray, length: int, scale: float, limit: int) -> tuple[np.ndarray, np.ndarray]:
+def mask_span(starts: np.ndarray, length: int, scale: float, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """First and last (excluded) mask pixel of each tile, cut at the slide's edge. Neighbours share no pixel."""
     first = np.minimum(np.round(starts * scale).astype(np.int64), limit - 1)
     last = np.minimum(np.round((starts + length) * scale).astype(np.int64), limit)
     return first, np.maximum(last, first + 1)
 
 
-def _full_span(starts: np.ndarray, length: int, scale: float) -> np.ndarray:
+def full_span(starts: np.ndarray, length: int, scale: float) -> np.ndarray:
+    """Mask pixels of each whole tile along one axis, those beyond the slide among them."""
     return np.maximum(np.round((starts + length) * scale) - np.round(starts * scale), 1)

@@ -49,10 +49,10 @@ def tissue_mask(picture: np.ndarray, mpp: float, method: str = "otsu") -> np.nda
     """
     smooth = cv2.medianBlur(picture, _odd(MEDIAN_UM / mpp))
     balanced = _white_balance(smooth)
-    brightest, darkest = _extremes(balanced)
+    brightest, darkest = extremes(balanced)
     chroma = brightest - darkest
-    dark = (brightest < DARK) & (chroma < NEUTRAL)
-    excluded = _grow(dark | _marker_ink(balanced), INK_MARGIN_UM / mpp, only_large_px=MIN_INK_UM2 / mpp**2)
+    dark = _is_dark(brightest, chroma)
+    excluded = grow(dark | marker_ink(balanced), INK_MARGIN_UM / mpp, only_large_px=MIN_INK_UM2 / mpp**2)
     if method == "otsu":
         found = chroma > _threshold(chroma[~excluded] if excluded.any() else chroma)
     elif method == "hsv":
@@ -62,11 +62,26 @@ def tissue_mask(picture: np.ndarray, mpp: float, method: str = "otsu") -> np.nda
     return _clean(found & ~excluded, excluded, mpp)
 
 
+def balanced_picture(picture: np.ndarray, mpp: float) -> np.ndarray:
+    """Smooth a thumbnail and scale its channels so that the glass is white, (H, W, 3) uint8."""
+    return _white_balance(cv2.medianBlur(picture, _odd(MEDIAN_UM / mpp)))
+
+
+def dark_pixels(balanced: np.ndarray) -> np.ndarray:
+    """Dark neutral pixels, (H, W) bool: black ink, and what the scanner left black."""
+    brightest, darkest = extremes(balanced)
+    return _is_dark(brightest, brightest - darkest)
+
+
+def _is_dark(brightest: np.ndarray, chroma: np.ndarray) -> np.ndarray:
+    return (brightest < DARK) & (chroma < NEUTRAL)
+
+
 def _clean(tissue: np.ndarray, excluded: np.ndarray, mpp: float) -> np.ndarray:
     """Close small gaps, drop specks, fill small holes."""
-    closed = cv2.morphologyEx(tissue.view(np.uint8), cv2.MORPH_CLOSE, _disc(CLOSING_UM / 2 / mpp)).view(bool)
-    tissue = _without_small(closed & ~excluded, MIN_TISSUE_UM2 / mpp**2)
-    return ~_without_small(~tissue, MAX_HOLE_UM2 / mpp**2)
+    closed = cv2.morphologyEx(tissue.view(np.uint8), cv2.MORPH_CLOSE, disc(CLOSING_UM / 2 / mpp)).view(bool)
+    tissue = without_small(closed & ~excluded, MIN_TISSUE_UM2 / mpp**2)
+    return ~without_small(~tissue, MAX_HOLE_UM2 / mpp**2)
 
 
 def _is_mixed(grey: np.ndarray, chroma: np.ndarray, mpp: float) -> np.ndarray:
@@ -87,7 +102,7 @@ def _is_mixed(grey: np.ndarray, chroma: np.ndarray, mpp: float) -> np.ndarray:
         counts = cv2.boxFilter((binned == level).view(np.uint8), -1, (side, side), normalize=False)
         entropy += cv2.LUT(counts, term)
     mixed = (entropy > ENTROPY_BITS) | (cv2.boxFilter(grey, -1, (3, 3)) < glass - 2 * width)
-    return cv2.erode(mixed.view(np.uint8), _disc(side / 4)).view(bool)
+    return cv2.erode(mixed.view(np.uint8), disc(side / 4)).view(bool)
 
 
 def _glass(grey: np.ndarray, chroma: np.ndarray) -> tuple[float, float]:
@@ -111,7 +126,7 @@ def _glass(grey: np.ndarray, chroma: np.ndarray) -> tuple[float, float]:
 
 def _white_balance(picture: np.ndarray) -> np.ndarray:
     """Scale channels so that the background is white; a picture without a bright, near-neutral one stays as it is."""
-    brightest, darkest = _extremes(picture)
+    brightest, darkest = extremes(picture)
     candidates = ((brightest - darkest <= TINT) & (brightest > 140)).view(np.uint8)
     if cv2.countNonZero(candidates) < 0.005 * brightest.size:
         return picture
@@ -139,13 +154,13 @@ def _median(histogram: np.ndarray) -> float:
     return float(np.searchsorted(up_to, middle, side="right").mean())
 
 
-def _extremes(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def extremes(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Brightest and darkest channel of each pixel; channel by channel, which is ten times as fast as along an axis."""
     red, green, blue = cv2.split(picture)
     return cv2.max(cv2.max(red, green), blue), cv2.min(cv2.min(red, green), blue)
 
 
-def _marker_ink(picture: np.ndarray) -> np.ndarray:
+def marker_ink(picture: np.ndarray) -> np.ndarray:
     """Pixels of marker pens: pairs of hue and saturation that H&E, DAB and haematoxylin do not reach."""
     hue, saturation, value = cv2.split(cv2.cvtColor(picture, cv2.COLOR_RGB2HSV))
     yellow = (hue > 24) & (hue <= 35) & (saturation > 150)
@@ -163,14 +178,15 @@ def _threshold(chroma: np.ndarray) -> float:
     return float(np.clip(otsu, *CHROMA_RANGE))
 
 
-def _grow(mask: np.ndarray, radius_px: float, only_large_px: float) -> np.ndarray:
-    large = _without_small(mask, only_large_px)
+def grow(mask: np.ndarray, radius_px: float, only_large_px: float) -> np.ndarray:
+    """Widen the connected groups of (H, W) bool that have at least so many pixels, and drop the others."""
+    large = without_small(mask, only_large_px)
     if not large.any():
         return large
-    return cv2.dilate(large.view(np.uint8), _disc(radius_px)).view(bool)
+    return cv2.dilate(large.view(np.uint8), disc(radius_px)).view(bool)
 
 
-def _without_small(mask: np.ndarray, min_px: float) -> np.ndarray:
+def without_small(mask: np.ndarray, min_px: float) -> np.ndarray:
     """Drop the connected groups of less than `min_px` pixels from (H, W) bool."""
     if cv2.countNonZero(mask.view(np.uint8)) < min_px:
         return np.zeros_like(mask)
@@ -182,7 +198,8 @@ def _without_small(mask: np.ndarray, min_px: float) -> np.ndarray:
     return mask if keep[1:].all() else np.take(keep, labels)
 
 
-def _disc(radius_px: float) -> np.ndarray:
+def disc(radius_px: float) -> np.ndarray:
+    """Kernel of a disc for morphology."""
     side = 2 * max(1, round(radius_px)) + 1
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
 

@@ -6,9 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slide_features import read_slide_coords
+from stage0_tiling import tile as stage0_tile
 from stage0_tiling.outlines import outline
 from stage0_tiling.slide import SlideError
 from stage0_tiling.user_masks import fill, find_mask, read_mask
+from tests.slides import DrawnSlide
 
 SHAPE, WIDTH, HEIGHT = (60, 80), 1600, 1200  # a thumbnail of 20 level-0 pixels a pixel
 SQUARE = [[200, 200], [1000, 200], [1000, 1000], [200, 1000], [200, 200]]
@@ -134,3 +137,33 @@ def test_outlines_of_a_mask_fill_to_the_mask(seed, share):
 def test_what_reaches_beyond_the_slide_is_cut():
     square = np.array([[-50, -50], [150, -50], [150, 40], [-50, 40]])
     assert fill([square], (80, 100)).sum() == 40 * 100
+
+
+def test_the_command_uses_masks_where_there_are_some(tmp_path, caplog):
+    slides, masks, out = (tmp_path / name for name in ("slides", "masks", "out"))
+    masks.mkdir()
+    for name in ("outlined", "painted", "found", "torn"):
+        DrawnSlide(width=512, height=384, num_levels=2).write(slides / f"{name}.tiff")
+    square = [[[128, 128], [384, 128], [384, 256], [128, 256], [128, 128]]]
+    (masks / "outlined.geojson").write_text(json.dumps([feature({"type": "Polygon", "coordinates": square})]))
+    painted = np.zeros((96, 128), np.uint8)
+    painted[:32] = 1
+    cv2.imwrite(str(masks / "painted.png"), painted)
+    (masks / "torn.json").write_text("{")
+    common = ["--slides", str(slides), "--output_dir", str(out), "--tile_size", "128", "--min_tissue", "1"]
+    assert stage0_tile.main([*common, "--masks", str(masks)]) == 1
+    assert read_slide_coords(out / "coords" / "outlined.h5").coords.tolist() == [[128, 128], [256, 128]]
+    assert read_slide_coords(out / "coords" / "painted.h5").coords.tolist() == [[x, 0] for x in (0, 128, 256, 384)]
+    assert f"found has no mask in {masks}; its tissue is found by otsu" in caplog.text
+    assert "failed: torn: mask torn.json is no GeoJSON of polygons" in caplog.text
+    with pytest.raises(ValueError, match="tiled with --masks True, not --masks False"):
+        stage0_tile.main(common)
+
+
+@pytest.mark.parametrize(("folder", "message"), [("nowhere", "no such folder"), (".", "holds no <slide_id>.geojson")])
+def test_a_folder_without_masks_is_refused(folder, message, tmp_path):
+    (tmp_path / "s").mkdir()
+    DrawnSlide(width=256, height=256, num_levels=1).write(tmp_path / "s" / "s.tiff")
+    arguments = ["--slides", str(tmp_path / "s"), "--output_dir", str(tmp_path / "out"), "--masks"]
+    with pytest.raises((ValueError, OSError), match=f"--masks .*{message}"):
+        stage0_tile.main([*arguments, str(tmp_path / folder)])

@@ -15,8 +15,8 @@ from stage0_tiling.tissue_methods import (
     MIN_TISSUE_UM2,
     NEUTRAL,
     TINT,
-    _disc,
     _odd,
+    disc,
     tissue_mask,
 )
 from tests.slides import INKS, PALE_PINK, DrawnSlide
@@ -30,7 +30,7 @@ def plain_mask(picture: np.ndarray, mpp: float) -> np.ndarray:
     dark = (brightest < DARK) & (chroma < NEUTRAL)
     excluded = plain_grow(dark | plain_marker_ink(balanced), INK_MARGIN_UM / mpp, only_large_px=MIN_INK_UM2 / mpp**2)
     tissue = (chroma > plain_threshold(chroma[~excluded])) & ~excluded
-    tissue = cv2.morphologyEx(tissue.astype(np.uint8), cv2.MORPH_CLOSE, _disc(CLOSING_UM / 2 / mpp)).astype(bool)
+    tissue = cv2.morphologyEx(tissue.astype(np.uint8), cv2.MORPH_CLOSE, disc(CLOSING_UM / 2 / mpp)).astype(bool)
     tissue = plain_without_small(tissue & ~excluded, MIN_TISSUE_UM2 / mpp**2)
     return ~plain_without_small(~tissue, MAX_HOLE_UM2 / mpp**2)
 
@@ -73,7 +73,7 @@ def plain_threshold(chroma: np.ndarray) -> float:
 
 def plain_grow(mask: np.ndarray, radius_px: float, only_large_px: float) -> np.ndarray:
     large = plain_without_small(mask, only_large_px)
-    return cv2.dilate(large.astype(np.uint8), _disc(radius_px)).astype(bool)
+    return cv2.dilate(large.astype(np.uint8), disc(radius_px)).astype(bool)
 
 
 def plain_without_small(mask: np.ndarray, min_px: float) -> np.ndarray:
