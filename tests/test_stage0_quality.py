@@ -11,14 +11,15 @@ import pytest
 
 from demo.reports import CASES
 from demo.textures import draw_stain, render
-from slide_features import read_slide_coords, write_slide_coords
+from slide_features import read_slide_coords, read_slide_features, write_slide_coords
+from stage0_tiling import encode as stage0_encode
 from stage0_tiling import tile as stage0_tile
 from stage0_tiling.artefacts import ARTEFACTS, blur_fractions, find_on_thumbnail, is_blurred, tile_fractions
 from stage0_tiling.plan import TilingSettings, measure_quality, plan_tiles, why_empty
 from stage0_tiling.slide import Slide
 from stage0_tiling.tissue import Grid, TissueMask
 from stage0_tiling.tissue_methods import tissue_mask
-from tests.conftest import run_command
+from tests.conftest import make_encoder, run_command
 from tests.slides import INKS, DrawnSlide, write_pyramid
 
 MPP = 8.0
@@ -236,3 +237,15 @@ def test_quality_must_fit_the_tiles(tmp_path):
             quality={"pen": np.zeros(2)},
         )
     assert not (tmp_path / "s.h5").exists()
+
+
+def test_encode_cuts_tiles_by_the_same_flags(half_blurred, tmp_path):
+    make_encoder(tmp_path / "encoder")
+    flags = ("--slides", half_blurred, "--tile_size", 128, "--max_pen", 0.1, "--tissue_method", "hsv", "--output_dir")
+    words = [str(word) for word in (*flags, tmp_path / "out", "--encoder", tmp_path / "encoder", "--num_workers", 1)]
+    assert stage0_encode.main(words) == 0
+    assert stage0_tile.main([str(word) for word in (*flags, tmp_path / "tiled")]) == 0
+    tiled = read_slide_coords(tmp_path / "tiled" / "coords" / "half.h5")
+    features = read_slide_features(tmp_path / "out" / "features" / "half.h5")
+    np.testing.assert_array_equal(features.coords, tiled.coords)
+    assert tiled.quality["pen"].max() <= 0.1
