@@ -7,6 +7,7 @@
 What the arrays and attributes are called and mean is known to `slide_features` alone.
 """
 
+import io
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,14 +35,19 @@ def format_of(path: Path) -> str:
 
 
 def write_arrays(path: Path, container: str, arrays: Mapping[str, StoredArray], attributes: Mapping[str, Any]) -> None:
-    """Write arrays and the attributes of the whole as `container`: `h5` or `zarr`."""
+    """Write arrays and the attributes of the whole as `container`: `h5` or `zarr`.
+
+    HDF5 is made in memory first: the HDF5 library crashes its process when it closes a file on a full disk.
+    """
     chunks = {name: (array.rows_per_chunk, *array.values.shape[1:]) for name, array in arrays.items()}
     if container == "h5":
-        with h5py.File(path, "w") as file:
+        made = io.BytesIO()
+        with h5py.File(made, "w") as file:
             file.attrs.update(attributes)
             for name, array in arrays.items():
                 dataset = file.create_dataset(name, data=array.values, chunks=chunks[name])
                 dataset.attrs.update(array.attributes)
+        path.write_bytes(made.getbuffer())
         return
     import zarr
 
@@ -81,10 +87,12 @@ def open_arrays(path: Path) -> Iterator[Any]:
 
 
 def write_tensor(path: Path, values: np.ndarray) -> None:
-    """Write one bare tensor."""
+    """Write one bare tensor; made in memory, so that a full disk is an OSError as of other files."""
     import torch
 
-    torch.save(torch.from_numpy(values), path)
+    made = io.BytesIO()
+    torch.save(torch.from_numpy(values), made)
+    path.write_bytes(made.getbuffer())
 
 
 def read_tensor(path: Path) -> np.ndarray:

@@ -62,6 +62,13 @@ MAKING_FACTS = {
     "mpp": MakingFact(must_agree=True),
     "overlap": MakingFact(),
     "min_tissue": MakingFact(),
+    "tissue_method": MakingFact("otsu"),
+    "segmenter": MakingFact(),
+    "max_pen": MakingFact(1.0),
+    "max_fold": MakingFact(1.0),
+    "max_blur": MakingFact(1.0),
+    "max_edge": MakingFact(1.0),
+    "icc": MakingFact(False, must_agree=True),
     "stain_normalizer": MakingFact("none", must_agree=True),
     "stain_target": MakingFact("", must_agree=True),
 }

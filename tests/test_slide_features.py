@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import h5py
 import numpy as np
 import pytest
@@ -14,9 +17,11 @@ from slide_features import (
     read_slide_coords,
     read_slide_features,
     read_slide_positions,
+    worth_saying,
     write_slide_coords,
     write_slide_features,
 )
+from tests.conftest import ROOT
 
 ABOUT = dict(name="s1", mpp=0.5, tile_size=256, overlap=0, patch_size_level0=512)
 
@@ -151,14 +156,8 @@ def test_every_format_gives_what_was_written(tmp_path, suffix):
         np.testing.assert_array_equal(read.features, features[expected])
         np.testing.assert_array_equal(read.coords, coords[expected])
         assert (read.encoder, read.encoder_fingerprint, read.patch_size_level0) == ("resnet18", "f", 512)
-        assert read.making == {
-            "tile_size": 256,
-            "mpp": 0.5,
-            "overlap": 0,
-            "min_tissue": 0.25,
-            "stain_normalizer": "macenko",
-            "stain_target": "",
-        }
+        expected = {"tile_size": 256, "mpp": 0.5, "overlap": 0, "min_tissue": 0.25, "stain_normalizer": "macenko"}
+        assert worth_saying(read.making) == expected
     np.testing.assert_array_equal(read_slide_positions(path), coords)
     assert count_tiles(path) == 700
     torn = path.with_name(f"torn{suffix}")
@@ -196,7 +195,7 @@ def test_a_file_that_does_not_say_how_stains_were_treated_is_of_plain_tiles(tmp_
     with h5py.File(tmp_path / "s.h5") as file:
         assert "stain_normalizer" not in file.attrs
     making = read_slide_features(tmp_path / "s.h5").making
-    assert (making["stain_normalizer"], making["stain_target"], making["min_tissue"]) == ("none", "", None)
+    assert (making["stain_normalizer"], making["icc"], making["min_tissue"]) == ("none", False, None)
 
 
 def test_bad_files_are_refused_with_the_mend(tmp_path):
@@ -255,3 +254,21 @@ def test_choose_patches_samples_uniformly():
     rng = np.random.default_rng(0)
     counts = np.bincount(np.concatenate([choose_patches(10, 4, rng) for _ in range(2000)]), minlength=10)
     assert np.abs(counts / 2000 - 0.4).max() < 0.05
+
+
+@pytest.mark.parametrize("suffix", FEATURE_SUFFIXES)
+def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path, suffix):
+    program = f"""
+import resource, signal, numpy as np, slide_features
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))
+try:
+    slide_features.write_slide_features(
+        {str(tmp_path / "s") + suffix!r}, np.ones((2000, 256), np.float16), np.zeros((2000, 2), int), name="s",
+        encoder="e", mpp=0.5, tile_size=256, overlap=0, min_tissue=0.1, patch_size_level0=256)
+except OSError as error:
+    print(error.strerror)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "File too large\n", "")
+    assert {path.name for path in tmp_path.iterdir()} <= {"s.pt.json"}
