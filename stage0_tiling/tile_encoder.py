@@ -114,19 +114,22 @@ class TileEncoder:
 
     def _try(self, pixels: Tensor) -> Tensor | None:
         """Features of one batch; None if the memory does not suffice, with all that the attempt held given back."""
-        autocast = nullcontext() if self._dtype == torch.float32 else torch.autocast(self.device.type, self._dtype)
         try:
-            with autocast:
-                inputs = self._normalise(pixels.to(self.device, non_blocking=True))
-                if self._compiled and len(inputs) < self.batch_size:
-                    inputs = torch.cat([inputs, inputs[:1].expand(self.batch_size - len(inputs), -1, -1, -1)])
-                return self._forward(inputs)[: len(pixels)].to(torch.float16)
+            return self._features(pixels)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return None
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        autocast = nullcontext() if self._dtype == torch.float32 else torch.autocast(self.device.type, self._dtype)
+        with autocast:
+            inputs = self._normalise(pixels.to(self.device, non_blocking=True))
+            if self._compiled and len(inputs) < self.batch_size:
+                inputs = torch.cat([inputs, inputs[:1].expand(self.batch_size - len(inputs), -1, -1, -1)])
+            return self._forward(inputs)[: len(pixels)].to(torch.float16)
 
     def _halve(self, did_not_fit: int) -> None:
         if did_not_fit == 1:
