@@ -78,6 +78,11 @@ class ImageEncoder(nn.Module):
         """Resize, crop and normalise a PIL image as the encoder's authors did: (3, H, W) float32."""
         return self._transform(image.convert("RGB"))
 
+    @property
+    def transform_steps(self) -> list[Callable]:
+        """The steps of `transform` where it is torchvision's Compose, as timm's are; none otherwise."""
+        return list(getattr(self._transform, "transforms", ()))
+
     def encode_tiles(self, pixels: Tensor) -> Tensor:
         """Turn (B, 3, H, W) into (B, D), one patch token per tile.
 

@@ -9,10 +9,11 @@ Processes share no file that they write, so that any number of them can work on 
 import csv
 import json
 import logging
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from slide_features import atomic_path
+from slide_features import FEATURE_SUFFIXES, atomic_path, count_tiles
 from stage0_tiling.plan import TilingSettings
 from stage0_tiling.slide_list import SlideEntry
 
@@ -47,16 +48,15 @@ class SlideState:
     Attributes:
         row: its row in slides.csv.
         tiling: settings that its tiles were made with; None if it is not tiled.
-        encoder: name of the encoder of its features; None if it is not encoded.
-        encoder_fingerprint: of the encoder's weights.
+        encoded: by name of the folder that holds the features, what made them: `encoder`, its `fingerprint`, and what
+            else must agree with other slides' features.
         reader: `openslide`, `tiff` or `pillow`, whichever opened the slide last. Their results are equal within
             tolerance, so that slides of several readers share a folder. None in folders of earlier versions.
     """
 
     row: SlideRow
     tiling: TilingSettings | None = None
-    encoder: str | None = None
-    encoder_fingerprint: str | None = None
+    encoded: dict[str, dict[str, Any]] = field(default_factory=dict)
     reader: str | None = None
 
 
@@ -71,6 +71,10 @@ class RunFolder:
         """Where a slide's `coords`, `overlays`, `features` or `state` file lies."""
         return self.folder / kind / f"{slide_id}{OUTPUTS[kind]}"
 
+    def features_path(self, folder: str, slide_id: str, suffix: str) -> Path:
+        """Where a slide's features of one of several encoders lie."""
+        return self.folder / folder / f"{slide_id}{suffix}"
+
     def read_state(self, slide_id: str) -> SlideState | None:
         """Read what is known of a slide; None if nothing is, or if its state file is not readable."""
         path = self.path("state", slide_id)
@@ -80,8 +84,7 @@ class RunFolder:
             return SlideState(
                 SlideRow(**stored["row"]),
                 tiling,
-                stored["encoder"],
-                stored["encoder_fingerprint"],
+                _encoded(stored),
                 stored.get("reader"),
             )
         except FileNotFoundError:
@@ -111,12 +114,16 @@ class RunFolder:
         for entry in entries:
             for kind in reversed(OUTPUTS):  # the state first: without it the rest counts as missing
                 self.path(kind, entry.slide_id).unlink(missing_ok=True)
+            for folder in self._feature_folders():
+                for suffix in (*FEATURE_SUFFIXES, ".pt.json"):
+                    (folder / f"{entry.slide_id}{suffix}").unlink(missing_ok=True)
 
     def remove_leftovers(self, entries: list[SlideEntry]) -> None:
         """Delete half-written files of killed runs of these slides."""
-        names = {f"{entry.slide_id}{suffix}" for entry in entries for suffix in OUTPUTS.values()}
-        for kind in OUTPUTS:
-            for partial in (self.folder / kind).glob(".*.partial"):
+        suffixes = {*OUTPUTS.values(), *FEATURE_SUFFIXES, ".pt.json"}
+        names = {f"{entry.slide_id}{suffix}" for entry in entries for suffix in suffixes}
+        for folder in {self.folder / kind for kind in OUTPUTS} | set(self._feature_folders()):
+            for partial in folder.glob(".*.partial"):
                 if partial.name[1:].removesuffix(".partial").rpartition(".")[0] in names:
                     partial.unlink(missing_ok=True)
 
@@ -124,9 +131,16 @@ class RunFolder:
         """Whether a slide's coords are here, or it is known to have none."""
         return state is not None and state.tiling is not None and self._holds("coords", state.row)
 
-    def is_encoded(self, state: SlideState | None) -> bool:
-        """Whether a slide's features are here, or it is known to have none."""
-        return state is not None and state.encoder is not None and self._holds("features", state.row)
+    def is_encoded(self, state: SlideState | None, folder: str = "features", suffix: str = ".h5") -> bool:
+        """Whether a slide's features of one encoder are here, whole, or it is known to have none."""
+        if state is None or folder not in state.encoded:
+            return False
+        if state.row.n_tiles == 0:
+            return True
+        try:
+            return count_tiles(self.features_path(folder, state.row.slide_id, suffix)) == state.row.n_tiles
+        except (ValueError, OSError):
+            return False
 
     def check_tiling(self, entry: SlideEntry, settings: TilingSettings, assume_mpp: float | None) -> None:
         """Refuse to mix tiles of different settings in one folder.
@@ -149,20 +163,37 @@ class RunFolder:
                 "choose another --output_dir, or tile anew with --overwrite"
             )
 
-    def check_encoder(self, entry: SlideEntry, encoder: str, encoder_fingerprint: str) -> None:
-        """Refuse to mix features of different encoders in one folder.
+    def check_encoder(self, entry: SlideEntry, made_by: dict[str, Any], folder: str = "features") -> None:
+        """Refuse to mix features of different encoders, or of tiles treated differently, in one folder.
 
         Raises:
-            ValueError: if the slide's features are here and come from another encoder or other weights.
+            ValueError: if the slide's features are here, in any format, and were made otherwise.
         """
         state = self.read_state(entry.slide_id)
-        if not self.is_encoded(state):
+        if not any(self.is_encoded(state, folder, suffix) for suffix in FEATURE_SUFFIXES):
             return
-        mend = "choose another --output_dir, or encode anew with --overwrite"
-        if state.encoder != encoder:
-            raise ValueError(f"{self.folder} holds features of encoder {state.encoder}, not {encoder}: {mend}")
-        if state.encoder_fingerprint != encoder_fingerprint:
-            raise ValueError(f"{self.folder} holds features of encoder {encoder} with other weights: {mend}")
+        had = state.encoded[folder]
+        where, mend = self.folder / folder, "choose another --output_dir, or encode anew with --overwrite"
+        if had["encoder"] != made_by["encoder"]:
+            raise ValueError(f"{where} holds features of encoder {had['encoder']}, not {made_by['encoder']}: {mend}")
+        if had["fingerprint"] != made_by["fingerprint"]:
+            raise ValueError(f"{where} holds features of encoder {had['encoder']} with other weights: {mend}")
+        for name in sorted(had.keys() | made_by.keys()):
+            if had.get(name) != made_by.get(name):
+                told = [made.get(name) or "none" for made in (had, made_by)]
+                raise ValueError(f"{where} holds features made with --{name} {told[0]}, not {told[1]}: {mend}")
+
+    def _feature_folders(self) -> list[Path]:
+        return [folder for folder in self.folder.glob("features*") if folder.is_dir()]
 
     def _holds(self, kind: str, row: SlideRow) -> bool:
         return row.n_tiles == 0 or self.path(kind, row.slide_id).is_file()
+
+
+def _encoded(stored: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a state file says of features; earlier versions knew one encoder a folder."""
+    if "encoded" in stored:
+        return stored["encoded"]
+    if stored["encoder"] is None:
+        return {}
+    return {"features": {"encoder": stored["encoder"], "fingerprint": stored["encoder_fingerprint"]}}

@@ -163,7 +163,7 @@ def record(folder: RunFolder, entry: SlideEntry, work: Callable[[], SlideState])
         logger.error("%s failed: %s", entry.slide_id, message)
         logger.debug("%s", entry.path, exc_info=True)
         row = replace(known.row, path=str(entry.path), status="failed", error=message, seconds=None)
-        state = replace(known, row=row, encoder=None)
+        state = replace(known, row=row)
     seconds = (state.row.seconds or 0.0) + time.perf_counter() - started
     folder.write_state(replace(state, row=replace(state.row, seconds=round(seconds, 3))))
 
