@@ -11,6 +11,7 @@ without `features`. Files of TRIDENT, CLAM (`.h5` and `.pt`), WSI-LLaVA (`coords
 well.
 """
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,6 +102,16 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def _atomic_h5(path: str | Path) -> Iterator[h5py.File]:
+    """A new HDF5 file, made in memory: the HDF5 library crashes its process when it closes a file on a full disk."""
+    made = io.BytesIO()
+    with h5py.File(made, "w") as file:
+        yield file
+    with atomic_path(path) as partial:
+        partial.write_bytes(made.getbuffer())
+
+
 def write_slide_features(
     path: str | Path,
     features: np.ndarray,
@@ -143,7 +154,7 @@ def write_slide_features(
     if features.dtype not in (np.float16, np.float32):
         raise ValueError(f"{path}: features must be float16 or float32, not {features.dtype}")
     _check(path, features, coords)
-    with atomic_path(path) as partial, h5py.File(partial, "w") as file:
+    with _atomic_h5(path) as file:
         rows = min(len(features), 256)
         dataset = file.create_dataset("features", data=features, chunks=(rows, features.shape[1]))
         dataset.attrs.update({"name": name, "encoder": encoder})
@@ -181,7 +192,7 @@ def write_slide_coords(
     """Write the coords file of one slide, atomically: as `write_slide_features`, without the features."""
     coords = np.asarray(coords)
     _check(path, None, coords)
-    with atomic_path(path) as partial, h5py.File(partial, "w") as file:
+    with _atomic_h5(path) as file:
         _write_coords(
             file,
             coords,

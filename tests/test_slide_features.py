@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import h5py
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from slide_features import (
     write_slide_coords,
     write_slide_features,
 )
+from tests.conftest import ROOT
 
 ABOUT = dict(name="s1", mpp=0.5, tile_size=256, overlap=0, patch_size_level0=512)
 
@@ -191,3 +195,20 @@ def test_choose_patches_samples_uniformly():
     rng = np.random.default_rng(0)
     counts = np.bincount(np.concatenate([choose_patches(10, 4, rng) for _ in range(2000)]), minlength=10)
     assert np.abs(counts / 2000 - 0.4).max() < 0.05
+
+
+def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path):
+    program = f"""
+import resource, signal, numpy as np, slide_features
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))
+try:
+    slide_features.write_slide_features(
+        {str(tmp_path / "s.h5")!r}, np.ones((2000, 256), np.float16), np.zeros((2000, 2), int), name="s", encoder="e",
+        mpp=0.5, tile_size=256, overlap=0, min_tissue=0.1, patch_size_level0=256)
+except OSError as error:
+    print(error.strerror)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "File too large\n", "")
+    assert not list(tmp_path.iterdir())
