@@ -2,37 +2,30 @@ r"""Turn slides into patch tokens: tile what is not tiled, then encode the tiles
 
     accelerate launch stage0_tiling/encode.py --slides slides/ --output_dir out --encoder hf-hub:MahmoodLab/UNI2-h
 
-writes out/features/<slide_id>.h5 beside what tile.py writes. Processes share the slides among themselves. A second run
-does only what is missing or failed before.
+writes out/features/<slide_id>.h5 beside what tile.py writes. Processes, on one machine or many, share the slides of an
+output folder among themselves: docs/cluster.md. A second run does only what is missing or failed before.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
-
-from command_line import DONE, SOME_FAILED, make_parser, run
-from slide_features import SlideFeatures, read_slide_coords, write_slide_features
+from command_line import make_parser, run
 from stage0_tiling.encoding import choose_dtype, encode_slide
+from stage0_tiling.local_cache import GIB, LocalCache
 from stage0_tiling.plan import TilingSettings
 from stage0_tiling.run_table import RunFolder, SlideState
-from stage0_tiling.slide import Slide
 from stage0_tiling.slide_list import SlideEntry, find_slides
-from stage0_tiling.tile import (
-    add_tiling_arguments,
-    assume_mpp,
-    needs_tiling,
-    record,
-    report,
-    start_logging,
-    tile_slides,
-)
+from stage0_tiling.slide_run import SlideRun, start_logging
+from stage0_tiling.slide_work import encode_tiled, tile_slide
+from stage0_tiling.tile import add_tiling_arguments, assume_mpp, needs_tiling
 
 LONGEST_RUN = timedelta(days=30)  # processes wait for the slowest one; the default of 30 minutes would end the run
+TILING_THREADS = 2  # that tile the next slides while one is encoded
 
 logger = logging.getLogger("stage0_tiling")
 
@@ -53,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=None,
         help="precision of the encoder; default: bf16 on a GPU, else no",
     )
+    add_machine_arguments(parser)
     args = parser.parse_args(argv)
     start_logging()
 
@@ -62,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--batch_size {args.batch_size}: expected at least 1 tile")
     entries = assume_mpp(find_slides(args.slides), args.assume_mpp)
     folder = RunFolder(args.output_dir)
+    cache = make_cache(args.local_cache, args.local_cache_gb)
 
     # Model
     from accelerate import PartialState
@@ -77,101 +72,77 @@ def main(argv: Sequence[str] | None = None) -> int:
     encoded_by = {"encoder": encoder.name, "encoder_fingerprint": encoder.fingerprint()}
 
     # Resume
-    if process.is_main_process:
-        if args.overwrite:
-            folder.forget(entries)
-        folder.remove_leftovers(entries)
+    if process.is_main_process and args.overwrite:
+        folder.forget(entries)
     process.wait_for_everyone()
-    for entry in entries:
-        folder.check_tiling(entry, settings, entry.assume_mpp)
-        folder.check_encoder(entry, **encoded_by)
-    missing = [entry for entry in entries if needs_encoding(folder, entry)]
+    is_missing = partial(needs_encoding, folder, settings, encoded_by)
+    encoding = SlideRun(entries, folder, is_missing, description=f"encoding {process.process_index}", cache=cache)
     process.wait_for_everyone()  # nobody records a slide before all have seen which ones are missing
-    mine = missing[process.process_index :: process.num_processes]
     if process.is_main_process:
-        logger.info("%d slides, %d of them to encode with %s", len(entries), len(missing), encoder.name)
+        logger.info("%d slides, %d of them to encode with %s", len(entries), len(encoding.missing), encoder.name)
 
     # Tile and encode
+    def tile(entry: SlideEntry) -> SlideState | None:
+        is_tiled = not needs_tiling(folder, settings, entry)
+        return None if is_tiled else tile_slide(entry, folder, settings, args.reader)
+
+    def encode(entry: SlideEntry) -> SlideState:
+        return replace(encode_tiled(entry, folder, settings, encode_tiles, args.reader), **encoded_by)
+
+    encode_tiles = partial(
+        encode_slide,
+        encoder=encoder,
+        **asdict(settings),
+        batch_size=args.batch_size,
+        device=process.device,
+        dtype=choose_dtype(args.mixed_precision, process.device),
+        num_workers=args.num_workers,
+        reader=args.reader,
+        on_tiles=encoding.progress.tiles,
+    )
     try:
-        tile_slides(
-            [e for e in mine if needs_tiling(folder, e)],
-            folder,
-            settings,
-            num_workers=args.num_workers,
-            reader=args.reader,
-        )
-        ready = [entry for entry in mine if folder.is_tiled(folder.read_state(entry.slide_id))]
-        encode = partial(
-            encode_slide,
-            encoder=encoder,
-            **asdict(settings),
-            batch_size=args.batch_size,
-            device=process.device,
-            dtype=choose_dtype(args.mixed_precision, process.device),
-            num_workers=args.num_workers,
-            reader=args.reader,
-        )
-        num_tiles = sum(folder.read_state(entry.slide_id).row.n_tiles for entry in ready)
-        with (
-            logging_redirect_tqdm(),
-            tqdm(total=num_tiles, unit="tile", desc=f"encoding {process.process_index}") as bar,
-        ):
-            for entry in ready:
-                work = partial(encode_tiled, entry, folder, settings, partial(encode, on_tiles=bar.update), args.reader)
-                record(folder, entry, lambda work=work: replace(work(), **encoded_by))
+        with cache or nullcontext():
+            encoding.do(tile, encode, num_threads=1 if cache else TILING_THREADS)
         process.wait_for_everyone()
     finally:
         if process.is_main_process:
-            folder.write_table()
-    status = report(entries, folder) if process.is_main_process else _status(entries, folder)
+            encoding.write_table()
+    status = encoding.report(is_quiet=not process.is_main_process)
     process.wait_for_everyone()
     process.destroy_process_group()
     return status
 
 
-def needs_encoding(folder: RunFolder, entry: SlideEntry) -> bool:
-    state = folder.read_state(entry.slide_id)
-    return not folder.is_tiled(state) or not folder.is_encoded(state) or state.row.status == "failed"
-
-
-def encode_tiled(
-    entry: SlideEntry,
-    folder: RunFolder,
-    settings: TilingSettings,
-    encode: Callable[..., SlideFeatures],
-    reader: str = "auto",
-) -> SlideState:
-    """Encode one tiled slide, write its feature file and return what to record of it, but for the encoder."""
-    state = folder.read_state(entry.slide_id)
-    if not state.row.n_tiles:
-        return replace(state, row=replace(state.row, status="empty", error=None))
-    with Slide(entry.path, reader) as slide:
-        opened_by = slide.reader
-    planned = read_slide_coords(folder.path("coords", entry.slide_id))
-    result = encode(entry.path, coords=planned.coords, assume_mpp=entry.assume_mpp)
-    write_slide_features(
-        folder.path("features", entry.slide_id),
-        result.features,
-        result.coords,
-        name=entry.slide_id,
-        encoder=result.encoder,
-        mpp=settings.mpp,
-        tile_size=settings.tile_size,
-        overlap=settings.overlap,
-        min_tissue=settings.min_tissue,
-        encoder_fingerprint=result.encoder_fingerprint,
-        patch_size_level0=result.patch_size_level0,
-        level0_mpp=planned.level0_mpp,
-        level0_width=planned.level0_width,
-        level0_height=planned.level0_height,
+def add_machine_arguments(parser) -> None:
+    group = parser.add_argument_group("Machine")
+    group.add_argument(
+        "--local_cache",
+        default=None,
+        help="folder on a fast local disk, where each slide is copied before it is read, the next one while the "
+        "current one is encoded; by default slides are read where they lie",
     )
-    return replace(state, row=replace(state.row, status="done", error=None), reader=opened_by)
+    group.add_argument(
+        "--local_cache_gb",
+        type=float,
+        default=100.0,
+        help="GiB that the copies may take at a time, all processes of this command on the machine together; a slide "
+        "that does not fit is read where it lies",
+    )
 
 
-def _status(entries: list[SlideEntry], folder: RunFolder) -> int:
-    """The exit status that the main process reports as well."""
-    states = [folder.read_state(entry.slide_id) for entry in entries]
-    return SOME_FAILED if any(state is None or state.row.status == "failed" for state in states) else DONE
+def make_cache(folder: str | None, gib: float) -> LocalCache | None:
+    """The cache of this process: an equal share of what the processes of the command may take on this machine."""
+    if not gib > 0:
+        raise ValueError(f"--local_cache_gb {gib:g}: expected more than 0")
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return LocalCache(folder, int(gib * GIB / num_processes)) if folder else None
+
+
+def needs_encoding(folder: RunFolder, settings: TilingSettings, encoded_by: dict[str, str], entry: SlideEntry) -> bool:
+    """Whether a slide is to be tiled or encoded; raises ValueError if that was done with other settings or weights."""
+    folder.check_encoder(entry, **encoded_by)
+    state = folder.read_state(entry.slide_id)
+    return needs_tiling(folder, settings, entry) or not state.is_deadly and not folder.is_encoded(state)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     OUT/state/<slide_id>.json   one small file per slide, written when its work is whole
     OUT/slides.csv              all of them as one table, made at the end of a command
 
-Processes share no file that they write, so that any number of them can work on one folder and be killed at any time.
+Processes share no file that they write, so that any number of them can work on one folder and be killed at any time;
+which process works on which slide is settled in `claims.py`.
 """
 
 import csv
@@ -13,9 +14,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from slide_features import atomic_path
+from stage0_tiling.claims import Claims
 from stage0_tiling.plan import TilingSettings
 from stage0_tiling.slide_list import SlideEntry
 
+MAX_DEATHS = 2  # processes that a slide may take with it before it is left alone
 OUTPUTS = {"coords": ".h5", "overlays": ".jpg", "features": ".h5", "state": ".json"}
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,8 @@ class SlideState:
         encoder_fingerprint: of the encoder's weights.
         reader: `openslide`, `tiff` or `pillow`, whichever opened the slide last. Their results are equal within
             tolerance, so that slides of several readers share a folder. None in folders of earlier versions.
+        recorded_by: the claim under which this was recorded; tells a new failure from one of an earlier run.
+        deaths: how many processes had died at the slide when it was given up; else 0.
     """
 
     row: SlideRow
@@ -58,6 +63,13 @@ class SlideState:
     encoder: str | None = None
     encoder_fingerprint: str | None = None
     reader: str | None = None
+    recorded_by: str | None = None
+    deaths: int = 0
+
+    @property
+    def is_deadly(self) -> bool:
+        """Whether the slide was given up because processes died at it."""
+        return self.deaths >= MAX_DEATHS
 
 
 class RunFolder:
@@ -83,6 +95,8 @@ class RunFolder:
                 stored["encoder"],
                 stored["encoder_fingerprint"],
                 stored.get("reader"),
+                stored.get("recorded_by"),
+                stored.get("deaths", 0),
             )
         except FileNotFoundError:
             return None
@@ -107,17 +121,25 @@ class RunFolder:
             writer.writerows(asdict(state.row) for state in states if state is not None)
 
     def forget(self, entries: list[SlideEntry]) -> None:
-        """Delete all that earlier runs made of these slides, for --overwrite."""
+        """Delete all that earlier runs made of these slides, for --overwrite.
+
+        Raises:
+            ValueError: if one of them is in work.
+        """
+        claims = Claims(self.folder / "claims")
+        for entry in entries:
+            if owner := claims.owner(entry.slide_id):
+                raise ValueError(f"--overwrite: {entry.slide_id} is in work ({owner}): wait for it, or stop it")
         for entry in entries:
             for kind in reversed(OUTPUTS):  # the state first: without it the rest counts as missing
                 self.path(kind, entry.slide_id).unlink(missing_ok=True)
+            claims.forget(entry.slide_id)
 
-    def remove_leftovers(self, entries: list[SlideEntry]) -> None:
-        """Delete half-written files of killed runs of these slides."""
-        names = {f"{entry.slide_id}{suffix}" for entry in entries for suffix in OUTPUTS.values()}
-        for kind in OUTPUTS:
+    def remove_leftovers(self, entry: SlideEntry) -> None:
+        """Delete half-written files of a slide whose process was killed; nobody else may be writing them."""
+        for kind, suffix in OUTPUTS.items():
             for partial in (self.folder / kind).glob(".*.partial"):
-                if partial.name[1:].removesuffix(".partial").rpartition(".")[0] in names:
+                if partial.name[1:].removesuffix(".partial").rpartition(".")[0] == f"{entry.slide_id}{suffix}":
                     partial.unlink(missing_ok=True)
 
     def is_tiled(self, state: SlideState | None) -> bool:

@@ -1,0 +1,99 @@
+"""The work on one slide: tile it, encode it. What every way of running does with each of its slides.
+
+Both return what is to be recorded of the slide and raise what is wrong with it.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+from slide_features import SlideFeatures, read_slide_coords, write_slide_coords, write_slide_features
+from stage0_tiling.overlay import write_overlay
+from stage0_tiling.plan import TilePlan, TilingSettings, plan_tiles
+from stage0_tiling.run_table import RunFolder, SlideRow, SlideState
+from stage0_tiling.slide import Slide
+from stage0_tiling.slide_list import SlideEntry
+
+logger = logging.getLogger("stage0_tiling")
+
+
+def tile_slide(entry: SlideEntry, folder: RunFolder, settings: TilingSettings, reader: str = "auto") -> SlideState:
+    """Write coords and overlay of one slide and return what to record of it.
+
+    Raises:
+        SlideError: if the slide cannot be used.
+    """
+    with Slide(entry.path, reader) as slide:
+        plan = plan_tiles(slide, settings, entry.assume_mpp)
+        write_overlay(folder.path("overlays", entry.slide_id), plan)
+        row = _describe(entry, slide, plan)
+        if row.n_tiles:
+            write_slide_coords(
+                folder.path("coords", entry.slide_id),
+                plan.coords,
+                name=entry.slide_id,
+                mpp=settings.mpp,
+                tile_size=settings.tile_size,
+                overlap=settings.overlap,
+                patch_size_level0=plan.grid.tile_width,
+                level0_mpp=plan.pixel_size.mpp,
+                level0_width=slide.width,
+                level0_height=slide.height,
+            )
+        else:
+            logger.warning(
+                "%s: no tile holds %g tissue; look at its overlay and try a lower --min_tissue",
+                entry.slide_id,
+                settings.min_tissue,
+            )
+        return SlideState(row, tiling=settings, reader=slide.reader)
+
+
+def encode_tiled(
+    entry: SlideEntry,
+    folder: RunFolder,
+    settings: TilingSettings,
+    encode: Callable[..., SlideFeatures],
+    reader: str = "auto",
+) -> SlideState:
+    """Encode one tiled slide, write its feature file and return what to record of it, but for the encoder."""
+    state = folder.read_state(entry.slide_id)
+    if not state.row.n_tiles:
+        return replace(state, row=replace(state.row, status="empty", error=None))
+    with Slide(entry.path, reader) as slide:
+        opened_by = slide.reader
+    planned = read_slide_coords(folder.path("coords", entry.slide_id))
+    result = encode(entry.path, coords=planned.coords, assume_mpp=entry.assume_mpp)
+    write_slide_features(
+        folder.path("features", entry.slide_id),
+        result.features,
+        result.coords,
+        name=entry.slide_id,
+        encoder=result.encoder,
+        mpp=settings.mpp,
+        tile_size=settings.tile_size,
+        overlap=settings.overlap,
+        min_tissue=settings.min_tissue,
+        encoder_fingerprint=result.encoder_fingerprint,
+        patch_size_level0=result.patch_size_level0,
+        level0_mpp=planned.level0_mpp,
+        level0_width=planned.level0_width,
+        level0_height=planned.level0_height,
+    )
+    return replace(state, row=replace(state.row, status="done", error=None), reader=opened_by)
+
+
+def _describe(entry: SlideEntry, slide: Slide, plan: TilePlan) -> SlideRow:
+    return SlideRow(
+        slide_id=entry.slide_id,
+        path=str(entry.path),
+        status="done" if len(plan.coords) else "empty",
+        format=slide.format,
+        width=slide.width,
+        height=slide.height,
+        levels=slide.num_levels,
+        mpp=plan.pixel_size and round(plan.pixel_size.mpp, 6),
+        mpp_source=plan.pixel_size and plan.pixel_size.source,
+        tissue_fraction=round(plan.tissue.fraction, 6),
+        n_tiles=len(plan.coords),
+    )
