@@ -8,24 +8,30 @@ output folder among themselves: docs/cluster.md. A second run does only what is 
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from command_line import make_parser, run
 from stage0_tiling.encoding import choose_dtype, encode_slide
 from stage0_tiling.local_cache import GIB, LocalCache
 from stage0_tiling.plan import TilingSettings
+from stage0_tiling.ray_engine import check_ray, encode_on_ray
 from stage0_tiling.run_table import RunFolder, SlideState
 from stage0_tiling.slide_list import SlideEntry, find_slides
 from stage0_tiling.slide_run import SlideRun, start_logging
-from stage0_tiling.slide_work import encode_tiled, tile_slide
-from stage0_tiling.tile import add_tiling_arguments, assume_mpp, needs_tiling
+from stage0_tiling.slide_work import encode_tiled, tile_if_missing
+from stage0_tiling.tile import add_tiling_arguments, assume_mpp
+
+if TYPE_CHECKING:
+    import torch
+
+    from encoders import ImageEncoder
 
 LONGEST_RUN = timedelta(days=30)  # processes wait for the slowest one; the default of 30 minutes would end the run
-TILING_THREADS = 2  # that tile the next slides while one is encoded
 
 logger = logging.getLogger("stage0_tiling")
 
@@ -57,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     entries = assume_mpp(find_slides(args.slides), args.assume_mpp)
     folder = RunFolder(args.output_dir)
     cache = make_cache(args.local_cache, args.local_cache_gb)
+    if args.engine == "ray":
+        check_ray(args.local_cache, args.ray_actors)
 
     # Model
     from accelerate import PartialState
@@ -64,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from accelerator_setup import runs_on_cpu
     from encoders import load_encoder
 
-    process = PartialState(cpu=runs_on_cpu(), timeout=LONGEST_RUN)
+    process = PartialState(cpu=runs_on_cpu() or args.engine == "ray", timeout=LONGEST_RUN)
     encoder = load_encoder(args.encoder).to(process.device)
     advice = encoder.preset and encoder.preset.tiling_advice(tile_size=args.tile_size, mpp=args.mpp)
     if advice and process.is_main_process:
@@ -75,34 +83,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if process.is_main_process and args.overwrite:
         folder.forget(entries)
     process.wait_for_everyone()
-    is_missing = partial(needs_encoding, folder, settings, encoded_by)
+    is_missing = partial(folder.needs_encoding, settings=settings, encoded_by=encoded_by)
     encoding = SlideRun(entries, folder, is_missing, description=f"encoding {process.process_index}", cache=cache)
     process.wait_for_everyone()  # nobody records a slide before all have seen which ones are missing
     if process.is_main_process:
         logger.info("%d slides, %d of them to encode with %s", len(entries), len(encoding.missing), encoder.name)
 
     # Tile and encode
-    def tile(entry: SlideEntry) -> SlideState | None:
-        is_tiled = not needs_tiling(folder, settings, entry)
-        return None if is_tiled else tile_slide(entry, folder, settings, args.reader)
-
-    def encode(entry: SlideEntry) -> SlideState:
-        return replace(encode_tiled(entry, folder, settings, encode_tiles, args.reader), **encoded_by)
-
-    encode_tiles = partial(
-        encode_slide,
-        encoder=encoder,
-        **asdict(settings),
-        batch_size=args.batch_size,
-        device=process.device,
-        dtype=choose_dtype(args.mixed_precision, process.device),
-        num_workers=args.num_workers,
-        reader=args.reader,
-        on_tiles=encoding.progress.tiles,
-    )
+    tile = partial(tile_if_missing, folder=folder, settings=settings, reader=args.reader)
+    encode = partial(encode_tiled, folder=folder, settings=settings, encoded_by=encoded_by, reader=args.reader)
+    how = {**asdict(settings), "batch_size": args.batch_size, "num_workers": args.num_workers, "reader": args.reader}
+    how["mixed_precision"] = args.mixed_precision
     try:
-        with cache or nullcontext():
-            encoding.do(tile, encode, num_threads=1 if cache else TILING_THREADS)
+        if args.engine == "ray":
+            encode_on_ray(encoding, tile, encode, args.encoder, encoded_by, args.ray_address, args.ray_actors, how)
+        else:
+            with cache or nullcontext():
+                encode_here(encoding, tile, encode, encoder, process.device, num_threads=1 if cache else 2, **how)
         process.wait_for_everyone()
     finally:
         if process.is_main_process:
@@ -111,6 +108,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     process.wait_for_everyone()
     process.destroy_process_group()
     return status
+
+
+def encode_here(
+    encoding: SlideRun,
+    tile: Callable[[SlideEntry], SlideState | None],
+    encode: Callable[..., SlideState],
+    encoder: "ImageEncoder",
+    device: "torch.device",
+    *,
+    num_threads: int,
+    mixed_precision: str | None,
+    **how: Any,
+) -> None:
+    """Do the slides in this process: threads tile the next ones while one is encoded."""
+    how["dtype"] = choose_dtype(mixed_precision, device)
+    encode_tiles = partial(encode_slide, encoder=encoder, device=device, on_tiles=encoding.progress.tiles, **how)
+    encoding.do(tile, partial(encode, encode=encode_tiles), num_threads=num_threads)
 
 
 def add_machine_arguments(parser) -> None:
@@ -128,6 +142,20 @@ def add_machine_arguments(parser) -> None:
         help="GiB that the copies may take at a time, all processes of this command on the machine together; a slide "
         "that does not fit is read where it lies",
     )
+    group.add_argument(
+        "--engine", choices=["local", "ray"], default="local", help="ray: on the machines of a Ray cluster"
+    )
+    group.add_argument(
+        "--ray_address",
+        default=None,
+        help="of a running Ray cluster; `auto` finds that of this machine; default: RAY_ADDRESS, else one is started",
+    )
+    group.add_argument(
+        "--ray_actors",
+        type=int,
+        default=0,
+        help="processes of the Ray cluster that encode; 0: one per GPU, or per two CPUs where there is no GPU",
+    )
 
 
 def make_cache(folder: str | None, gib: float) -> LocalCache | None:
@@ -136,13 +164,6 @@ def make_cache(folder: str | None, gib: float) -> LocalCache | None:
         raise ValueError(f"--local_cache_gb {gib:g}: expected more than 0")
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return LocalCache(folder, int(gib * GIB / num_processes)) if folder else None
-
-
-def needs_encoding(folder: RunFolder, settings: TilingSettings, encoded_by: dict[str, str], entry: SlideEntry) -> bool:
-    """Whether a slide is to be tiled or encoded; raises ValueError if that was done with other settings or weights."""
-    folder.check_encoder(entry, **encoded_by)
-    state = folder.read_state(entry.slide_id)
-    return needs_tiling(folder, settings, entry) or not state.is_deadly and not folder.is_encoded(state)
 
 
 if __name__ == "__main__":

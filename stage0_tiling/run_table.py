@@ -150,6 +150,22 @@ class RunFolder:
         """Whether a slide's features are here, or it is known to have none."""
         return state is not None and state.encoder is not None and self._holds("features", state.row)
 
+    def needs_tiling(self, entry: SlideEntry, settings: TilingSettings) -> bool:
+        """Whether a slide is still to be tiled; raises ValueError if it was tiled with other settings."""
+        self.check_tiling(entry, settings, entry.assume_mpp)
+        state = self.read_state(entry.slide_id)
+        if state is not None and state.row.status == "failed":
+            return not state.is_deadly
+        return not self.is_tiled(state)
+
+    def needs_encoding(self, entry: SlideEntry, settings: TilingSettings, encoded_by: dict[str, str]) -> bool:
+        """Whether a slide is still to be tiled or encoded; raises ValueError if either was done otherwise."""
+        self.check_encoder(entry, **encoded_by)
+        if self.needs_tiling(entry, settings):
+            return True
+        state = self.read_state(entry.slide_id)
+        return not state.is_deadly and not self.is_encoded(state)
+
     def check_tiling(self, entry: SlideEntry, settings: TilingSettings, assume_mpp: float | None) -> None:
         """Refuse to mix tiles of different settings in one folder.
 

@@ -30,6 +30,17 @@ from stage0_tiling.slide_list import SlideEntry
 logger = logging.getLogger("stage0_tiling")
 
 
+class ProcessDied(Exception):
+    """The processes that worked on a slide ended without a word, `deaths` of them."""
+
+    def __init__(self, deaths: int):
+        self.deaths = deaths
+        super().__init__(
+            f"the process that worked on it died {deaths} times (a crash in a decoder, or out of memory); "
+            "to try it again, run this slide alone with --overwrite"
+        )
+
+
 @dataclass
 class Taken:
     """A slide that this process has claimed.
@@ -157,7 +168,7 @@ class SlideRun:
             if claim.deaths:
                 self._folder.remove_leftovers(entry)
             if claim.deaths >= MAX_DEATHS:
-                self.step(taken, partial(self._state_after_deaths, taken), is_last=True)
+                self.fail(taken, ProcessDied(claim.deaths))
                 continue
             yield taken
 
@@ -190,6 +201,14 @@ class SlideRun:
         if is_full(failure) and is_still_full(self._folder.folder, failure):
             raise DiskFull(self._folder.folder)
         return None
+
+    def fail(self, taken: Taken, error: Exception) -> None:
+        """Record a slide as failed."""
+
+        def work() -> SlideState:
+            raise error
+
+        self.step(taken, work, is_last=True)
 
     def write_table(self) -> None:
         """Write slides.csv; on a full disk the last one stays."""
@@ -257,18 +276,10 @@ class SlideRun:
         message = (str(error) or type(error).__name__).splitlines()[0]
         logger.error("%s failed: %s", entry.slide_id, message)
         logger.debug("%s", entry.path, exc_info=True)
-        known = self._folder.read_state(entry.slide_id) or SlideState(
-            SlideRow(entry.slide_id, str(entry.path), "failed")
-        )
-        return replace(known, row=replace(known.row, status="failed", error=message, seconds=None), encoder=None)
-
-    def _state_after_deaths(self, taken: Taken) -> SlideState:
-        deaths = taken.claim.deaths
-        message = (
-            f"the process that worked on it died {deaths} times (a crash in a decoder, or out of memory); "
-            "to try it again, run this slide alone with --overwrite"
-        )
-        return replace(self._failed(taken.entry, RuntimeError(message)), deaths=deaths)
+        new = SlideState(SlideRow(entry.slide_id, str(entry.path), "failed"))
+        known = self._folder.read_state(entry.slide_id) or new
+        row = replace(known.row, status="failed", error=message, seconds=None)
+        return replace(known, row=row, encoder=None, deaths=error.deaths if isinstance(error, ProcessDied) else 0)
 
 
 def start_logging() -> None:

@@ -49,15 +49,33 @@ def tile_slide(entry: SlideEntry, folder: RunFolder, settings: TilingSettings, r
         return SlideState(row, tiling=settings, reader=slide.reader)
 
 
+def tile_if_missing(
+    entry: SlideEntry, folder: RunFolder, settings: TilingSettings, reader: str = "auto"
+) -> SlideState | None:
+    """Tile a slide unless it is tiled; None if it is."""
+    return tile_slide(entry, folder, settings, reader) if folder.needs_tiling(entry, settings) else None
+
+
 def encode_tiled(
     entry: SlideEntry,
     folder: RunFolder,
     settings: TilingSettings,
+    encoded_by: dict[str, str],
+    *,
     encode: Callable[..., SlideFeatures],
     reader: str = "auto",
 ) -> SlideState:
-    """Encode one tiled slide, write its feature file and return what to record of it, but for the encoder."""
-    state = folder.read_state(entry.slide_id)
+    """Encode one tiled slide, write its feature file and return what to record of it.
+
+    Args:
+        entry: the slide.
+        folder: where its coords lie and its features go.
+        settings: that it was tiled with.
+        encoded_by: name and fingerprint of the encoder.
+        encode: `encode_slide` with the encoder.
+        reader: `auto`, `openslide` or `tiff`, see `Slide`.
+    """
+    state = replace(folder.read_state(entry.slide_id), **encoded_by)
     if not state.row.n_tiles:
         return replace(state, row=replace(state.row, status="empty", error=None))
     with Slide(entry.path, reader) as slide:

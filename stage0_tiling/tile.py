@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = RunFolder(args.output_dir)
     if args.overwrite:
         folder.forget(entries)
-    tiling = SlideRun(entries, folder, partial(needs_tiling, folder, settings), description="tiling")
+    tiling = SlideRun(entries, folder, partial(folder.needs_tiling, settings=settings), description="tiling")
     logger.info("%d slides, %d of them to tile", len(entries), len(tiling.missing))
 
     # Tile
@@ -83,15 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         tiling.write_table()
     return tiling.report()
-
-
-def needs_tiling(folder: RunFolder, settings: TilingSettings, entry: SlideEntry) -> bool:
-    """Whether a slide is to be tiled; raises ValueError if it was tiled with other settings."""
-    folder.check_tiling(entry, settings, entry.assume_mpp)
-    state = folder.read_state(entry.slide_id)
-    if state is not None and state.row.status == "failed":
-        return not state.is_deadly
-    return not folder.is_tiled(state)
 
 
 def assume_mpp(entries: list[SlideEntry], mpp: float | None) -> list[SlideEntry]:
