@@ -148,7 +148,8 @@ def add_machine_arguments(parser) -> None:
     group.add_argument(
         "--ray_address",
         default=None,
-        help="of a running Ray cluster; `auto` finds that of this machine; default: RAY_ADDRESS, else one is started",
+        help="of a running Ray cluster, host:port; default: RAY_ADDRESS, else one that runs on this machine, else one "
+        "is started",
     )
     group.add_argument(
         "--ray_actors",

@@ -64,7 +64,7 @@ def encode_on_ray(
         encode: second part, which is given the encoding function as `encode` too.
         encoder: name or folder of the encoder, which every machine must be able to load.
         encoded_by: its fingerprint must be the same everywhere.
-        address: of a running cluster; None takes that of the environment (RAY_ADDRESS), else starts one.
+        address: of a running cluster; None takes that of RAY_ADDRESS, else one of this machine, else starts one.
         num_actors: processes with an encoder; 0 means one per GPU, or one per two CPUs where there is no GPU.
         how: `mixed_precision`, and further arguments of `encode_slide`.
 
