@@ -77,7 +77,7 @@ class RunFolder:
 
     def __init__(self, folder: str | Path):
         """Name the folder; nothing is made before the first file is written."""
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(folder).expanduser().absolute()
 
     def path(self, kind: str, slide_id: str) -> Path:
         """Where a slide's `coords`, `overlays`, `features` or `state` file lies."""
