@@ -307,6 +307,12 @@ def read_slide_features(path: str | Path, rows: np.ndarray | None = None) -> Sli
     return SlideFeatures(features, coords, **_making_of_file(about))
 
 
+def slide_id_of_features(path: str | Path) -> str:
+    """The slide that a feature file is of, by its name."""
+    path = Path(path)
+    return path.name.removesuffix(SUFFIXES[format_of(path)])
+
+
 def count_tiles(path: str | Path) -> int:
     """How many tiles a feature file holds, opening it without reading it: cheap, and a truncated file does not open.
 

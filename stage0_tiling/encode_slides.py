@@ -20,15 +20,16 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from command_line import DONE, SOME_FAILED, make_parser, run
 from slide_features import (
+    FEATURE_SUFFIXES,
     SlideCoords,
     SlideFeatures,
     raster_order,
     read_slide_coords,
     read_slide_features,
+    slide_id_of_features,
     write_slide_features,
 )
-from stage0_tiling.encoding import choose_dtype
-from stage0_tiling.tile import start_logging
+from stage0_tiling.slide_run import start_logging
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.info("%d slides, %d of them to encode with %s", len(paths), len(todo), encoder.name)
 
     # Encode
+    from stage0_tiling.tile_encoder import choose_dtype
+
     failed = {}
     dtype = choose_dtype(args.mixed_precision, device)
     with logging_redirect_tqdm():
@@ -96,10 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 tiles = read_tiles(path, args.tile_size, args.mpp)
                 result = encode_features(tiles, encoder, tokens=args.tokens, dtype=dtype)
-                write_tokens(folder / f"{path.stem}.h5", result, path)
+                write_tokens(folder / f"{slide_id_of_features(path)}.h5", result, path)
             except Exception as error:  # one bad file costs itself only
-                failed[path.stem] = (str(error) or type(error).__name__).splitlines()[0]
-                logger.error("%s failed: %s", path.stem, failed[path.stem])
+                slide_id = slide_id_of_features(path)
+                failed[slide_id] = (str(error) or type(error).__name__).splitlines()[0]
+                logger.error("%s failed: %s", slide_id, failed[slide_id])
                 logger.debug("%s", path, exc_info=True)
     logger.info("%d done, %d failed; see %s", len(todo) - len(failed), len(failed), folder)
     for slide_id, message in failed.items():
@@ -108,15 +112,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def find_features(folder: str) -> list[Path]:
-    """Feature files of a folder by slide_id; of an .h5 and a .pt file of one slide, which CLAM writes, the .h5."""
+    """Feature files of a folder by slide_id; where one slide has several, as CLAM writes, the .h5."""
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise FileNotFoundError(f"--features_dir {folder}: no such folder; stage0_tiling/encode.py makes one")
     by_id = {}
-    for suffix in (".pt", ".h5"):
-        by_id |= {file.stem: file for file in path.glob(f"*{suffix}") if not file.name.startswith(".")}
+    for suffix in sorted(FEATURE_SUFFIXES, key=lambda name: name == ".h5"):
+        files = (file for file in path.glob(f"*{suffix}") if not file.name.startswith("."))
+        by_id |= {file.name.removesuffix(suffix): file for file in files}
     if not by_id:
-        raise ValueError(f"--features_dir {folder}: no .h5 or .pt file in it; give the folder features/ of encode.py")
+        raise ValueError(f"--features_dir {folder}: no feature file in it; give the folder features/ of encode.py")
     return [by_id[slide_id] for slide_id in sorted(by_id)]
 
 
@@ -145,7 +150,7 @@ def is_encoded(path: Path, folder: Path, encoder_name: str, fingerprint: str) ->
     Raises:
         ValueError: if they are of another slide encoder, or of tiles of another encoder.
     """
-    made = folder / f"{path.stem}.h5"
+    made = folder / f"{slide_id_of_features(path)}.h5"
     if not made.is_file() or made.stat().st_mtime < path.stat().st_mtime:
         return False
     try:
@@ -155,7 +160,7 @@ def is_encoded(path: Path, folder: Path, encoder_name: str, fingerprint: str) ->
     wanted = _names(tiles, encoder_name, fingerprint)
     if (old.encoder, old.encoder_fingerprint) != wanted:
         raise ValueError(
-            f"{folder} holds {path.stem} of {old.encoder} ({old.encoder_fingerprint}), not of {wanted[0]} "
+            f"{folder} holds {slide_id_of_features(path)} of {old.encoder} ({old.encoder_fingerprint}), not of {wanted[0]} "
             f"({wanted[1]}): choose another --output_dir, or make it anew with --overwrite"
         )
     return True
@@ -228,7 +233,7 @@ def write_tokens(path: Path, tokens: SlideFeatures, source: Path) -> None:
         path,
         tokens.features,
         tokens.coords,
-        name=path.stem,
+        name=slide_id_of_features(path),
         encoder=tokens.encoder,
         mpp=tokens.mpp,
         tile_size=tokens.tile_size,

@@ -3,7 +3,8 @@
     OUT/state/<slide_id>.json   one small file per slide, written when its work is whole
     OUT/slides.csv              all of them as one table, made at the end of a command
 
-Processes share no file that they write, so that any number of them can work on one folder and be killed at any time.
+Processes share no file that they write, so that any number of them can work on one folder and be killed at any time;
+which process works on which slide is settled in `claims.py`.
 """
 
 import csv
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from slide_features import FEATURE_SUFFIXES, atomic_path, count_tiles
+from stage0_tiling.claims import Claims
 from stage0_tiling.plan import TilingSettings
 from stage0_tiling.slide_list import SlideEntry
 
+MAX_DEATHS = 2  # processes that a slide may take with it before it is left alone
 OUTPUTS = {"coords": ".h5", "overlays": ".jpg", "features": ".h5", "state": ".json"}
 
 logger = logging.getLogger(__name__)
@@ -52,12 +55,21 @@ class SlideState:
             else must agree with other slides' features.
         reader: `openslide`, `tiff` or `pillow`, whichever opened the slide last. Their results are equal within
             tolerance, so that slides of several readers share a folder. None in folders of earlier versions.
+        recorded_by: the claim under which this was recorded; tells a new failure from one of an earlier run.
+        deaths: how many processes had died at the slide when it was given up; else 0.
     """
 
     row: SlideRow
     tiling: TilingSettings | None = None
     encoded: dict[str, dict[str, Any]] = field(default_factory=dict)
     reader: str | None = None
+    recorded_by: str | None = None
+    deaths: int = 0
+
+    @property
+    def is_deadly(self) -> bool:
+        """Whether the slide was given up because processes died at it."""
+        return self.deaths >= MAX_DEATHS
 
 
 class RunFolder:
@@ -65,7 +77,7 @@ class RunFolder:
 
     def __init__(self, folder: str | Path):
         """Name the folder; nothing is made before the first file is written."""
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(folder).expanduser().absolute()
 
     def path(self, kind: str, slide_id: str) -> Path:
         """Where a slide's `coords`, `overlays`, `features` or `state` file lies."""
@@ -86,6 +98,8 @@ class RunFolder:
                 tiling,
                 _encoded(stored),
                 stored.get("reader"),
+                stored.get("recorded_by"),
+                stored.get("deaths", 0),
             )
         except FileNotFoundError:
             return None
@@ -110,18 +124,26 @@ class RunFolder:
             writer.writerows(asdict(state.row) for state in states if state is not None)
 
     def forget(self, entries: list[SlideEntry]) -> None:
-        """Delete all that earlier runs made of these slides, for --overwrite."""
+        """Delete all that earlier runs made of these slides, for --overwrite.
+
+        Raises:
+            ValueError: if one of them is in work.
+        """
+        claims = Claims(self.folder / "claims")
+        for entry in entries:
+            if owner := claims.owner(entry.slide_id):
+                raise ValueError(f"--overwrite: {entry.slide_id} is in work ({owner}): wait for it, or stop it")
         for entry in entries:
             for kind in reversed(OUTPUTS):  # the state first: without it the rest counts as missing
                 self.path(kind, entry.slide_id).unlink(missing_ok=True)
             for folder in self._feature_folders():
                 for suffix in (*FEATURE_SUFFIXES, ".pt.json"):
                     (folder / f"{entry.slide_id}{suffix}").unlink(missing_ok=True)
+            claims.forget(entry.slide_id)
 
-    def remove_leftovers(self, entries: list[SlideEntry]) -> None:
-        """Delete half-written files of killed runs of these slides."""
-        suffixes = {*OUTPUTS.values(), *FEATURE_SUFFIXES, ".pt.json"}
-        names = {f"{entry.slide_id}{suffix}" for entry in entries for suffix in suffixes}
+    def remove_leftovers(self, entry: SlideEntry) -> None:
+        """Delete half-written files of a slide whose process was killed; nobody else may be writing them."""
+        names = {f"{entry.slide_id}{suffix}" for suffix in {*OUTPUTS.values(), *FEATURE_SUFFIXES, ".pt.json"}}
         for folder in {self.folder / kind for kind in OUTPUTS} | set(self._feature_folders()):
             for partial in folder.glob(".*.partial"):
                 if partial.name[1:].removesuffix(".partial").rpartition(".")[0] in names:
@@ -141,6 +163,28 @@ class RunFolder:
             return count_tiles(self.features_path(folder, state.row.slide_id, suffix)) == state.row.n_tiles
         except (ValueError, OSError):
             return False
+
+    def needs_tiling(self, entry: SlideEntry, settings: TilingSettings) -> bool:
+        """Whether a slide is still to be tiled; raises ValueError if it was tiled with other settings."""
+        self.check_tiling(entry, settings, entry.assume_mpp)
+        state = self.read_state(entry.slide_id)
+        if state is not None and state.row.status == "failed":
+            return not state.is_deadly
+        return not self.is_tiled(state)
+
+    def needs_encoding(
+        self, entry: SlideEntry, settings: TilingSettings, made_by: dict[str, dict[str, Any]], suffix: str
+    ) -> bool:
+        """Whether a slide is still to be tiled or encoded; raises ValueError if either was done otherwise.
+
+        `made_by` is what makes the features, by the folder that they go to, and `suffix` that of their files.
+        """
+        for name, made in made_by.items():
+            self.check_encoder(entry, made, name)
+        if self.needs_tiling(entry, settings):
+            return True
+        state = self.read_state(entry.slide_id)
+        return not state.is_deadly and not all(self.is_encoded(state, name, suffix) for name in made_by)
 
     def check_tiling(self, entry: SlideEntry, settings: TilingSettings, assume_mpp: float | None) -> None:
         """Refuse to mix tiles of different settings in one folder.

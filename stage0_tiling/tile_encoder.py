@@ -145,10 +145,14 @@ class TileEncoder:
         return normalise(pixels, self._mean, self._std)
 
 
-def load_tile_encoders(names: Sequence[str], device: torch.device, **how: Any) -> dict[str, TileEncoder]:
+def load_tile_encoders(
+    names: Sequence[str], device: torch.device, *, mixed_precision: str | None = None, **how: Any
+) -> dict[str, TileEncoder]:
     """Open encoders for `TileEncoder(**how)`, by the folders that their features go to: see `name_folders`."""
     encoders = [load_encoder(name).to(device) for name in names]
-    return {name: TileEncoder(model, **how) for name, model in zip(name_folders(encoders), encoders, strict=True)}
+    dtype = choose_dtype(mixed_precision, device)
+    folders = name_folders(encoders)
+    return {name: TileEncoder(model, dtype=dtype, **how) for name, model in zip(folders, encoders, strict=True)}
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
