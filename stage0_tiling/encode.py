@@ -99,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             settings,
             num_workers=args.num_workers,
             reader=args.reader,
+            icc=args.icc,
         )
         ready = [entry for entry in mine if folder.is_tiled(folder.read_state(entry.slide_id))]
         encode = partial(
@@ -110,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             dtype=choose_dtype(args.mixed_precision, process.device),
             num_workers=args.num_workers,
             reader=args.reader,
+            icc=args.icc,
         )
         num_tiles = sum(folder.read_state(entry.slide_id).row.n_tiles for entry in ready)
         with (
@@ -148,7 +150,7 @@ def encode_tiled(
     with Slide(entry.path, reader) as slide:
         opened_by = slide.reader
     planned = read_slide_coords(folder.path("coords", entry.slide_id))
-    result = encode(entry.path, coords=planned.coords, assume_mpp=entry.assume_mpp)
+    result = encode(entry.path, coords=planned.coords, assume_mpp=entry.assume_mpp, slide_mpp=entry.mpp)
     write_slide_features(
         folder.path("features", entry.slide_id),
         result.features,

@@ -35,6 +35,8 @@ def encode_slide(
     dtype: "torch.dtype | None" = None,
     num_workers: int = 4,
     reader: str = "auto",
+    icc: bool = False,
+    slide_mpp: float | None = None,
     coords: np.ndarray | None = None,
     on_tiles: Callable[[int], object] | None = None,
 ) -> SlideFeatures:
@@ -53,6 +55,8 @@ def encode_slide(
         dtype: precision of the forward pass (autocast); None means bfloat16 on a GPU, else float32.
         num_workers: threads that read tiles; memory is bounded by 2 * num_workers + 1 batches, and 128 MiB more.
         reader: `auto`, `openslide` or `tiff`, see `Slide`.
+        icc: convert pixels to sRGB by the slide's ICC profile.
+        slide_mpp: um per level-0 pixel, whatever the slide states.
         coords: (N, 2) positions of tiles that were planned with the same settings; None finds them.
         on_tiles: called with the number of tiles after each batch.
 
@@ -67,7 +71,7 @@ def encode_slide(
     settings = TilingSettings(tile_size, mpp, overlap, min_tissue)
     device = torch.device(device) if device is not None else next(encoder.parameters()).device
     dtype = dtype or choose_dtype(None, device)
-    with Slide(path, reader) as slide:
+    with Slide(path, reader, icc=icc, mpp=slide_mpp) as slide:
         if coords is None:
             coords = plan_tiles(slide, settings, assume_mpp).coords
         if len(coords) == 0:

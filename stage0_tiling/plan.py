@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stage0_tiling.slide import PixelSize, Slide, SlideError, check_resolution
+from stage0_tiling.pixel_size import PixelSize, SlideError, check_resolution
+from stage0_tiling.slide import Slide
 from stage0_tiling.slide_list import check_mpp
 from stage0_tiling.tissue import Grid, TissueMask, find_tissue, make_grid, tiles_on_tissue
 

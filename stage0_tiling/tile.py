@@ -33,7 +33,8 @@ def add_tiling_arguments(parser) -> None:
         "--slides",
         nargs="+",
         required=True,
-        help="folders (searched with all below), slides or images, or CSV lists with a column path and optionally mpp",
+        help="folders (searched with all below), slides or images, or CSV lists with a column path and optionally "
+        "slide_id, mpp (um per level-0 pixel, stands whatever the slide states) and assume_mpp (as the flag)",
     )
     group.add_argument(
         "--output_dir", required=True, help="folder for coords/, overlays/, slides.csv; made when missing"
@@ -47,6 +48,11 @@ def add_tiling_arguments(parser) -> None:
         default="auto",
         help="what reads the tiles: tiff is the fast path for tiled TIFF and SVS in JPEG or JPEG 2000, and fails on "
         "other slides; openslide does without it; auto takes tiff where it can, with equal results",
+    )
+    group.add_argument(
+        "--icc",
+        action="store_true",
+        help="convert colours to sRGB by the ICC profile that a slide carries; slides without one stay as they are",
     )
     group.add_argument("--num_workers", type=int, default=4, help="threads that read slides, per process; 0 means 1")
     group = parser.add_argument_group("Tiles")
@@ -84,20 +90,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Tile
     try:
-        tile_slides(todo, folder, settings, num_workers=args.num_workers, reader=args.reader)
+        tile_slides(todo, folder, settings, num_workers=args.num_workers, reader=args.reader, icc=args.icc)
     finally:
         folder.write_table()
     return report(entries, folder)
 
 
 def tile_slides(
-    entries: list[SlideEntry], folder: RunFolder, settings: TilingSettings, *, num_workers: int, reader: str = "auto"
+    entries: list[SlideEntry],
+    folder: RunFolder,
+    settings: TilingSettings,
+    *,
+    num_workers: int,
+    reader: str = "auto",
+    icc: bool = False,
 ) -> None:
     """Tile slides in threads and record each; a slide that fails is recorded as failed and the others go on."""
     executor = ThreadPoolExecutor(max(1, num_workers))
     try:
         jobs = [
-            executor.submit(record, folder, entry, lambda entry=entry: tile_slide(entry, folder, settings, reader))
+            executor.submit(record, folder, entry, lambda entry=entry: tile_slide(entry, folder, settings, reader, icc))
             for entry in entries
         ]
         with logging_redirect_tqdm():
@@ -107,13 +119,15 @@ def tile_slides(
         executor.shutdown(cancel_futures=True)
 
 
-def tile_slide(entry: SlideEntry, folder: RunFolder, settings: TilingSettings, reader: str = "auto") -> SlideState:
+def tile_slide(
+    entry: SlideEntry, folder: RunFolder, settings: TilingSettings, reader: str = "auto", icc: bool = False
+) -> SlideState:
     """Write coords and overlay of one slide and return what to record of it.
 
     Raises:
         SlideError: if the slide cannot be used.
     """
-    with Slide(entry.path, reader) as slide:
+    with Slide(entry.path, reader, icc=icc, mpp=entry.mpp) as slide:
         plan = plan_tiles(slide, settings, entry.assume_mpp)
         write_overlay(folder.path("overlays", entry.slide_id), plan)
         row = _describe(entry, slide, plan)
