@@ -53,6 +53,7 @@ class Slide:
         bounds: (x, y, width, height) in level-0 pixels of what was scanned, the whole slide where the file does not
             say. A MIRAX slide is mostly empty around it. `read_whole` shows what lies outside as white.
         icc_profile: the ICC profile that the file carries, None if it has none.
+        objective: power of the objective that the file states, None if it states none.
     """
 
     def __init__(self, path: str | Path, reader: str = "auto", *, icc: bool = False, mpp: float | None = None):
@@ -88,6 +89,7 @@ class Slide:
         self.width, self.height = self._handle.dimensions
         self.num_levels = self._handle.level_count
         self._downsamples = self._handle.level_downsamples
+        self.objective = positive(self._handle.properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
         self.bounds = self._scanned_bounds()
         self._to_srgb = self._color_conversion() if icc else None
 

@@ -8,6 +8,7 @@ one that has a folder to itself is named by the folder, else by its largest file
 import logging
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 WHOLE_SLIDE_SUFFIXES = frozenset(
@@ -16,8 +17,8 @@ WHOLE_SLIDE_SUFFIXES = frozenset(
 IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp".split())
 INDEX_SUFFIXES = frozenset((".vms", ".vmu"))  # text that names the files with pixels, and one with a macro image
 MIRAX_INDEX = "slidedat.ini"
-OWN_PICTURE_FOLDERS = frozenset(("overlays", "thumbnails"))  # beside the folder `state` of a run
-SURVEY_TABLE, SURVEY_PICTURES = "survey.csv", "survey*"
+RUN_PICTURES = frozenset(("overlays", "thumbnails"))  # folders beside the folder `state` of a run
+SURVEY_FOLDER, SURVEY_PICTURES = "survey_slides", "survey*"  # of survey.py: a folder, and pictures beside it
 DICOM_SLIDE_CLASS = "1.2.840.10008.5.1.4.1.1.77.1.6"  # VL Whole Slide Microscopy Image Storage
 DICOM_TAGS = ["SOPClassUID", "SeriesInstanceUID", "ImageType"]
 
@@ -36,7 +37,7 @@ def slides_below(folder: Path) -> list[tuple[str, Path]]:
         paths = [here / name for name in names if _is_candidate(name)]
         parts = {name.lower() for path in paths if path.suffix.lower() in INDEX_SUFFIXES for name in _names_in(path)}
         paths = [path for path in paths if path.name.lower() not in parts and (path.is_file() or path.is_symlink())]
-        if SURVEY_TABLE in names:
+        if (here / SURVEY_FOLDER).is_dir():
             paths = [path for path in paths if not (path.match(SURVEY_PICTURES) and _is_image(path))]
         dicom = [path for path in paths if path.suffix.lower() == ".dcm"]
         single = [path for path in paths if path not in dicom]
@@ -44,6 +45,24 @@ def slides_below(folder: Path) -> list[tuple[str, Path]]:
         if dicom:
             found += _dicom_slides(here, dicom, has_company=bool(single))
     return sorted(found, key=lambda slide: slide[1])
+
+
+def files_of(path: Path) -> list[Path]:
+    """All files that make up the slide which `path` opens, itself among them: what a copy of the slide must take along.
+
+    MIRAX has a folder beside it, Hamamatsu's index names its parts, the levels of DICOM slides are files of one folder.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".mrxs":
+        return [path, *sorted(file for file in path.with_suffix("").rglob("*") if file.is_file())]
+    beside = sorted(file for file in path.parent.iterdir() if file.is_file()) if path.parent.is_dir() else []
+    if suffix in INDEX_SUFFIXES:
+        names = {name.lower() for name in _names_in(path)}
+        return [path, *(file for file in beside if file.name.lower() in names)]
+    if suffix == ".dcm":
+        series = _series_of(path)
+        return [file for file in beside if file.suffix.lower() == ".dcm" and _series_of(file) == series]
+    return [path]
 
 
 def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -55,7 +74,7 @@ def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
             below.clear()  # a link in a circle, or the parts of a MIRAX slide
             continue
         seen.add(real)
-        ours = OWN_PICTURE_FOLDERS if "state" in below else frozenset()
+        ours = {SURVEY_FOLDER} | (RUN_PICTURES if "state" in below else frozenset())
         below[:] = sorted(name for name in below if not name.startswith(".") and name not in ours)
         yield here, sorted(names)
 
@@ -101,6 +120,14 @@ def _dicom_slides(folder: Path, paths: list[Path], has_company: bool) -> list[tu
     return slides + [(path.stem, path) for path in broken]
 
 
+def _series_of(path: Path) -> str:
+    try:
+        return _dicom_header(path)[1]
+    except ValueError:
+        return str(path)
+
+
+@lru_cache(100_000)  # whoever asks for the files of each slide of a folder reads each header once
 def _dicom_header(path: Path) -> tuple[str, str, list[str]]:
     """SOP class, series and image type of a file, read without its pixels.
 

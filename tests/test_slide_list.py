@@ -7,6 +7,7 @@ from slide_features import read_slide_coords
 from stage0_tiling import tile
 from stage0_tiling.run_table import RunFolder
 from stage0_tiling.slide import Slide
+from stage0_tiling.slide_files import files_of
 from stage0_tiling.slide_list import SlideEntry, find_slides
 from tests.dicom_slides import write_dicom_slide
 from tests.slides import DrawnSlide
@@ -95,6 +96,10 @@ def test_parts_of_slides_are_no_slides(tmp_path):
     (tmp_path / "ham" / "h.vms").write_text("\r\n".join(lines), encoding="latin-1")
     found = find_slides([str(tmp_path)])
     assert [entry.path.name for entry in found] == ["h.vms", "other.jpg", "m.mrxs"]
+    assert {file.name for file in files_of(found[0].path)} == {
+        *("h.vms", "h.jpg", "h(1,0).jpg", "h_map.jpg", "h_macro.JPG", "h.opt")
+    }
+    assert len(files_of(found[2].path)) == 6 and files_of(found[1].path) == [found[1].path]
 
 
 def test_what_stage_0_wrote_beside_the_slides_is_no_slide(tmp_path):
@@ -102,7 +107,7 @@ def test_what_stage_0_wrote_beside_the_slides_is_no_slide(tmp_path):
     flags = ["--slides", str(tmp_path), "--output_dir", str(tmp_path), "--tile_size", "64"]
     assert tile.main(flags) == 0
     assert (tmp_path / "overlays" / "a.jpg").exists()
-    touch(tmp_path, "survey.csv", "survey.png", "survey_thumbnails_01.jpg")
+    touch(tmp_path, "survey.csv", "survey.png", "survey_thumbnails_01.jpg", "survey_slides/a.jpg")
     assert ids(tmp_path) == {"a"}
     assert tile.main(flags) == 0
 
@@ -123,6 +128,7 @@ def test_dicom_slides_of_one_folder_are_told_apart(dicom, tmp_path):
         ("one_level0", "one_level0.dcm"),
         ("two_level0", "two_level0.dcm"),
     ]
+    assert [file.stem for file in files_of(dicom / "one_level0.dcm")] == ["one_level0", "one_level1"]
     with Slide(dicom / "two_level0.dcm") as slide:
         assert (slide.format, slide.num_levels, slide.width, slide.height) == ("dicom", 3, 1100, 900)
         assert slide.pixel_size().mpp == pytest.approx(0.5)
