@@ -79,10 +79,23 @@ def test_colours_follow_the_profile(profile):
     np.testing.assert_array_equal(to_srgb(profile)(white), white)
 
 
-def test_threads_share_a_conversion(profile):
-    convert = to_srgb(profile)
+def test_the_table_of_all_colours_gives_the_same_numbers(profile, monkeypatch):
+    picture = np.random.default_rng(0).integers(0, 256, (300, 333, 3), dtype=np.uint8)
+    convert = to_srgb.__wrapped__(profile)
+    expected = convert(picture)
+    assert convert._table is None, "a few tiles are converted one by one"
+    monkeypatch.setattr("stage0_tiling.icc.TABLE_AFTER_PX", 1)
+    np.testing.assert_array_equal(convert(picture), expected)
+    np.testing.assert_array_equal(convert(picture[::2, 5:90]), expected[::2, 5:90])
+    assert convert._table is not None
+
+
+@pytest.mark.parametrize("after_px", [10**9, 5 * 128 * 128])
+def test_threads_share_a_conversion(profile, monkeypatch, after_px):
+    monkeypatch.setattr("stage0_tiling.icc.TABLE_AFTER_PX", after_px)
+    convert = to_srgb.__wrapped__(profile)
     pictures = np.random.default_rng(0).integers(0, 256, (40, 128, 128, 3), dtype=np.uint8)
-    expected = [convert(picture) for picture in pictures]
+    expected = [convert._convert(picture) for picture in pictures]
     with ThreadPoolExecutor(8) as pool:
         for found, wanted in zip(pool.map(convert, pictures), expected, strict=True):
             np.testing.assert_array_equal(found, wanted)
