@@ -164,8 +164,11 @@ class Slide:
         Raises:
             SlideError: if nothing is known, or the value is implausible and nothing is assumed.
         """
-        stated = stated_pixel_size(self._handle.properties, self._image_dpi)
-        return choose_pixel_size(self.path.name, stated, self._mpp, assume_mpp)
+        return choose_pixel_size(self.path.name, self.stated_pixel_size(), self._mpp, assume_mpp)
+
+    def stated_pixel_size(self) -> PixelSize | None:
+        """Microns per pixel as the file states it, plausible or not; None if it states nothing."""
+        return stated_pixel_size(self._handle.properties, self._image_dpi)
 
     def read_region(self, x: int, y: int, width: int, height: int, size: tuple[int, int]) -> np.ndarray:
         """Read a rectangle of level 0, resampled by area to `size`.

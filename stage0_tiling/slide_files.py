@@ -7,6 +7,7 @@ one that has a folder to itself is named by the folder, else by its largest file
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ WHOLE_SLIDE_SUFFIXES = frozenset(
     ".svs .tif .tiff .ndpi .mrxs .scn .bif .vms .vmu .svslide .czi .dcm .isyntax".split()  # those of scanners
 )
 IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp".split())
+UNREADABLE_SUFFIXES = frozenset(".vsi .zvi .lif .kfb .sdpc .tmap .qptiff".split())  # slides all the same
 INDEX_SUFFIXES = frozenset((".vms", ".vmu"))  # text that names the files with pixels, and one with a macro image
 MIRAX_INDEX = "slidedat.ini"
 RUN_PICTURES = frozenset(("overlays", "thumbnails"))  # folders beside the folder `state` of a run
@@ -33,7 +35,9 @@ def slides_below(folder: Path) -> list[tuple[str, Path]]:
         reported and not passed over; DICOM of another kind and series of nothing but label images do not.
     """
     found = []
+    unreadable: Counter[str] = Counter()
     for here, names in _folders(folder):
+        unreadable.update(suffix for name in names if (suffix := Path(name).suffix.lower()) in UNREADABLE_SUFFIXES)
         paths = [here / name for name in names if _is_candidate(name)]
         parts = {name.lower() for path in paths if path.suffix.lower() in INDEX_SUFFIXES for name in _names_in(path)}
         paths = [path for path in paths if path.name.lower() not in parts and (path.is_file() or path.is_symlink())]
@@ -44,6 +48,8 @@ def slides_below(folder: Path) -> list[tuple[str, Path]]:
         found += [(path.stem, path) for path in single]
         if dicom:
             found += _dicom_slides(here, dicom, has_company=bool(single))
+    for suffix, count in unreadable.items():
+        logger.warning("%s: %d %s left out, which cannot be read: convert them to tiled TIFF", folder, count, suffix)
     return sorted(found, key=lambda slide: slide[1])
 
 

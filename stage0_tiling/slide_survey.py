@@ -39,6 +39,8 @@ class SurveyRow:
 
     Attributes:
         path: relative to the table, so that it can be given to --slides.
+        width_mm: of what was scanned, which is less than the slide's pixels in MIRAX and the like.
+        height_mm: of what was scanned.
         file_mb: 10^6 bytes of all files of the slide.
         tissue_fraction: of the slide's area.
         sharpness: variance of the Laplacian over the variance of grey, median of up to 8 spots of tissue.
@@ -86,9 +88,9 @@ def survey_slide(
         problems = []
         try:
             pixel_size = slide.pixel_size(entry.assume_mpp or assume_mpp)
-        except SlideError as error:
+        except SlideError:
             pixel_size = None
-            problems.append("implausible mpp" if "implausible" in str(error) else "no mpp")
+            problems.append("implausible mpp" if slide.stated_pixel_size() else "no mpp")
         tissue = find_tissue(slide, pixel_size or GUESSED_PIXEL_SIZE)
         if not tissue.mask.any():
             problems.append("no tissue found")
@@ -124,7 +126,8 @@ def _contradict(mpp: float, of_objective: float) -> bool:
 
 def _measure(slide: Slide, tissue: TissueMask, pixel_size: PixelSize, min_tissue: float) -> dict:
     """What needs to know how large a pixel is."""
-    width_mm, height_mm = slide.width * pixel_size.x / 1e3, slide.height * pixel_size.y / 1e3
+    width_mm, height_mm = slide.bounds[2] * pixel_size.x / 1e3, slide.bounds[3] * pixel_size.y / 1e3
+    slide_mm2 = slide.width * pixel_size.x * slide.height * pixel_size.y / 1e6
     mpp = next((mpp for mpp in SHARPNESS_MPPS if pixel_size.mpp <= NOT_ENLARGED * mpp), None)
     found = sharpness(slide, tissue, pixel_size, mpp) if mpp else None
     return {
@@ -132,7 +135,7 @@ def _measure(slide: Slide, tissue: TissueMask, pixel_size: PixelSize, min_tissue
         "mpp_source": pixel_size.source,
         "width_mm": round(width_mm, 3),
         "height_mm": round(height_mm, 3),
-        "tissue_mm2": round(tissue.fraction * width_mm * height_mm, 3),
+        "tissue_mm2": round(tissue.fraction * slide_mm2, 3),
         "sharpness": None if found is None else round(found, 4),
         "sharpness_mpp": None if found is None else mpp,
         "tiles": tuple(_count_tiles(slide, tissue, pixel_size, px, at, min_tissue) for px, at in TILINGS),

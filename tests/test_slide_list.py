@@ -56,6 +56,12 @@ def test_what_a_list_says_of_mpp_and_names(tmp_path):
     ]
 
 
+def test_formats_that_cannot_be_read_are_named(tmp_path, caplog):
+    touch(tmp_path, "a.svs", "b.vsi", "deep/c.VSI", "d.kfb", "notes.txt")
+    assert ids(tmp_path) == {"a"}
+    assert "2 .vsi left out, which cannot be read" in caplog.text and "1 .kfb left out" in caplog.text
+
+
 def test_links_to_folders_are_followed_once(tmp_path):
     touch(tmp_path, "store/a.svs")
     (tmp_path / "project").mkdir()

@@ -5,11 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image, ImageCms
 
+from encoders import load_encoder
 from stage0_tiling import tile
+from stage0_tiling.encoding import encode_slide
 from stage0_tiling.icc import to_srgb
 from stage0_tiling.slide import Slide, SlideError
+from tests.conftest import make_encoder
 from tests.dicom_slides import write_dicom_slide
 from tests.slides import DrawnSlide, write_pyramid
 
@@ -156,6 +160,20 @@ def test_profiles_that_cannot_be_used_are_refused(tmp_path):
             Slide(tmp_path / "a.tiff", icc=True)
         Slide(tmp_path / "a.png")
         Slide(tmp_path / "a.tiff")
+
+
+def test_features_are_those_of_converted_tiles(slides, tmp_path):
+    make_encoder(tmp_path / "encoder")
+    encoder = load_encoder(tmp_path / "encoder")
+    path, settings = slides / "tiff.tiff", {"tile_size": 64, "num_workers": 1}
+    found = encode_slide(path, encoder, icc=True, **settings)
+    with Slide(path, icc=True) as slide, torch.inference_mode():
+        for (x, y), features in list(zip(found.coords.tolist(), found.features, strict=True))[:5]:
+            tile = Image.fromarray(slide.read_region(x, y, 64, 64, (64, 64)))
+            expected = encoder.encode_tiles(encoder.transform(tile)[None])[0]
+            np.testing.assert_allclose(features, expected.half(), rtol=2e-3, atol=2e-3)
+    plain = encode_slide(path, encoder, coords=found.coords, **settings)
+    assert np.abs(plain.features - found.features).mean() > 0.01
 
 
 def test_the_flag_converts_and_no_profile_is_written(slides, tmp_path):
