@@ -6,6 +6,7 @@ images (label, macro) may show a patient's name and are never read.
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import cv2
@@ -89,7 +90,7 @@ class Slide:
         self.width, self.height = self._handle.dimensions
         self.num_levels = self._handle.level_count
         self._downsamples = self._handle.level_downsamples
-        self.objective = positive(self._handle.properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
+        self.objective = positive(self.properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
         self.bounds = self._scanned_bounds()
         self._to_srgb = self._color_conversion() if icc else None
 
@@ -156,6 +157,11 @@ class Slide:
         if self._tiff is not None:
             self._tiff.close()
 
+    @property
+    def properties(self) -> Mapping[str, str]:
+        """What the file states, under OpenSlide's names."""
+        return self._handle.properties
+
     def pixel_size(self, assume_mpp: float | None = None) -> PixelSize:
         """Microns per pixel: what the list says, else the slide, else 10 / objective power, else `assume_mpp`.
 
@@ -168,7 +174,7 @@ class Slide:
 
     def stated_pixel_size(self) -> PixelSize | None:
         """Microns per pixel as the file states it, plausible or not; None if it states nothing."""
-        return stated_pixel_size(self._handle.properties, self._image_dpi)
+        return stated_pixel_size(self.properties, self._image_dpi)
 
     def read_region(self, x: int, y: int, width: int, height: int, size: tuple[int, int]) -> np.ndarray:
         """Read a rectangle of level 0, resampled by area to `size`.
@@ -268,7 +274,7 @@ class Slide:
         """OpenSlide's bounds, cut to the slide; the whole slide where they are missing or make no sense."""
         whole = 0, 0, self.width, self.height
         try:
-            x, y, width, height = (int(self._handle.properties[name]) for name in BOUNDS)
+            x, y, width, height = (int(self.properties[name]) for name in BOUNDS)
         except (KeyError, ValueError):
             return whole
         left, top, right, bottom = max(0, x), max(0, y), min(self.width, x + width), min(self.height, y + height)

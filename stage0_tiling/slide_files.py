@@ -44,7 +44,7 @@ def slides_below(folder: Path) -> list[tuple[str, Path]]:
         if (here / SURVEY_FOLDER).is_dir():
             paths = [path for path in paths if not (path.match(SURVEY_PICTURES) and _is_image(path))]
         dicom = [path for path in paths if path.suffix.lower() == ".dcm"]
-        single = [path for path in paths if path not in dicom]
+        single = [path for path in paths if path.suffix.lower() != ".dcm"]
         found += [(path.stem, path) for path in single]
         if dicom:
             found += _dicom_slides(here, dicom, has_company=bool(single))

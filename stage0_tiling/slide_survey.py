@@ -2,11 +2,9 @@
 
 import hashlib
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import cv2
 import numpy as np
-import openslide
 import tifffile
 
 from stage0_tiling.pixel_size import MAX_UPSAMPLING, OBJECTIVE_TIMES_MPP, PixelSize, SlideError
@@ -109,7 +107,7 @@ def survey_slide(
             height=slide.height,
             levels=slide.num_levels,
             objective=slide.objective,
-            compression=compression_of(entry.path),
+            compression=compression_of(slide),
             file_mb=round(sum(file.stat().st_size for file in files_of(entry.path)) / 1e6, 3),
             tissue_fraction=round(tissue.fraction, 6),
             has_icc=slide.icc_profile is not None,
@@ -193,14 +191,15 @@ def fingerprint(slide: Slide) -> str | None:
     return None if is_blank else digest.hexdigest()
 
 
-def compression_of(path: Path) -> str | None:
-    """How a TIFF's first page, or a DICOM slide, is compressed; None for other formats."""
+def compression_of(slide: Slide) -> str | None:
+    """How the pixels of a DICOM, MIRAX or TIFF-like slide are compressed; None where the file does not tell."""
+    if syntax := slide.properties.get("dicom.TransferSyntaxUID"):
+        return DICOM_SYNTAXES.get(syntax)
+    if mirax := [value for key, value in slide.properties.items() if key.endswith(".IMAGE_FORMAT")]:
+        return mirax[0].lower()
     try:
-        if path.suffix.lower() == ".dcm":
-            properties = openslide.OpenSlide(path).properties
-            return DICOM_SYNTAXES.get(properties.get("dicom.TransferSyntaxUID", ""))
-        with tifffile.TiffFile(path) as tiff:
+        with tifffile.TiffFile(slide.path) as tiff:
             name = tiff.pages[0].compression.name.lower()
             return "jpeg2000" if "jp2000" in name else name
-    except (tifffile.TiffFileError, openslide.OpenSlideError, OSError, ValueError, IndexError, AttributeError):
+    except (tifffile.TiffFileError, OSError, ValueError, IndexError, AttributeError):
         return None

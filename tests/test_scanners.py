@@ -62,6 +62,7 @@ def test_a_slide_is_tiled_where_it_was_scanned(scanner, size, bounds, request, t
     row, _ = survey_slide(SlideEntry("s", path), min_tissue=0.1)
     assert (row.width_mm, row.height_mm) == pytest.approx((width / 2000, height / 2000), abs=1e-3)
     assert 0.05 < row.tissue_mm2 < row.width_mm * row.height_mm and row.problems == []
+    assert row.compression == "jpeg"
 
 
 def test_only_what_was_scanned_is_read(mirax, monkeypatch):
