@@ -61,14 +61,14 @@ def files_of(path: Path) -> list[Path]:
     suffix = path.suffix.lower()
     if suffix == ".mrxs":
         return [path, *sorted(file for file in path.with_suffix("").rglob("*") if file.is_file())]
-    beside = sorted(file for file in path.parent.iterdir() if file.is_file()) if path.parent.is_dir() else []
+    if suffix not in INDEX_SUFFIXES | {".dcm"}:
+        return [path]
+    beside = sorted(file for file in path.parent.iterdir() if file.is_file())
     if suffix in INDEX_SUFFIXES:
         names = {name.lower() for name in _names_in(path)}
         return [path, *(file for file in beside if file.name.lower() in names)]
-    if suffix == ".dcm":
-        series = _series_of(path)
-        return [file for file in beside if file.suffix.lower() == ".dcm" and _series_of(file) == series]
-    return [path]
+    series = _series_of(path)
+    return [file for file in beside if file.suffix.lower() == ".dcm" and _series_of(file) == series]
 
 
 def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
