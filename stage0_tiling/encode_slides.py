@@ -160,7 +160,7 @@ def is_encoded(path: Path, folder: Path, encoder_name: str, fingerprint: str) ->
     wanted = _names(tiles, encoder_name, fingerprint)
     if (old.encoder, old.encoder_fingerprint) != wanted:
         raise ValueError(
-            f"{folder} holds {slide_id_of_features(path)} of {old.encoder} ({old.encoder_fingerprint}), not of {wanted[0]} "
+            f"{made.name} in {folder} is of {old.encoder} ({old.encoder_fingerprint}), not of {wanted[0]} "
             f"({wanted[1]}): choose another --output_dir, or make it anew with --overwrite"
         )
     return True

@@ -81,6 +81,7 @@ def encode_slide(
     stain_target: str = "",
     num_workers: int = 4,
     reader: str = "auto",
+    slide_mpp: float | None = None,
     coords: np.ndarray | None = None,
     on_tiles: Callable[[int], object] | None = None,
     **tiling: Any,
@@ -98,6 +99,7 @@ def encode_slide(
         stain_target: what `stain.read_stain_target` says of the wanted colours.
         num_workers: threads that read tiles; memory is bounded by 2 * num_workers + 2 batches, and 128 MiB more.
         reader: `auto`, `openslide` or `tiff`, see `Slide`.
+        slide_mpp: um per level-0 pixel, whatever the slide states.
         coords: (N, 2) positions of tiles that were planned with the same settings; None finds them.
         on_tiles: called with the number of tiles after each batch.
         tiling: fields of `TilingSettings`: tile_size, mpp, overlap, min_tissue, ...
@@ -118,6 +120,7 @@ def encode_slide(
         [through],
         settings,
         assume_mpp=assume_mpp,
+        slide_mpp=slide_mpp,
         stain_normalizer=stain_normalizer,
         stain_target=stain_target,
         num_workers=num_workers,
@@ -134,6 +137,7 @@ def encode_slide_with(
     settings: TilingSettings,
     *,
     assume_mpp: float | None = None,
+    slide_mpp: float | None = None,
     stain_normalizer: str = "none",
     stain_target: str = "",
     num_workers: int = 4,
@@ -142,7 +146,7 @@ def encode_slide_with(
     on_tiles: Callable[[int], object] | None = None,
 ) -> list[SlideFeatures]:
     """Turn one slide into patch tokens of several encoders, reading each tile once; otherwise as `encode_slide`."""
-    with Slide(path, reader) as slide:
+    with Slide(path, reader, icc=settings.icc, mpp=slide_mpp) as slide:
         if coords is None:
             coords = plan_tiles(slide, settings, assume_mpp).coords
         if len(coords) == 0:

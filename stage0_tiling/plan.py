@@ -8,7 +8,8 @@ import numpy as np
 from jsonargparse import Namespace
 
 from stage0_tiling.artefacts import ARTEFACTS, blur_fractions, find_on_thumbnail, tile_fractions
-from stage0_tiling.slide import PixelSize, Slide, SlideError, check_resolution
+from stage0_tiling.pixel_size import PixelSize, SlideError, check_resolution
+from stage0_tiling.slide import Slide
 from stage0_tiling.slide_list import check_mpp
 from stage0_tiling.tissue import Grid, TissueMask, make_grid, tiles_on_tissue
 from stage0_tiling.tissue_methods import METHODS
@@ -35,6 +36,7 @@ class TilingSettings:
         max_fold: the same of folds.
         max_blur: the same of what is out of focus.
         max_edge: the same of edges.
+        icc: whether pixels are converted to sRGB by the slide's ICC profile.
     """
 
     tile_size: int = 256
@@ -48,6 +50,7 @@ class TilingSettings:
     max_fold: float = 1.0
     max_blur: float = 1.0
     max_edge: float = 1.0
+    icc: bool = False
 
     def __post_init__(self) -> None:
         if not 8 <= self.tile_size <= 8192:
@@ -98,6 +101,7 @@ def tiling_settings(args: Namespace) -> TilingSettings:
         max_fold=args.max_fold,
         max_blur=args.max_blur,
         max_edge=args.max_edge,
+        icc=args.icc,
     )
 
 

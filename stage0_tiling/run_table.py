@@ -198,6 +198,7 @@ class RunFolder:
         had, wanted = asdict(state.tiling), asdict(settings)
         if state.row.mpp_source == "assumed" and assume_mpp is not None:
             had["assume_mpp"], wanted["assume_mpp"] = state.row.mpp, assume_mpp
+        self._check_listed_mpp(entry, state.row)
         differing = [key for key in wanted if had[key] != wanted[key]]
         if differing:
             raise ValueError(
@@ -205,6 +206,17 @@ class RunFolder:
                 f"{', '.join(f'--{key} {had[key]}' for key in differing)}, not "
                 f"{', '.join(f'--{key} {wanted[key]}' for key in differing)}: "
                 "choose another --output_dir, or tile anew with --overwrite"
+            )
+
+    def _check_listed_mpp(self, entry: SlideEntry, row: SlideRow) -> None:
+        had = row.mpp if row.mpp_source == "list" else None
+        if row.mpp is None or (entry.mpp is None and had is None):
+            return
+        if entry.mpp is None or abs(entry.mpp / row.mpp - 1) > 1e-4:
+            raise ValueError(
+                f"{self.folder} holds {entry.slide_id} tiled with {row.mpp:g} um per level-0 pixel ({row.mpp_source}), "
+                f"and the column mpp of --slides says {'nothing' if entry.mpp is None else f'{entry.mpp:g}'}: "
+                "give the same list, choose another --output_dir, or tile anew with --overwrite"
             )
 
     def check_encoder(self, entry: SlideEntry, made_by: dict[str, Any], folder: str = "features") -> None:

@@ -35,7 +35,7 @@ def tile_slide(
     Raises:
         SlideError: if the slide cannot be used.
     """
-    with Slide(entry.path, reader) as slide:
+    with Slide(entry.path, reader, icc=settings.icc, mpp=entry.mpp) as slide:
         plan = plan_tiles(slide, settings, entry.assume_mpp, sources, entry.slide_id)
         write_overlay(folder.path("overlays", entry.slide_id), plan)
         row = _describe(entry, slide, plan)
@@ -95,7 +95,8 @@ def encode_tiled(
         opened_by = slide.reader
     planned = read_slide_coords(folder.path("coords", entry.slide_id))
     todo = [encoders[name] for name in missing]
-    results = encode(entry.path, todo, coords=planned.coords, assume_mpp=entry.assume_mpp) if todo else []
+    about = {"assume_mpp": entry.assume_mpp, "slide_mpp": entry.mpp}
+    results = encode(entry.path, todo, coords=planned.coords, **about) if todo else []
     for name, result in zip(missing, results, strict=True):
         write_slide_features(
             folder.features_path(name, entry.slide_id, suffix),

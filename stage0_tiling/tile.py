@@ -29,7 +29,8 @@ def add_tiling_arguments(parser) -> None:
         "--slides",
         nargs="+",
         required=True,
-        help="folders (searched with all below), slides or images, or CSV lists with a column path and optionally mpp",
+        help="folders (searched with all below), slides or images, or CSV lists with a column path and optionally "
+        "slide_id, mpp (um per level-0 pixel, stands whatever the slide states) and assume_mpp (as the flag)",
     )
     group.add_argument(
         "--output_dir", required=True, help="folder for coords/, overlays/, slides.csv; made when missing"
@@ -43,6 +44,11 @@ def add_tiling_arguments(parser) -> None:
         default="auto",
         help="what reads the tiles: tiff is the fast path for tiled TIFF and SVS in JPEG or JPEG 2000, and fails on "
         "other slides; openslide does without it; auto takes tiff where it can, with equal results",
+    )
+    group.add_argument(
+        "--icc",
+        action="store_true",
+        help="convert colours to sRGB by the ICC profile that a slide carries; slides without one stay as they are",
     )
     group.add_argument("--num_workers", type=int, default=4, help="threads that read slides, per process; 0 means 1")
     group = parser.add_argument_group("Tiles")
