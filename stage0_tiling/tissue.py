@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from stage0_tiling.outlines import Polygon, outline
 from stage0_tiling.slide import PixelSize, Slide
 
 MASK_MPP = 8.0
@@ -50,6 +51,11 @@ class TissueMask:
     def fraction(self) -> float:
         """Tissue area over slide area."""
         return float(self.mask.mean())
+
+    def contours_level0(self) -> list[Polygon]:
+        """Outline the tissue as (exterior, holes) pairs of (V, 2) float64 (x, y) in level-0 pixels; see `outline`."""
+        scale = np.array([self.scale_x, self.scale_y])
+        return [(exterior / scale, [hole / scale for hole in holes]) for exterior, holes in outline(self.mask)]
 
 
 @dataclass(frozen=True)
