@@ -19,7 +19,15 @@ from stage0_tiling.plan import TilingSettings
 from stage0_tiling.slide_list import SlideEntry
 
 MAX_DEATHS = 2  # processes that a slide may take with it before it is left alone
-OUTPUTS = {"coords": ".h5", "overlays": ".jpg", "features": ".h5", "state": ".json"}
+OUTPUTS = {
+    "coords": ".h5",
+    "overlays": ".jpg",
+    "thumbnails": ".jpg",
+    "geojson": ".geojson",
+    "geojson_tiles": ".geojson",
+    "features": ".h5",
+    "state": ".json",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +88,7 @@ class RunFolder:
         self.folder = Path(folder).expanduser().absolute()
 
     def path(self, kind: str, slide_id: str) -> Path:
-        """Where a slide's `coords`, `overlays`, `features` or `state` file lies."""
+        """Where a slide's file of a kind lies, see `OUTPUTS`."""
         return self.folder / kind / f"{slide_id}{OUTPUTS[kind]}"
 
     def read_state(self, slide_id: str) -> SlideState | None:
@@ -112,13 +120,14 @@ class RunFolder:
     def write_table(self) -> None:
         """Write slides.csv: every slide that any run on this folder has recorded, by slide_id."""
         states = (self.read_state(path.stem) for path in sorted((self.folder / "state").glob("*.json")))
+        rows = [asdict(state.row) for state in states if state is not None]
         with (
             atomic_path(self.folder / "slides.csv") as partial,
             partial.open("w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.DictWriter(file, [field.name for field in fields(SlideRow)])
             writer.writeheader()
-            writer.writerows(asdict(state.row) for state in states if state is not None)
+            writer.writerows(rows)
 
     def forget(self, entries: list[SlideEntry]) -> None:
         """Delete all that earlier runs made of these slides, for --overwrite.
@@ -157,6 +166,11 @@ class RunFolder:
         if state is not None and state.row.status == "failed":
             return not state.is_deadly
         return not self.is_tiled(state)
+
+    def lacks_tile_squares(self, entry: SlideEntry) -> bool:
+        """Whether a slide has tiles, but not as GeoJSON."""
+        coords, squares = (self.path(kind, entry.slide_id) for kind in ("coords", "geojson_tiles"))
+        return coords.is_file() and not squares.is_file()
 
     def needs_encoding(self, entry: SlideEntry, settings: TilingSettings, encoded_by: dict[str, str]) -> bool:
         """Whether a slide is still to be tiled or encoded; raises ValueError if either was done otherwise."""

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from slide_features import SlideFeatures, read_slide_coords, write_slide_coords, write_slide_features
-from stage0_tiling.overlay import write_overlay
+from stage0_tiling.geojson import write_tiles_geojson, write_tissue_geojson
+from stage0_tiling.overlay import write_overlay, write_thumbnail
 from stage0_tiling.plan import TilePlan, TilingSettings, plan_tiles
 from stage0_tiling.run_table import RunFolder, SlideRow, SlideState
 from stage0_tiling.slide import Slide
 from stage0_tiling.slide_list import SlideEntry
+from stage0_tiling.tissue import make_grid
 
 logger = logging.getLogger("stage0_tiling")
 
@@ -26,6 +28,8 @@ def tile_slide(entry: SlideEntry, folder: RunFolder, settings: TilingSettings, r
     with Slide(entry.path, reader) as slide:
         plan = plan_tiles(slide, settings, entry.assume_mpp)
         write_overlay(folder.path("overlays", entry.slide_id), plan)
+        write_thumbnail(folder.path("thumbnails", entry.slide_id), plan)
+        write_tissue_geojson(folder.path("geojson", entry.slide_id), plan.tissue)
         row = _describe(entry, slide, plan)
         if row.n_tiles:
             write_slide_coords(
@@ -54,6 +58,15 @@ def tile_if_missing(
 ) -> SlideState | None:
     """Tile a slide unless it is tiled; None if it is."""
     return tile_slide(entry, folder, settings, reader) if folder.needs_tiling(entry, settings) else None
+
+
+def write_tile_squares(entry: SlideEntry, folder: RunFolder, settings: TilingSettings) -> SlideState:
+    """Write the tiles of a tiled slide as GeoJSON; what is recorded of the slide stays."""
+    with Slide(entry.path) as slide:
+        grid = make_grid(settings.tile_size, settings.overlap, settings.mpp, slide.pixel_size(entry.assume_mpp))
+    coords = read_slide_coords(folder.path("coords", entry.slide_id)).coords
+    write_tiles_geojson(folder.path("geojson_tiles", entry.slide_id), coords, grid)
+    return folder.read_state(entry.slide_id)
 
 
 def encode_tiled(

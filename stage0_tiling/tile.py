@@ -17,7 +17,7 @@ from stage0_tiling.run_table import RunFolder
 from stage0_tiling.slide import READERS
 from stage0_tiling.slide_list import SlideEntry, check_mpp, find_slides
 from stage0_tiling.slide_run import SlideRun, start_logging
-from stage0_tiling.slide_work import tile_slide
+from stage0_tiling.slide_work import tile_slide, write_tile_squares
 
 logger = logging.getLogger("stage0_tiling")
 
@@ -62,6 +62,11 @@ def add_tiling_arguments(parser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
     add_tiling_arguments(parser)
+    parser.add_argument(
+        "--geojson_tiles",
+        action="store_true",
+        help="also write OUT/geojson_tiles/<slide_id>.geojson, tile objects for QuPath, for slides tiled before too",
+    )
     args = parser.parse_args(argv)
     start_logging()
 
@@ -80,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             partial(tile_slide, folder=folder, settings=settings, reader=args.reader),
             num_threads=args.num_workers,
         )
+        if args.geojson_tiles:
+            squares = SlideRun(entries, folder, folder.lacks_tile_squares, description="tiles to GeoJSON")
+            squares.do(partial(write_tile_squares, folder=folder, settings=settings), num_threads=args.num_workers)
     finally:
         tiling.write_table()
     return tiling.report()
