@@ -2,6 +2,7 @@
 
     OUT/state/<slide_id>.json   one small file per slide, written when its work is whole
     OUT/slides.csv              all of them as one table, made at the end of a command
+    OUT/index.html              the same as a contact sheet with pictures
 
 Processes share no file that they write, so that any number of them can work on one folder and be killed at any time;
 which process works on which slide is settled in `claims.py`.
@@ -10,11 +11,14 @@ which process works on which slide is settled in `claims.py`.
 import csv
 import json
 import logging
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from slide_features import atomic_path
 from stage0_tiling.claims import Claims
+from stage0_tiling.contact_sheet import write_contact_sheet
 from stage0_tiling.plan import TilingSettings
 from stage0_tiling.slide_list import SlideEntry
 
@@ -28,6 +32,7 @@ OUTPUTS = {
     "features": ".h5",
     "state": ".json",
 }
+OLD_S = 3600  # seconds after which a half-written table is of a killed run
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +123,7 @@ class RunFolder:
             partial.write_text(json.dumps(asdict(state), indent=1))
 
     def write_table(self) -> None:
-        """Write slides.csv: every slide that any run on this folder has recorded, by slide_id."""
+        """Write slides.csv and index.html: every slide that any run on this folder has recorded, by slide_id."""
         states = (self.read_state(path.stem) for path in sorted((self.folder / "state").glob("*.json")))
         rows = [asdict(state.row) for state in states if state is not None]
         with (
@@ -128,6 +133,16 @@ class RunFolder:
             writer = csv.DictWriter(file, [field.name for field in fields(SlideRow)])
             writer.writeheader()
             writer.writerows(rows)
+        write_contact_sheet(self.folder, rows)
+        self._remove_old_tables()
+
+    def _remove_old_tables(self) -> None:
+        """Delete half-written tables of killed runs; a young one may be another process's, which is writing it now."""
+        for name in ("slides.csv", "index.html"):
+            for partial in self.folder.glob(f".{name}.*.partial"):
+                with suppress(FileNotFoundError):
+                    if time.time() - partial.stat().st_mtime > OLD_S:
+                        partial.unlink()
 
     def forget(self, entries: list[SlideEntry]) -> None:
         """Delete all that earlier runs made of these slides, for --overwrite.

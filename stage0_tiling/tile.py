@@ -2,8 +2,9 @@ r"""Find the tissue of slides and lay tiles on it.
 
     python stage0_tiling/tile.py --slides slides/ more.csv --output_dir out
 
-writes, per slide, out/coords/<slide_id>.h5 (positions of its tiles), out/overlays/<slide_id>.jpg (to look at) and a row
-in out/slides.csv. A second run does only what is missing or failed before.
+writes, per slide, out/coords/<slide_id>.h5 (positions of its tiles), out/overlays/<slide_id>.jpg (to look at),
+out/thumbnails/<slide_id>.jpg, out/geojson/<slide_id>.geojson (tissue, for QuPath) and a row in out/slides.csv; and
+out/index.html, a contact sheet of all slides. A second run does only what is missing or failed before.
 """
 
 import logging
@@ -31,7 +32,9 @@ def add_tiling_arguments(parser) -> None:
         help="folders (searched with all below), slides or images, or CSV lists with a column path and optionally mpp",
     )
     group.add_argument(
-        "--output_dir", required=True, help="folder for coords/, overlays/, slides.csv; made when missing"
+        "--output_dir",
+        required=True,
+        help="folder for coords/, overlays/, slides.csv, index.html, ...; made when missing",
     )
     group.add_argument(
         "--overwrite", action="store_true", help="delete what earlier runs made of these slides and start anew"

@@ -1,6 +1,11 @@
-"""Thumbnails, overlays and GeoJSON of a stage-0 run."""
+"""Thumbnails, overlays, GeoJSON and the contact sheet of a stage-0 run."""
 
 import json
+import os
+import re
+import time
+from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import cv2
 import numpy as np
@@ -11,11 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stage0_tiling import tile
+from stage0_tiling.contact_sheet import contact_sheet, write_contact_sheet
 from stage0_tiling.geojson import tissue_polygons, write_tiles_geojson, write_tissue_geojson
 from stage0_tiling.overlay import OUTLINE, draw_legend, draw_overlay, round_length
 from stage0_tiling.plan import TilePlan, TilingSettings, plan_tiles
 from stage0_tiling.run_table import RunFolder
 from stage0_tiling.slide import PixelSize, Slide
+from stage0_tiling.slide_list import SlideEntry
 from stage0_tiling.tissue import Grid, TissueMask
 from tests.slides import DrawnSlide
 
@@ -209,6 +216,131 @@ def test_round_length(longest):
     assert f"{length:e}"[0] in "125" and set(f"{length:e}"[1:].partition("e")[0]) <= {".", "0"}
 
 
+# Contact sheet
+
+
+class Sheet(HTMLParser):
+    """What a browser makes of a sheet."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def row(slide_id, status="done", **more):
+    empty = dict.fromkeys(("format", "width", "height", "mpp", "mpp_source", "tissue_fraction", "n_tiles", "seconds"))
+    return (
+        {"slide_id": slide_id, "path": f"/data/secret place/{slide_id}.svs", "status": status, "error": None}
+        | empty
+        | more
+    )
+
+
+def test_a_card_for_each_slide_failures_first(slides, tiled):
+    page = (tiled.folder / "index.html").read_text()
+    sheet = Sheet(page)
+    cards = sheet.all("article")
+    assert [card["data-status"] for card in cards] == ["failed", "empty", "done", "done"]
+    assert {card["data-name"] for card in cards} == {"good", "blank", "broken", hostile_id(slides)}
+    assert "broken.svs is no slide or image that OpenSlide or Pillow can open" in page
+    good = next(card for card in cards if card["data-name"] == "good")
+    assert int(good["data-tiles"]) > 10 and 0 < float(good["data-tissue"]) < 1 and float(good["data-seconds"]) > 0
+    assert good["data-pixels"] == str(1024 * 768)
+    assert {"generic-tiff", "1,024 x 768", "0.5 (slide)"} <= set(sheet.text)
+
+
+def test_pictures_are_found_beside_the_sheet_and_nowhere_else(slides, tiled):
+    page = (tiled.folder / "index.html").read_text()
+    sheet = Sheet(page)
+    images = sheet.all("img")
+    assert len(images) == 6 and all(image["loading"] == "lazy" for image in images)
+    links = [image["src"] for image in images] + [link["href"] for link in sheet.all("a")]
+    for link in links:
+        assert re.match(r"(thumbnails|overlays)/", link)
+        assert (tiled.folder / unquote(link)).is_file()
+    assert not sheet.all("link") and all("src" not in script for script in sheet.all("script"))
+    assert not re.search(r"https?:|//[a-z]|url\(|@import", page)
+    assert str(slides.parent) not in page and str(tiled.folder.parent) not in page
+
+
+def test_hostile_names_and_errors_stay_text(tmp_path):
+    hostile = HOSTILE.replace("/", "")
+    for kind in ("thumbnails", "overlays"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / f"{hostile}.jpg").touch()
+    rows = [
+        row(hostile, width=4, height=2, n_tiles=0, tissue_fraction=0.0, format="<b>x</b>"),
+        row("$title ${cards}", "failed", error='<img src=x onerror="alert(1)">'),
+    ]
+    sheet = Sheet(contact_sheet(tmp_path, rows))
+    assert len(sheet.all("script")) == 1 and len(sheet.all("article")) == 2 and not sheet.all("b")
+    assert {image["src"].partition("/")[0] for image in sheet.all("img")} == {"thumbnails", "overlays"}
+    assert all("onerror" not in attributes for _, attributes in sheet.tags)
+    assert {hostile, "<b>x</b>", "$title ${cards}", '<img src=x onerror="alert(1)">'} <= set(sheet.text)
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        ("/data/secret place/s.svs cannot be read", "s.svs cannot be read"),
+        ("[Errno 28] No space left on device: '/mnt/run 1/x/.s.h5.7.partial'", None),
+        ("[Errno 2] No such file: '/mnt/run/features/s.h5'", "[Errno 2] No such file: 's.h5'"),
+        ("C:\\Users\\me\\s.svs is torn", "s.svs is torn"),
+        ("tile at 3/4 of level 1/2 is torn", "tile at 3/4 of level 1/2 is torn"),
+    ],
+)
+def test_errors_are_shown_without_folders(tmp_path, error, shown):
+    text = Sheet(contact_sheet(tmp_path, [row("s", "failed", error=error)])).text
+    if shown:
+        assert shown in text
+    assert not any("secret" in part or "/mnt" in part or "Users" in part for part in text)
+
+
+def test_the_summary_counts(tmp_path):
+    rows = [row(f"s{i}", n_tiles=1000, seconds=2.0, tissue_fraction=0.1 * i) for i in range(1, 4)]
+    rows += [row("bad", "failed", error="torn", seconds=9.0), row("none", "empty", n_tiles=0, seconds=5.0)]
+    page = contact_sheet(tmp_path, rows)
+    figures = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd></div>", page))
+    assert figures == {
+        "slides": "5",
+        "failed": "1",
+        "empty": "1",
+        "done": "3",
+        "tiles": "3,000",
+        "median tissue": "20.0 %",
+        "tiles/s per worker": "500",
+    }
+
+
+def test_a_sheet_of_ten_thousand_slides_stays_light(tmp_path):
+    (tmp_path / "thumbnails").mkdir()
+    for i in range(0, 10_000, 1000):
+        (tmp_path / "thumbnails" / f"slide_{i:05}.jpg").touch()
+    rows = [row(f"slide_{i:05}", width=9, height=9, n_tiles=5, seconds=1.0) for i in range(10_000)]
+    write_contact_sheet(tmp_path, rows)
+    assert (tmp_path / "index.html").stat().st_size < 12e6
+    assert len(Sheet((tmp_path / "index.html").read_text()).all("img")) == 10
+
+
+def test_an_equal_sheet_is_left_alone(tmp_path):
+    write_contact_sheet(tmp_path, [row("a")])
+    os.utime(tmp_path / "index.html", (1, 1))
+    write_contact_sheet(tmp_path, [row("a")])
+    assert (tmp_path / "index.html").stat().st_mtime == 1
+    write_contact_sheet(tmp_path, [row("a", "failed", error="torn")])
+    assert (tmp_path / "index.html").stat().st_mtime > 1
+
+
 # All of them in a run
 
 
@@ -241,3 +373,19 @@ def test_tiles_of_a_slide_that_is_gone_fail_alone(slides, tmp_path):
     folder = RunFolder(out)
     assert folder.path("geojson_tiles", "good").is_file() and not folder.path("geojson_tiles", "gone").exists()
     assert folder.read_state("gone").row.status == "failed"
+
+
+def test_leftovers_of_killed_runs_are_removed(tmp_path):
+    folder = RunFolder(tmp_path)
+    entry = SlideEntry("s", tmp_path / "s.tiff")
+    old = [tmp_path / ".index.html.7.partial", tmp_path / ".slides.csv.7.partial"]
+    old += [tmp_path / "geojson" / ".s.geojson.7.partial", tmp_path / "thumbnails" / ".s.jpg.7.partial"]
+    others = [tmp_path / "geojson" / ".t.geojson.7.partial", tmp_path / ".index.html.8.partial"]
+    for path in (*old, *others):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    for path in old[:2]:
+        os.utime(path, (time.time() - 7200,) * 2)
+    folder.remove_leftovers(entry)
+    folder.write_table()
+    assert not any(path.exists() for path in old) and all(path.exists() for path in others)
