@@ -18,7 +18,7 @@ LONG_SIDE = (1024, 2048)  # least and most pixels of an overlay's longer side, w
 OUTLINE = (0, 160, 0)
 TILE = (30, 80, 220)
 FADE = 0.5  # how far what is not tiled goes to white
-LEAST_GRID_PX = 8  # of a tile in the picture, for lines between tiles
+LEAST_GRID_PX = 16  # of a tile in the picture, for lines between tiles
 INK = (40, 40, 48)
 QUALITY = 88
 
