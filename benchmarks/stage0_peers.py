@@ -36,7 +36,7 @@ import cv2
 from benchmarks.make_slides import MPP, make_slide
 from benchmarks.stage0 import tile_and_decode
 
-SCRIPTS = Path(__file__).with_name("peers")
+SCRIPTS = Path(__file__).resolve().with_name("peers")
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ def start(peer: Peer, python: Path, num_workers: int, timeout: float) -> Running
     errors = tempfile.TemporaryFile("w+")
     process = subprocess.Popen(
         [python, SCRIPTS / f"{peer.name}_tiles.py", str(num_workers)],
+        cwd=python.parents[1],  # some leave logs where they run
         env=clean_environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

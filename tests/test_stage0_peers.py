@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +26,7 @@ def scripts(tmp_path, monkeypatch):
 
 
 def start_here(peer, timeout=30):
-    return start(peer, sys.executable, 2, timeout)
+    return start(peer, Path(sys.executable), 2, timeout)
 
 
 def test_a_peer_is_asked_again_and_again_and_may_print(scripts):
