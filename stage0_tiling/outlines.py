@@ -1,11 +1,11 @@
 """Outlines of a mask: polygons with holes that run along the edges of its pixels, so that their area is the mask's."""
 
-from collections import defaultdict
-
 import cv2
 import numpy as np
 
 Polygon = tuple[np.ndarray, list[np.ndarray]]  # exterior (V, 2) and holes, each (V, 2) float64 (x, y), not closed
+FROM_CORNER = np.array([[0, 0], [1, 0], [1, 1], [0, 1]])  # of a pixel, where its top, right, bottom and left side start
+STEP = np.array([[1, 0], [0, 1], [-1, 0], [0, -1]])
 
 
 def outline(mask: np.ndarray) -> list[Polygon]:
@@ -32,47 +32,69 @@ def outline(mask: np.ndarray) -> list[Polygon]:
 
 def _rings(mask: np.ndarray, labels: np.ndarray) -> list[tuple[np.ndarray, int]]:
     """Closed walks along pixel edges with tissue to their left (y upwards), each with the label of that tissue."""
-    steps = _edges(mask)
+    starts, following, pixels = _edges(mask)
+    label_of = labels.ravel()[pixels].tolist()
+    nexts = following.tolist()
     rings = []
-    while steps:
-        start = next(iter(steps))
-        walk, place_of, at, pixel = [start], {start: 0}, start, None
-        while True:
-            following = steps[at]
-            # where two pixels meet in a corner only, stay with the pixel the walk runs along
-            index = next((i for i, (_, beside) in enumerate(following) if beside == pixel), 0)
-            at, pixel = following.pop(index)
-            if not following:
-                del steps[walk[-1]]
-            if at in place_of:  # a loop is closed: cut it off, so that no ring meets itself
-                first = place_of[at]
-                rings.append((_corners(np.array(walk[first:], np.float64)), int(labels[pixel])))
-                for left in walk[first + 1 :]:
-                    del place_of[left]
-                del walk[first + 1 :]
-                if len(walk) == 1:
-                    break
-            else:
-                place_of[at] = len(walk)
-                walk.append(at)
+    done = bytearray(len(nexts))
+    for first in range(len(nexts)):
+        if done[first]:
+            continue
+        walk, edge = [], first
+        while not done[edge]:
+            done[edge] = 1
+            walk.append(edge)
+            edge = nexts[edge]
+        ring = starts[walk]
+        rings += [(_corners(part.astype(np.float64)), label_of[first]) for part in _simple_loops(ring, mask.shape[1])]
     return rings
 
 
-def _edges(mask: np.ndarray) -> dict[tuple[int, int], list[tuple[tuple[int, int], tuple[int, int]]]]:
-    """From each corner (x, y) to the next ones, with the pixel (row, column) that the edge belongs to."""
+def _simple_loops(ring: np.ndarray, width: int) -> list[np.ndarray]:
+    """Cut a walk where it meets itself, so that no ring does; most walks are one loop."""
+    corners = ring[:, 1] * (width + 1) + ring[:, 0]
+    if len(np.unique(corners)) == len(corners):
+        return [ring]
+    loops, walk, place_of = [], [], {}
+    for at, corner in enumerate([*corners.tolist(), int(corners[0])]):
+        if corner in place_of:
+            start = place_of[corner]
+            loops.append(ring[walk[start:]])
+            for left in walk[start + 1 :]:
+                del place_of[int(corners[left])]
+            del walk[start + 1 :]
+        else:
+            place_of[corner] = len(walk)
+            walk.append(at)
+    return loops
+
+
+def _edges(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Edges between tissue and background, (E,) each.
+
+    Returns:
+        (E, 2) corners (x, y) where they start, (E,) index of the edge that follows each, and (E,) index in the raveled
+        mask of the pixel that each belongs to.
+    """
     padded = np.pad(mask.astype(bool), 1)
     inside = padded[1:-1, 1:-1]
-    sides = (  # of a pixel: its neighbour there, and from which of its corners to which, (x, y)
-        (padded[:-2, 1:-1], (0, 0), (1, 0)),
-        (padded[1:-1, 2:], (1, 0), (1, 1)),
-        (padded[2:, 1:-1], (1, 1), (0, 1)),
-        (padded[1:-1, :-2], (0, 1), (0, 0)),
-    )
-    steps = defaultdict(list)
-    for neighbour, (from_x, from_y), (to_x, to_y) in sides:
-        for row, column in np.argwhere(inside & ~neighbour).tolist():
-            steps[column + from_x, row + from_y].append(((column + to_x, row + to_y), (row, column)))
-    return dict(steps)
+    beside = padded[:-2, 1:-1], padded[1:-1, 2:], padded[2:, 1:-1], padded[1:-1, :-2]
+    sides = [np.flatnonzero(inside & ~neighbour) for neighbour in beside]  # top, right, bottom, left
+    pixels = np.concatenate(sides)
+    heading = np.repeat(np.arange(4), [len(side) for side in sides])  # east, south, west, north: around the pixel
+    height, width = mask.shape
+    starts = np.stack([pixels % width, pixels // width], axis=1) + FROM_CORNER[heading]
+    ends = starts + STEP[heading]
+    keys = (starts[:, 1] * (width + 1) + starts[:, 0]) * 4 + heading
+    order = np.argsort(keys)
+    following = np.full(len(keys), -1)
+    # where two pixels meet in a corner only, turning right stays with the pixel that the edge belongs to
+    for turn in (3, 0, 1):
+        wanted = (ends[:, 1] * (width + 1) + ends[:, 0]) * 4 + (heading + turn) % 4
+        place = np.minimum(np.searchsorted(keys, wanted, sorter=order), max(len(keys) - 1, 0))
+        found = order[place]
+        following = np.where(keys[found] == wanted, found, following)
+    return starts, following, pixels
 
 
 def _corners(ring: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
     OUT/state/<slide_id>.json   one small file per slide, written when its work is whole
     OUT/slides.csv              all of them as one table, made at the end of a command
+    OUT/index.html              the same as a contact sheet with pictures
 
 Processes share no file that they write, so that any number of them can work on one folder and be killed at any time;
 which process works on which slide is settled in `claims.py`.
@@ -10,17 +11,29 @@ which process works on which slide is settled in `claims.py`.
 import csv
 import json
 import logging
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from slide_features import FEATURE_SUFFIXES, atomic_path, count_tiles
 from stage0_tiling.claims import Claims
+from stage0_tiling.contact_sheet import write_contact_sheet
 from stage0_tiling.plan import TilingSettings
 from stage0_tiling.slide_list import SlideEntry
 
 MAX_DEATHS = 2  # processes that a slide may take with it before it is left alone
-OUTPUTS = {"coords": ".h5", "overlays": ".jpg", "features": ".h5", "state": ".json"}
+OUTPUTS = {
+    "coords": ".h5",
+    "overlays": ".jpg",
+    "thumbnails": ".jpg",
+    "geojson": ".geojson",
+    "geojson_tiles": ".geojson",
+    "features": ".h5",
+    "state": ".json",
+}
+OLD_S = 3600  # seconds after which a half-written table is of a killed run
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +93,7 @@ class RunFolder:
         self.folder = Path(folder).expanduser().absolute()
 
     def path(self, kind: str, slide_id: str) -> Path:
-        """Where a slide's `coords`, `overlays`, `features` or `state` file lies."""
+        """Where a slide's file of a kind lies, see `OUTPUTS`."""
         return self.folder / kind / f"{slide_id}{OUTPUTS[kind]}"
 
     def features_path(self, folder: str, slide_id: str, suffix: str) -> Path:
@@ -113,15 +126,26 @@ class RunFolder:
             partial.write_text(json.dumps(asdict(state), indent=1))
 
     def write_table(self) -> None:
-        """Write slides.csv: every slide that any run on this folder has recorded, by slide_id."""
+        """Write slides.csv and index.html: every slide that any run on this folder has recorded, by slide_id."""
         states = (self.read_state(path.stem) for path in sorted((self.folder / "state").glob("*.json")))
+        rows = [asdict(state.row) for state in states if state is not None]
         with (
             atomic_path(self.folder / "slides.csv") as partial,
             partial.open("w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.DictWriter(file, [field.name for field in fields(SlideRow)])
             writer.writeheader()
-            writer.writerows(asdict(state.row) for state in states if state is not None)
+            writer.writerows(rows)
+        write_contact_sheet(self.folder, rows)
+        self._remove_old_tables()
+
+    def _remove_old_tables(self) -> None:
+        """Delete half-written tables of killed runs; a young one may be another process's, which is writing it now."""
+        for name in ("slides.csv", "index.html"):
+            for partial in self.folder.glob(f".{name}.*.partial"):
+                with suppress(FileNotFoundError):
+                    if time.time() - partial.stat().st_mtime > OLD_S:
+                        partial.unlink()
 
     def forget(self, entries: list[SlideEntry]) -> None:
         """Delete all that earlier runs made of these slides, for --overwrite.
@@ -171,6 +195,11 @@ class RunFolder:
         if state is not None and state.row.status == "failed":
             return not state.is_deadly
         return not self.is_tiled(state)
+
+    def lacks_tile_squares(self, entry: SlideEntry) -> bool:
+        """Whether a slide has tiles, but not as GeoJSON."""
+        coords, squares = (self.path(kind, entry.slide_id) for kind in ("coords", "geojson_tiles"))
+        return coords.is_file() and not squares.is_file()
 
     def needs_encoding(
         self, entry: SlideEntry, settings: TilingSettings, made_by: dict[str, dict[str, Any]], suffix: str

@@ -9,11 +9,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from slide_features import SlideFeatures, read_slide_coords, write_slide_coords, write_slide_features
-from stage0_tiling.overlay import write_overlay
+from stage0_tiling.geojson import write_tiles_geojson, write_tissue_geojson
+from stage0_tiling.overlay import write_overlay, write_thumbnail
 from stage0_tiling.plan import TilePlan, TilingSettings, measure_quality, plan_tiles, why_empty
 from stage0_tiling.run_table import RunFolder, SlideRow, SlideState
 from stage0_tiling.slide import Slide
 from stage0_tiling.slide_list import SlideEntry
+from stage0_tiling.tissue import make_grid
 from stage0_tiling.tissue_sources import TissueSources
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ def tile_slide(
     with Slide(entry.path, reader, icc=settings.icc, mpp=entry.mpp) as slide:
         plan = plan_tiles(slide, settings, entry.assume_mpp, sources, entry.slide_id)
         write_overlay(folder.path("overlays", entry.slide_id), plan)
+        write_thumbnail(folder.path("thumbnails", entry.slide_id), plan)
+        write_tissue_geojson(folder.path("geojson", entry.slide_id), plan.tissue, origin=slide.bounds[:2])
         row = _describe(entry, slide, plan)
         if row.n_tiles:
             write_slide_coords(
@@ -61,6 +65,18 @@ def tile_slide(
 def tile_if_missing(entry: SlideEntry, folder: RunFolder, settings: TilingSettings, **how: Any) -> SlideState | None:
     """Tile a slide unless it is tiled; None if it is."""
     return tile_slide(entry, folder, settings, **how) if folder.needs_tiling(entry, settings) else None
+
+
+def write_tile_squares(
+    entry: SlideEntry, folder: RunFolder, settings: TilingSettings, reader: str = "auto"
+) -> SlideState:
+    """Write the tiles of a tiled slide as GeoJSON; what is recorded of the slide stays."""
+    with Slide(entry.path, reader, mpp=entry.mpp) as slide:
+        origin = slide.bounds[:2]
+        grid = make_grid(settings.tile_size, settings.overlap, settings.mpp, slide.pixel_size(entry.assume_mpp))
+    coords = read_slide_coords(folder.path("coords", entry.slide_id)).coords
+    write_tiles_geojson(folder.path("geojson_tiles", entry.slide_id), coords, grid, origin=origin)
+    return folder.read_state(entry.slide_id)
 
 
 def encode_tiled(

@@ -2,8 +2,9 @@ r"""Find the tissue of slides and lay tiles on it.
 
     python stage0_tiling/tile.py --slides slides/ more.csv --output_dir out
 
-writes, per slide, out/coords/<slide_id>.h5 (positions of its tiles), out/overlays/<slide_id>.jpg (to look at) and a row
-in out/slides.csv. A second run does only what is missing or failed before.
+writes, per slide, out/coords/<slide_id>.h5 (positions of its tiles), out/overlays/<slide_id>.jpg (to look at),
+out/thumbnails/<slide_id>.jpg, out/geojson/<slide_id>.geojson (tissue, for QuPath) and a row in out/slides.csv; and
+out/index.html, a contact sheet of all slides. A second run does only what is missing or failed before.
 """
 
 import logging
@@ -17,7 +18,7 @@ from stage0_tiling.run_table import RunFolder
 from stage0_tiling.slide import READERS
 from stage0_tiling.slide_list import SlideEntry, check_mpp, find_slides
 from stage0_tiling.slide_run import SlideRun, start_logging
-from stage0_tiling.slide_work import tile_slide
+from stage0_tiling.slide_work import tile_slide, write_tile_squares
 from stage0_tiling.tissue_sources import add_tissue_arguments, tissue_sources
 
 logger = logging.getLogger("stage0_tiling")
@@ -33,7 +34,9 @@ def add_tiling_arguments(parser) -> None:
         "slide_id, mpp (um per level-0 pixel, stands whatever the slide states) and assume_mpp (as the flag)",
     )
     group.add_argument(
-        "--output_dir", required=True, help="folder for coords/, overlays/, slides.csv; made when missing"
+        "--output_dir",
+        required=True,
+        help="folder for coords/, overlays/, slides.csv, index.html, ...; made when missing",
     )
     group.add_argument(
         "--overwrite", action="store_true", help="delete what earlier runs made of these slides and start anew"
@@ -70,6 +73,11 @@ def add_tiling_arguments(parser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
     add_tiling_arguments(parser)
+    parser.add_argument(
+        "--geojson_tiles",
+        action="store_true",
+        help="also write OUT/geojson_tiles/<slide_id>.geojson, tile objects for QuPath, for slides tiled before too",
+    )
     args = parser.parse_args(argv)
     start_logging()
 
@@ -88,6 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             partial(tile_slide, folder=folder, settings=settings, reader=args.reader, sources=sources),
             num_threads=args.num_workers,
         )
+        if args.geojson_tiles:
+            squares = SlideRun(entries, folder, folder.lacks_tile_squares, description="tiles to GeoJSON")
+            squares.do(
+                partial(write_tile_squares, folder=folder, settings=settings, reader=args.reader),
+                num_threads=args.num_workers,
+            )
     finally:
         tiling.write_table()
     return tiling.report()
