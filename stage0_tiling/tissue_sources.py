@@ -41,7 +41,7 @@ class TissueSources:
         if path:
             picture, _ = read_thumbnail(slide, pixel_size)
             height, width = picture.shape[:2]
-            mask = read_mask(path, (height, width), slide.width, slide.height)
+            mask = read_mask(path, (height, width), slide.width, slide.height, origin=slide.bounds[:2])
             return TissueMask(mask, picture, width / slide.width, height / slide.height)
         if self.masks:
             other = "by the segmenter" if self.segmenter else f"by {method}"

@@ -44,7 +44,9 @@ def find_mask(folder: Path, slide_id: str) -> Path | None:
     return found[0] if found else None
 
 
-def read_mask(path: Path, shape: tuple[int, int], slide_width: int, slide_height: int) -> np.ndarray:
+def read_mask(
+    path: Path, shape: tuple[int, int], slide_width: int, slide_height: int, origin: tuple[int, int] = (0, 0)
+) -> np.ndarray:
     """Read a mask in the size of a thumbnail.
 
     Args:
@@ -52,6 +54,8 @@ def read_mask(path: Path, shape: tuple[int, int], slide_width: int, slide_height
         shape: (H, W) of the thumbnail.
         slide_width: level-0 pixels.
         slide_height: level-0 pixels.
+        origin: (x, y) in level-0 pixels of what GeoJSON counts from; QuPath counts from the corner of the scanned
+            bounds where a slide states them.
 
     Returns:
         (H, W) bool, decided at the centres of pixels.
@@ -64,7 +68,7 @@ def read_mask(path: Path, shape: tuple[int, int], slide_width: int, slide_height
     height, width = shape
     mask = np.zeros(shape, bool)
     for rings in _polygons(path):
-        mask |= fill([ring * [width / slide_width, height / slide_height] for ring in rings], shape)
+        mask |= fill([(ring + origin) * [width / slide_width, height / slide_height] for ring in rings], shape)
     return mask
 
 

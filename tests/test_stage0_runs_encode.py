@@ -18,13 +18,13 @@ from tests.slides import DrawnSlide
 HOOKED = """
 import os, runpy, sys, time
 import stage0_tiling.encoding as encoding
-encode = encoding.encode_slide
+encode = encoding.encode_slide_with
 def logged(path, *args, **kwargs):
     with open(os.environ["ATTEMPTS"], "a") as log:
         print(path.stem, file=log)
     time.sleep(float(os.environ.get("SLOW", 0)))
     return encode(path, *args, **kwargs)
-encoding.encode_slide = logged
+encoding.encode_slide_with = logged
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -78,7 +78,7 @@ def content(folder):
     for path in sorted((folder / "features").iterdir()):
         read, state = read_slide_features(path), RunFolder(folder).read_state(path.stem)
         features[path.stem] = read.features.tobytes(), read.coords.tobytes(), read.encoder_fingerprint
-        rows[path.stem] = vars(state.row) | {"seconds": None, "encoder": state.encoder_fingerprint}
+        rows[path.stem] = vars(state.row) | {"seconds": None, "encoded": state.encoded}
     return features, rows, sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
