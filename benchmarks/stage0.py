@@ -29,17 +29,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import simplejpeg
-import tifffile
 
+from benchmarks.make_slides import MPP, TILE, make_slide
 from stage0_tiling.plan import TilingSettings, plan_tiles
 from stage0_tiling.slide import Slide
 from stage0_tiling.tiled_tiff import TiledTiff
 
-TILE = 256
-SETTINGS = TilingSettings(tile_size=256, mpp=0.5)
-QUALITY = 80  # a usual value of scanners
-LIBRARY = 24  # different compressed tiles of tissue per level; the file is as large as if all were different
-BACKGROUND = (242, 241, 243)
+SETTINGS = TilingSettings(tile_size=TILE, mpp=0.5)
 
 
 def main() -> None:
@@ -75,7 +71,7 @@ def main() -> None:
 
 def against_the_floor(folder: Path, side: int, tissue: float, num_workers: int, repeats: int) -> dict:
     path = folder / f"a_{side}_{tissue:g}.svs"
-    make_slide(path, side, tissue, mpp=0.5, downsamples=(1, 4, 16))
+    make_slide(path, side, tissue, MPP["a"])
     streams = list(tissue_streams(path))
     runs = measure(
         repeats,
@@ -90,7 +86,7 @@ def against_the_floor(folder: Path, side: int, tissue: float, num_workers: int, 
 
 def against_openslide(folder: Path, side: int, tissue: float, num_workers: int, repeats: int) -> dict:
     path = folder / f"b_{side}_{tissue:g}.svs"
-    make_slide(path, side, tissue, mpp=0.25, downsamples=(1, 4, 16))
+    make_slide(path, side, tissue, MPP["b"])
     runs = measure(
         repeats,
         ours=partial(tile_and_decode, path, "tiff", num_workers),
@@ -171,62 +167,6 @@ def tissue_streams(path: Path) -> Iterator[bytes]:
     for x, y in coords.tolist():
         offset, count = (int(values[y // TILE, x // TILE]) for values in (level.offsets, level.counts))
         yield level.decoder.header + data[offset + 2 : offset + count]
-
-
-def make_slide(path: Path, side: int, tissue: float, mpp: float, downsamples: tuple[int, ...]) -> None:
-    """Write an SVS of `side` x `side` px with a disc of tissue. Compressed tiles come from a small library."""
-    if path.exists():
-        return
-    partial_path = path.with_suffix(".partial")
-    with tifffile.TiffWriter(partial_path, bigtiff=True) as tiff:
-        for downsample in downsamples:
-            size = side // downsample
-            tiff.write(
-                compressed_tiles(size, size * (tissue / np.pi) ** 0.5, downsample),
-                shape=(size, size, 3),
-                dtype=np.uint8,
-                tile=(TILE, TILE),
-                photometric="ycbcr",
-                subsampling=(2, 2),
-                compression="jpeg",
-                description=f"Aperio made by a benchmark\r\n{side}x{side}|MPP = {mpp}",
-                metadata=None,
-            )
-    partial_path.replace(path)
-
-
-def compressed_tiles(side: int, radius: float, downsample: int) -> Iterator[bytes]:
-    """Compressed tiles of one level, row by row: library tiles inside the disc and outside, drawn ones at its edge."""
-    inside = [compress(texture(seed, downsample)) for seed in range(LIBRARY)]
-    tissue, blank = texture(LIBRARY, downsample), np.full((TILE, TILE, 3), BACKGROUND, np.uint8)
-    outside = compress(blank)
-    y, x = np.mgrid[:TILE, :TILE]
-    for row, top in enumerate(range(0, side, TILE)):
-        for column, left in enumerate(range(0, side, TILE)):
-            within = np.hypot(y + top - side / 2, x + left - side / 2) < radius
-            if within.all():
-                yield inside[(7 * row + 3 * column) % LIBRARY]
-            elif within.any():
-                yield compress(np.where(within[..., None], tissue, blank))
-            else:
-                yield outside
-
-
-def texture(seed: int, downsample: int) -> np.ndarray:
-    """(256, 256, 3) uint8 of something like stained tissue: fibres, nuclei and noise."""
-    rng = np.random.default_rng(seed)
-    cloud = cv2.resize(rng.normal(size=(32, 32)).astype(np.float32), (TILE, TILE), interpolation=cv2.INTER_CUBIC)
-    picture = np.clip(np.array([214, 142, 188]) + 14 * cloud[..., None], 0, 255).astype(np.uint8)
-    for _ in range(90):
-        centre = tuple(int(value) for value in rng.integers(0, TILE, 2))
-        axes = tuple(max(1, int(value) // downsample) for value in rng.integers(4, 10, 2))
-        color = tuple(int(value) for value in rng.normal((104, 66, 146), 12))
-        cv2.ellipse(picture, centre, axes, int(rng.integers(180)), 0, 360, color, -1, cv2.LINE_AA)
-    return np.clip(picture + rng.normal(0, 5, picture.shape), 0, 255).astype(np.uint8)
-
-
-def compress(tile: np.ndarray) -> bytes:
-    return simplejpeg.encode_jpeg(tile, quality=QUALITY, colorspace="RGB", colorsubsampling="420")
 
 
 if __name__ == "__main__":
