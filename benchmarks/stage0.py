@@ -20,6 +20,7 @@ import json
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,7 @@ from stage0_tiling.plan import TilingSettings, plan_tiles
 from stage0_tiling.slide import Slide
 from stage0_tiling.tiled_tiff import TiledTiff
 
+CHUNK = 32  # tiles that a thread decodes before it asks for more
 SETTINGS = TilingSettings(tile_size=TILE, mpp=0.5)
 
 
@@ -135,13 +137,16 @@ def tile_and_decode(path: Path, reader: str, num_workers: int) -> int:
         plan = plan_tiles(slide, SETTINGS)
         size = SETTINGS.tile_size, SETTINGS.tile_size
 
+        buffers = threading.local()
+
         def read(some: np.ndarray) -> int:
-            for x, y in some.tolist():
-                slide.read_region(x, y, plan.grid.tile_width, plan.grid.tile_height, size)
-            return len(some)
+            if not hasattr(buffers, "tiles"):
+                buffers.tiles = np.empty((CHUNK, *size, 3), np.uint8)
+            out = buffers.tiles[: len(some)]
+            return len(slide.read_tiles(some, plan.grid.tile_width, plan.grid.tile_height, size, out))
 
         with ThreadPoolExecutor(num_workers) as pool:
-            return sum(pool.map(read, np.array_split(plan.coords, max(1, len(plan.coords) // 64))))
+            return sum(pool.map(read, np.split(plan.coords, range(CHUNK, len(plan.coords), CHUNK))))
 
 
 def decode_all(streams: list[bytes], num_workers: int) -> int:

@@ -1,7 +1,8 @@
 """Compressed tiles of a TIFF to RGB: JPEG at full, half, quarter or eighth size, and JPEG 2000.
 
-A decoder is a callable `decoder(data, shrink) -> (H, W, 3) uint8 RGB` with the attributes `shape`, (height, width) of a
-tile at full size, and `shrinks`, the factors that it can shrink by while it decodes.
+A decoder is a callable `decoder(data, shrink, out=None) -> (H, W, 3) uint8 RGB` with the attributes `shape`, (height,
+width) of a tile at full size, and `shrinks`, the factors that it can shrink by while it decodes. A tile of another size
+than (shape[0] // shrink, shape[1] // shrink) is refused.
 """
 
 from dataclasses import dataclass
@@ -42,21 +43,24 @@ class JpegDecoder:
     def shrinks(self) -> tuple[int, ...]:
         return tuple(n for n in JPEG_SHRINKS if not any(side % n for side in self.shape))
 
-    def __call__(self, data: bytes, shrink: int) -> np.ndarray:
+    def __call__(self, data: bytes | memoryview, shrink: int, out: np.ndarray | None = None) -> np.ndarray:
         height, width = (side // shrink for side in self.shape)
         try:
             stream = self.header + data[_after_app_segments(data) :]
             # strict: a damaged tile is an error, as it is to OpenSlide; a buffer: a tile that claims to be huge is, too
-            return simplejpeg.decode_jpeg(
+            tile = simplejpeg.decode_jpeg(
                 stream,
                 min_height=height,
                 min_width=width,
                 min_factor=shrink,
-                buffer=np.empty((height, width, 3), np.uint8),
+                buffer=np.empty((height, width, 3), np.uint8) if out is None else out,
                 strict=True,
             )
         except (ValueError, IndexError) as error:
             raise TileError(str(error) or "not a JPEG") from error
+        if tile.shape != (height, width, 3):
+            raise TileError(f"{tile.shape[1]} x {tile.shape[0]}, not {width} x {height} pixels")
+        return tile
 
 
 @dataclass(frozen=True)
@@ -72,15 +76,19 @@ class Jpeg2000Decoder:
     is_ycbcr: bool
     shrinks: tuple[int, ...] = (1,)
 
-    def __call__(self, data: bytes, shrink: int) -> np.ndarray:
+    def __call__(self, data: bytes | memoryview, shrink: int, out: np.ndarray | None = None) -> np.ndarray:
         assert shrink == 1
         try:
             tile = imagecodecs.jpeg2k_decode(data, numthreads=1)
         except (imagecodecs.Jpeg2kError, ValueError) as error:
             raise TileError(str(error)) from error
-        if tile.ndim != 3 or tile.shape[2] != 3 or tile.dtype != np.uint8:
-            raise TileError(f"JPEG 2000 of shape {tile.shape} and type {tile.dtype}, not RGB of 8 bits")
-        return cv2.cvtColor(tile[..., [0, 2, 1]], cv2.COLOR_YCrCb2RGB) if self.is_ycbcr else tile
+        if tile.shape != (*self.shape, 3) or tile.dtype != np.uint8:
+            raise TileError(f"JPEG 2000 of shape {tile.shape} and type {tile.dtype}, not {(*self.shape, 3)} and uint8")
+        tile = cv2.cvtColor(tile[..., [0, 2, 1]], cv2.COLOR_YCrCb2RGB) if self.is_ycbcr else tile
+        if out is None:
+            return tile
+        out[:] = tile
+        return out
 
 
 def decoder_of(page: TiffPage) -> JpegDecoder | Jpeg2000Decoder | None:
@@ -100,10 +108,10 @@ def decoder_of(page: TiffPage) -> JpegDecoder | Jpeg2000Decoder | None:
     return None
 
 
-def _after_app_segments(stream: bytes) -> int:
+def _after_app_segments(stream: bytes | memoryview) -> int:
     """Where a JPEG's first segment begins that is no application data (JFIF, Adobe, ...) or comment."""
     if stream[:2] != SOI:
-        raise TileError(f"not a JPEG: starts with {stream[:2].hex(' ') or 'nothing'}")
+        raise TileError(f"not a JPEG: starts with {bytes(stream[:2]).hex(' ') or 'nothing'}")
     at = 2
     while stream[at] == 0xFF and (stream[at + 1] in APP_SEGMENTS or stream[at + 1] == COMMENT):
         at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
