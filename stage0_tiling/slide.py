@@ -250,12 +250,13 @@ class Slide:
     def _read_block(self, x: int, y: int, width: int, height: int, size: tuple[int, int]) -> np.ndarray:
         """Read a part of a thumbnail: to the bit what OpenSlide reads, so that the tissue found on it is the same.
 
-        Hence never shrunk while decoding, and not through our own reader where the part begins within a pixel.
+        Hence never shrunk while decoding, and not through our own reader where that rounds otherwise.
         """
         if self._handle is self._tiff:  # OpenSlide does not know the format
             return self._read_tiled(x, y, width, height, size)
-        downsample = self._downsamples[self._level_for(min(width / size[0], height / size[1]))]
-        if self._tiff is not None and x % downsample == y % downsample == 0:
+        level = self._level_for(min(width / size[0], height / size[1]))
+        begins_on_pixel = x % self._downsamples[level] == y % self._downsamples[level] == 0
+        if self._tiff is not None and self._tiff.is_exact(level) and begins_on_pixel:
             block = self._read_tiled(x, y, width, height, size, may_shrink=False, num_threads=THUMBNAIL_THREADS)
             if block is not None:
                 return block

@@ -1,8 +1,8 @@
 """Compressed tiles of a TIFF to RGB: JPEG at full, half, quarter or eighth size, and JPEG 2000.
 
 A decoder is a callable `decoder(data, shrink, out=None) -> (H, W, 3) uint8 RGB` with the attributes `shape`, (height,
-width) of a tile at full size, and `shrinks`, the factors that it can shrink by while it decodes. A tile of another size
-than (shape[0] // shrink, shape[1] // shrink) is refused.
+width) of a tile at full size, `shrinks`, the factors that it can shrink by while it decodes, and `is_exact`, whether
+tiles are at full size to the bit what OpenSlide decodes. It refuses a tile whose size is not `shape` over `shrink`.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ COMMENT = 0xFE
 ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
 JPEG_COLORS = {PHOTOMETRIC.RGB: b"\x00", PHOTOMETRIC.YCBCR: b"\x01"}
 JPEG_SHRINKS = (1, 2, 4, 8)
+JPEG2000_SIZE = b"\xff\x4f\xff\x51"  # start of the codestream, and of its first segment, which gives the sizes
 JPEG2000 = {COMPRESSION.APERIO_JP2000_YCBC, COMPRESSION.APERIO_JP2000_RGB, COMPRESSION.JPEG2000}
 
 
@@ -38,6 +39,7 @@ class JpegDecoder:
 
     shape: tuple[int, int]
     header: bytes
+    is_exact = True
 
     @property
     def shrinks(self) -> tuple[int, ...]:
@@ -76,6 +78,10 @@ class Jpeg2000Decoder:
     is_ycbcr: bool
     shrinks: tuple[int, ...] = (1,)
 
+    @property
+    def is_exact(self) -> bool:
+        return not self.is_ycbcr  # else colours are rounded differently
+
     def __call__(self, data: bytes | memoryview, shrink: int, out: np.ndarray | None = None) -> np.ndarray:
         assert shrink == 1
         try:
@@ -84,7 +90,8 @@ class Jpeg2000Decoder:
             raise TileError(str(error)) from error
         if tile.shape != (*self.shape, 3) or tile.dtype != np.uint8:
             raise TileError(f"JPEG 2000 of shape {tile.shape} and type {tile.dtype}, not {(*self.shape, 3)} and uint8")
-        tile = cv2.cvtColor(tile[..., [0, 2, 1]], cv2.COLOR_YCrCb2RGB) if self.is_ycbcr else tile
+        if self.is_ycbcr and not _has_small_chroma(data):  # imagecodecs turns it to RGB where it enlarges the chroma
+            tile = cv2.cvtColor(tile[..., [0, 2, 1]], cv2.COLOR_YCrCb2RGB)
         if out is None:
             return tile
         out[:] = tile
@@ -116,3 +123,10 @@ def _after_app_segments(stream: bytes | memoryview) -> int:
     while stream[at] == 0xFF and (stream[at + 1] in APP_SEGMENTS or stream[at + 1] == COMMENT):
         at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
     return at
+
+
+def _has_small_chroma(stream: bytes | memoryview) -> bool:
+    """Whether the second component of a JPEG 2000 has fewer columns or rows than the first."""
+    head = bytes(stream[:256])
+    components = head.find(JPEG2000_SIZE) + len(JPEG2000_SIZE) + 38  # 3 bytes each: depth, step across, step down
+    return head[components + 4 : components + 6] != head[components + 1 : components + 3]

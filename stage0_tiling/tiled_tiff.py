@@ -81,6 +81,10 @@ class TiledTiff:
         """Factors by which tiles of a level can be shrunk while they are decoded."""
         return self._levels[level].decoder.shrinks
 
+    def is_exact(self, level: int) -> bool:
+        """Whether a level read at full size is to the bit what OpenSlide reads."""
+        return self._levels[level].decoder.is_exact
+
     def is_sparse(self, level: int, box: tuple[int, int, int, int], shrink: int = 1) -> bool:
         """Whether a box needs tiles that the file does not hold."""
         if self._is_whole[level]:

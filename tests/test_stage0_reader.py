@@ -1,5 +1,6 @@
 """The fast reader of tiled TIFFs: equal to OpenSlide, each compressed tile decoded once, damage refused alike."""
 
+import base64
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,13 @@ from tests.slides import DrawnSlide, write_pyramid
 
 SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real slides in ../shared/data are not here")
+# 32 x 32 px of YCbCr with half as many columns of chroma (Aperio's form of it): ramps, written with OpenJPEG
+SMALL_CHROMA = base64.b64decode(
+    "/0//UQAvAAAAAAAgAAAAIAAAAAAAAAAAAAAAIAAAACAAAAAAAAAAAAADBwEBBwIBBwIB/1IADAAAAAEAAgQEAAH/XAAKQEBISFBISFD/ZAAlAAFD"
+    "cmVhdGVkIGJ5IE9wZW5KUEVHIHZlcnNpb24gMi41LjD/kAAKAAAAAACkAAH/k8+0wBIo6cvjvA0sPniD/OW1xmL9NqWj54AP6nhvbbcfITs8DVsI"
+    "S3RBgO98X6UOXXdOP8+0PCkfTNq7fK3urQH9jOFvv8+0PBQZu7R9wDu/RI0bf+BbP8B8IkB8IgA2oYU/PaY0L6B8gQApIQLPwPkDACFwxRozf8A6"
+    "JAOiAF+nxzGdrCk/oD4RAIQgJ0vAfCIANfV3gP/Z"
+)
 FORMS = {
     "with the level": {},
     "without the level": {"step": 4},
@@ -36,6 +44,7 @@ FORMS = {
     "svs": {"step": 4, "tile": 240, "shared_tables": True, "aperio": True},
     "svs rgb": {"step": 4, "tile": 240, "shared_tables": True, "aperio": True, "colors": "rgb", "subsampling": (1, 1)},
     "svs jpeg 2000": {"compression": "aperio_jp2000_rgb", "aperio": True},
+    "svs jpeg 2000 ycbcr": {"compression": "aperio_jp2000_ycbc", "aperio": True},
 }
 
 
@@ -339,6 +348,20 @@ def test_jpeg_2000_that_openslide_does_not_open(picture, tmp_path):
         beyond = slide.read_region(1500, 1100, 200, 200, (200, 200))
         assert (beyond[100:] == 255).all() and (beyond[:, 100:] == 255).all() and (beyond[:90, :80] < 255).any()
         assert len(plan_tiles(slide, TilingSettings(64)).coords) > 5
+
+
+def test_jpeg_2000_with_small_chroma_equals_openslide(tmp_path):
+    path = tmp_path / "small_chroma.svs"
+    how = {"tile": (32, 32), "compression": "aperio_jp2000_ycbc", "photometric": "rgb", "metadata": None}
+    about = "Aperio Image Library\r\n64x64|AppMag = 20|MPP = 0.5"
+    tifffile.imwrite(path, iter([SMALL_CHROMA] * 4), shape=(64, 64, 3), dtype=np.uint8, description=about, **how)
+    tiles, thumbnails = [], []
+    for reader in ("openslide", "tiff"):
+        with Slide(path, reader) as slide:
+            tiles.append(slide.read_region(32, 0, 32, 32, (32, 32)))
+            thumbnails.append(slide.read_whole(64, 64))
+    assert np.abs(tiles[0].astype(int) - tiles[1]).max() <= 1 and tiles[0].std() > 20
+    np.testing.assert_array_equal(*thumbnails)
 
 
 def test_what_the_fast_reader_cannot_read_goes_to_openslide_or_is_refused(picture, tmp_path):
