@@ -20,6 +20,7 @@ from stage0_tiling.pixel_size import PixelSize, SlideError, choose_pixel_size, p
 from stage0_tiling.resample import ON_GRID, on_grid, resize, sample_box
 from stage0_tiling.slide_files import WHOLE_SLIDE_SUFFIXES
 from stage0_tiling.tiff_codecs import TileError
+from stage0_tiling.tile_cache import bytes_for
 from stage0_tiling.tiled_tiff import TiledTiff
 
 READERS = ("auto", "openslide", "tiff")
@@ -92,6 +93,8 @@ class Slide:
         self.width, self.height = self._handle.dimensions
         self.num_levels = self._handle.level_count
         self._downsamples = self._handle.level_downsamples
+        if isinstance(self._handle, openslide.OpenSlide):
+            self._handle.set_cache(openslide.OpenSlideCache(_cache_bytes(self._handle)))
         self.objective = positive(self.properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
         self.bounds = self._scanned_bounds()
         self._to_srgb = self._color_conversion() if icc else None
@@ -370,6 +373,12 @@ def _hint(path: Path) -> str:
     if path.suffix.lower() in (".czi", ".isyntax"):
         return "convert it to a tiled TIFF"
     return "is the file whole?"
+
+
+def _cache_bytes(slide: openslide.OpenSlide) -> int:
+    """Room for what OpenSlide decodes, 4 bytes a pixel, while a slide is read row by row."""
+    tile_height = slide.properties.get("openslide.level[0].tile-height", "")
+    return bytes_for(slide.dimensions[0], int(tile_height) if tile_height.isdecimal() else 256, bytes_per_pixel=4)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -282,6 +282,15 @@ def test_the_cache_holds_two_rows_of_tiles_and_half_of_one_within_bounds():
     assert bytes_for(10**6, 512, 4) == 512 * 2**20
 
 
+def test_the_cache_of_openslide_has_room_for_two_rows_and_a_half(plain, monkeypatch):
+    capacities, cache = [], openslide.OpenSlideCache
+    monkeypatch.setattr("stage0_tiling.tile_cache.MIN_BYTES", 0)
+    monkeypatch.setattr(openslide, "OpenSlideCache", lambda size: capacities.append(size) or cache(size))
+    with Slide(plain, "openslide") as slide:
+        slide.read_region(0, 0, 512, 512, (256, 256))
+        assert capacities == [int(2.5 * slide.width * 256 * 4)]
+
+
 def damage(source: Path, path: Path, tile: int, how: str, level: int = 0) -> None:
     """Copy a slide with one compressed tile damaged."""
     with tifffile.TiffFile(source) as tiff:
