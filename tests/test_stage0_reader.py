@@ -14,6 +14,7 @@ import pytest
 import tifffile
 import torch
 
+from benchmarks.make_slides import make_slide
 from encoders import load_encoder
 from stage0_tiling import encode as stage0_encode
 from stage0_tiling import tile as stage0_tile
@@ -414,8 +415,19 @@ def test_readers_are_recorded_and_mix_in_one_folder(picture, encoder, tmp_path):
 
 
 def test_the_benchmark_runs_and_writes_ratios(tmp_path):
-    sizes = ("--side", 2048, "--repeats", 1, "--work_dir", tmp_path / "slides", "--json", tmp_path / "ratios.json")
-    done = run_command("benchmarks/stage0.py", *sizes)
-    measured = json.loads((tmp_path / "ratios.json").read_text())
-    assert measured["a"]["ratio"] > 0 and measured["b"]["ratio"] > 0
+    small = ("--side", 2048, "--tiles", 20, 40, "--sides", 1024, "--encoded", 2, "--repeats", 1)
+    done = run_command("benchmarks/stage0.py", *small, "--work_dir", tmp_path / "s", "--json", tmp_path / "r.json")
+    measured = json.loads((tmp_path / "r.json").read_text())
+    assert all(measured[part]["ratio"] > 0 for part in ("a", "b", "linear", "memory"))
     assert measured["b"]["openslide_tiles"] == measured["b"]["tiles"] and "floor" in done.stdout
+    assert measured["memory"]["peak_bytes"]["1024"] > 2**26
+    run_command("benchmarks/make_slides.py", "--output_dir", tmp_path / "made", "--side", 1024)
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["a.svs", "b.svs"]
+
+
+def test_a_benchmark_slide_with_equal_tiles_written_once_reads_as_with_all(tmp_path):
+    for name, sparse in (("all", False), ("once", True)):
+        make_slide(tmp_path / f"{name}.svs", 2048, 0.3, 0.5, sparse)
+    with Slide(tmp_path / "all.svs", "openslide") as one, Slide(tmp_path / "once.svs", "openslide") as other:
+        np.testing.assert_array_equal(one.read_whole(1024, 1024), other.read_whole(1024, 1024))
+    assert (tmp_path / "once.svs").stat().st_size < (tmp_path / "all.svs").stat().st_size
