@@ -36,7 +36,7 @@ BOUNDS = (
     openslide.PROPERTY_NAME_BOUNDS_HEIGHT,
 )
 LEVEL_TOLERANCE = 0.02  # a level this much coarser than asked still counts as fine enough
-MAX_READ_PX = 2048  # side of one read: bounds memory where a slide has no pyramid
+MAX_READ_PX = 4096  # side of one read of a thumbnail: bounds memory, about 200 MB, where a slide has no pyramid
 THUMBNAIL_THREADS = min(4, os.cpu_count() or 1)
 BACKGROUND = 255
 OVERSAMPLING = 2.0  # least, of what is decoded at reduced size and resampled after
