@@ -90,16 +90,20 @@ def compressed_tiles(side: int, radius: float, downsample: int) -> Iterator[byte
     inside = [compress(texture(seed, downsample)) for seed in range(LIBRARY)]
     tissue, blank = texture(LIBRARY, downsample), np.full((TILE, TILE, 3), BACKGROUND, np.uint8)
     outside = compress(blank)
+    centre = side / 2
     y, x = np.mgrid[:TILE, :TILE]
     for row, top in enumerate(range(0, side, TILE)):
         for column, left in enumerate(range(0, side, TILE)):
-            within = np.hypot(y + top - side / 2, x + left - side / 2) < radius
-            if within.all():
+            ends = [abs(begin + end - centre) for begin in (left, top) for end in (0, TILE - 1)]
+            farthest = max(ends[:2]), max(ends[2:])
+            nearest = (max(0, abs(begin + (TILE - 1) / 2 - centre) - (TILE - 1) / 2) for begin in (left, top))
+            if np.hypot(*farthest) < radius:
                 yield inside[(7 * row + 3 * column) % LIBRARY]
-            elif within.any():
-                yield compress(np.where(within[..., None], tissue, blank))
-            else:
+            elif np.hypot(*nearest) >= radius:
                 yield outside
+            else:
+                within = np.hypot(y + top - centre, x + left - centre) < radius
+                yield compress(np.where(within[..., None], tissue, blank))
 
 
 def texture(seed: int, downsample: int) -> np.ndarray:

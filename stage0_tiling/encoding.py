@@ -174,8 +174,7 @@ def encode_slide_with(
 
 def read_tiles(slide: Slide, coords: np.ndarray, out: np.ndarray, *, grid: Grid, tile_size: int) -> None:
     """Read tiles at (B, 2) level-0 positions into `out`, (B, tile_size, tile_size, 3) uint8 RGB."""
-    for tile, (x, y) in zip(out, coords.tolist(), strict=True):
-        tile[:] = slide.read_region(x, y, grid.tile_width, grid.tile_height, (tile_size, tile_size))
+    slide.read_tiles(coords, grid.tile_width, grid.tile_height, (tile_size, tile_size), out)
 
 
 def _prepare(

@@ -6,6 +6,7 @@ images (label, macro) may show a patient's name and are never read.
 
 import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from stage0_tiling.pixel_size import PixelSize, SlideError, choose_pixel_size, p
 from stage0_tiling.resample import ON_GRID, on_grid, resize, sample_box
 from stage0_tiling.slide_files import WHOLE_SLIDE_SUFFIXES
 from stage0_tiling.tiff_codecs import TileError
+from stage0_tiling.tile_cache import bytes_for
 from stage0_tiling.tiled_tiff import TiledTiff
 
 READERS = ("auto", "openslide", "tiff")
@@ -34,7 +36,8 @@ BOUNDS = (
     openslide.PROPERTY_NAME_BOUNDS_HEIGHT,
 )
 LEVEL_TOLERANCE = 0.02  # a level this much coarser than asked still counts as fine enough
-MAX_READ_PX = 2048  # side of one read: bounds memory where a slide has no pyramid
+MAX_READ_PX = 4096  # side of one read of a thumbnail: bounds memory, about 200 MB, where a slide has no pyramid
+THUMBNAIL_THREADS = min(4, os.cpu_count() or 1)
 BACKGROUND = 255
 OVERSAMPLING = 2.0  # least, of what is decoded at reduced size and resampled after
 
@@ -63,7 +66,7 @@ class Slide:
         Args:
             path: a slide or plain image.
             reader: `tiff` for our own reader of tiled JPEG and JPEG 2000 TIFFs, `openslide` to do without it, `auto`
-                for the former wherever it can be used. Thumbnails come from OpenSlide in any case.
+                for the former wherever it can be used.
             icc: convert pixels to sRGB by the slide's ICC profile; a slide without one stays as it is.
             mpp: um per level-0 pixel to use whatever the slide states; None believes the slide.
 
@@ -90,6 +93,8 @@ class Slide:
         self.width, self.height = self._handle.dimensions
         self.num_levels = self._handle.level_count
         self._downsamples = self._handle.level_downsamples
+        if isinstance(self._handle, openslide.OpenSlide):
+            self._handle.set_cache(openslide.OpenSlideCache(_cache_bytes(self._handle)))
         self.objective = positive(self.properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
         self.bounds = self._scanned_bounds()
         self._to_srgb = self._color_conversion() if icc else None
@@ -193,6 +198,39 @@ class Slide:
             return self._in_srgb(picture)
         return self._in_srgb(self._read_plain(x, y, width, height, size))
 
+    def read_tiles(
+        self, coords: np.ndarray, width: int, height: int, size: tuple[int, int], out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Read many tiles of one size, each as `read_region` reads it, with the work that they share done once.
+
+        Args:
+            coords: (N, 2) level-0 (x, y) of top-left corners, best in row order.
+            width: level-0 pixels of a tile.
+            height: level-0 pixels of a tile.
+            size: (width, height) in pixels of the pictures.
+            out: (N, size[1], size[0], 3) uint8 to read into; one that is used again is written faster than a new one.
+
+        Returns:
+            (N, size[1], size[0], 3) uint8 RGB, which is `out` where that is given.
+
+        Raises:
+            SlideError: if a tile cannot be read; the message names its position.
+        """
+        if out is None:
+            out = np.empty((len(coords), size[1], size[0], 3), np.uint8)
+        assert out.shape == (len(coords), size[1], size[0], 3) and out.dtype == np.uint8
+        is_read = np.zeros(len(coords), bool)
+        if self._tiff is not None:
+            level = self._level_for(min(width / size[0], height / size[1]))
+            is_read[self._tiff.read_aligned(level, coords, (width, height), size, out)] = True
+            if self._to_srgb is not None:
+                for i in np.flatnonzero(is_read).tolist():
+                    out[i] = self._in_srgb(out[i])
+        for i in np.flatnonzero(~is_read).tolist():
+            x, y = coords[i].tolist()
+            out[i] = self.read_region(x, y, width, height, size)
+        return out
+
     def read_whole(self, width: int, height: int) -> np.ndarray:
         """Read the whole slide as (height, width, 3) uint8 RGB, block by block, so that memory stays bounded."""
         scale_x, scale_y = self.width / width, self.height / height
@@ -206,21 +244,45 @@ class Slide:
                 x1, y1 = round(right * scale_x), round(bottom * scale_y)
                 if self._is_unscanned(x0, y0, x1, y1):
                     continue
-                # by the same reader whatever reads the tiles, so that the tissue found on it is the same
-                read = self._read_tiled if self._handle is self._tiff else self._read_plain
-                block = read(x0, y0, x1 - x0, y1 - y0, (right - left, bottom - top))
+                block = self._read_block(x0, y0, x1 - x0, y1 - y0, (right - left, bottom - top))
                 picture[top:bottom, left:right] = self._in_srgb(block)
+        if self._tiff is not None:
+            self._tiff.forget()
         return self._blank_outside_bounds(picture)
+
+    def _read_block(self, x: int, y: int, width: int, height: int, size: tuple[int, int]) -> np.ndarray:
+        """Read a part of a thumbnail: to the bit what OpenSlide reads, so that the tissue found on it is the same.
+
+        Hence never shrunk while decoding, and not through our own reader where that rounds otherwise.
+        """
+        if self._handle is self._tiff:  # OpenSlide does not know the format
+            return self._read_tiled(x, y, width, height, size)
+        level = self._level_for(min(width / size[0], height / size[1]))
+        begins_on_pixel = x % self._downsamples[level] == y % self._downsamples[level] == 0
+        if self._tiff is not None and self._tiff.is_exact(level) and begins_on_pixel:
+            block = self._read_tiled(x, y, width, height, size, may_shrink=False, num_threads=THUMBNAIL_THREADS)
+            if block is not None:
+                return block
+        return self._read_plain(x, y, width, height, size)
 
     def _level_for(self, downsample: float) -> int:
         """The coarsest level that is still fine enough for a downsample of level 0."""
         fine = [level for level, has in enumerate(self._downsamples) if has <= downsample * (1 + LEVEL_TOLERANCE)]
         return max(fine, default=0, key=lambda level: self._downsamples[level])
 
-    def _read_tiled(self, x: int, y: int, width: int, height: int, size: tuple[int, int]) -> np.ndarray | None:
+    def _read_tiled(
+        self,
+        x: int,
+        y: int,
+        width: int,
+        height: int,
+        size: tuple[int, int],
+        may_shrink: bool = True,
+        num_threads: int = 1,
+    ) -> np.ndarray | None:
         """Read through our own reader, shrunk while decoding; None where OpenSlide must decide what is not there."""
         level = self._level_for(min(width / size[0], height / size[1]))
-        shrink = self._shrink_for(level, (x, y, width, height), size)
+        shrink = self._shrink_for(level, (x, y, width, height), size) if may_shrink else 1
         left, top, columns, rows = (value / self._downsamples[level] / shrink for value in (x, y, width, height))
         if shrink == 1:  # whole pixels, and linear between them, as OpenSlide does
             columns, rows = max(1, round(columns)), max(1, round(rows))
@@ -229,7 +291,7 @@ class Slide:
         if self._handle is not self._tiff and self._tiff.is_sparse(level, box, shrink):
             return None
         try:
-            picture = self._tiff.read(level, box, shrink)
+            picture = self._tiff.read(level, box, shrink, num_threads)
         except (TileError, OSError) as error:
             raise self._unreadable(x, y, level, error) from error
         interpolation = cv2.INTER_LINEAR if shrink == 1 else cv2.INTER_CUBIC
@@ -311,6 +373,12 @@ def _hint(path: Path) -> str:
     if path.suffix.lower() in (".czi", ".isyntax"):
         return "convert it to a tiled TIFF"
     return "is the file whole?"
+
+
+def _cache_bytes(slide: openslide.OpenSlide) -> int:
+    """Room for what OpenSlide decodes, 4 bytes a pixel, while a slide is read row by row."""
+    tile_height = slide.properties.get("openslide.level[0].tile-height", "")
+    return bytes_for(slide.dimensions[0], int(tile_height) if tile_height.isdecimal() else 256, bytes_per_pixel=4)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

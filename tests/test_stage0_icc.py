@@ -114,6 +114,10 @@ def test_tiles_and_thumbnails_are_converted(slides, profile, name, reader):
         for box in ((100, 100, 256, 256, (256, 256)), (64, 32, 512, 512, (128, 128)), (-50, 700, 200, 200, (90, 90))):
             np.testing.assert_array_equal(slide.read_region(*box), convert(plain.read_region(*box)))
         np.testing.assert_array_equal(slide.read_whole(128, 96), convert(plain.read_whole(128, 96)))
+        coords = np.array([[0, 0], [256, 256], [100, 30]])
+        many = slide.read_tiles(coords, 256, 256, (256, 256))
+        for tile, (x, y) in zip(many, coords.tolist(), strict=True):
+            np.testing.assert_array_equal(tile, convert(plain.read_region(x, y, 256, 256, (256, 256))))
 
 
 def test_readers_agree_on_converted_tiles(slides):

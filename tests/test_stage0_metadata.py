@@ -196,9 +196,9 @@ def test_tissue_and_tiles_lie_within_the_bounds(bounded, reader):
 
 def test_what_lies_outside_the_bounds_is_not_read(bounded, monkeypatch):
     read = []
-    plain = Slide._read_plain
+    block = Slide._read_block
     monkeypatch.setattr("stage0_tiling.slide.MAX_READ_PX", 64)
-    monkeypatch.setattr(Slide, "_read_plain", lambda self, *box: read.append(box) or plain(self, *box))
+    monkeypatch.setattr(Slide, "_read_block", lambda self, *box: read.append(box) or block(self, *box))
     with Slide(bounded) as slide:
         slide.read_whole(512, 256)
     assert read and all(x + width > 1100 and y + height > 40 for x, y, width, height, _ in read)
