@@ -569,7 +569,7 @@ def test_tiles_unlike_those_of_training_get_one_line_of_advice():
 def test_encode_gives_the_advice(tmp_path, monkeypatch, caplog):
     DrawnSlide(width=512, height=512, num_levels=1).write(tmp_path / "slide.tiff")
     encoder = small("virchow")
-    monkeypatch.setattr(encoders, "load_encoder", lambda name: encoder)
+    monkeypatch.setattr("stage0_tiling.tile_encoder.load_encoder", lambda name: encoder)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     flags = ["--slides", tmp_path / "slide.tiff", "--output_dir", tmp_path / "out", "--encoder", "virchow"]
     flags += ["--tile_size", "128", "--mpp", "1.0"]
