@@ -19,22 +19,15 @@ from slide_reports.batches import (
     read_case,
     read_image,
 )
+from slide_reports.inputs import describe_features, with_inputs
 from slide_reports.prompt import (
     DEFAULT_QUESTIONS,
     Prompt,
 )
-from slide_reports.records import (
-    Record,
-    add_data_arguments,
-    describe_features,
-    patient_of,
-    read_records,
-    read_training_records,
-    records_digest,
-    slide_id_of,
-    split_by_patient,
-    with_inputs,
-)
+from slide_reports.record import Record, patient_of, slide_id_of
+from slide_reports.records import add_data_arguments, read_records, read_training_records, records_digest
+from slide_reports.splits import split_by_patient
+from slide_reports.table import RecordTable
 
 __all__ = [
     "check_input_kind",
@@ -44,6 +37,7 @@ __all__ = [
     "Prompt",
     "Record",
     "RecordBatches",
+    "RecordTable",
     "ReportDataset",
     "SampleKey",
     "add_data_arguments",

@@ -3,7 +3,7 @@
 import math
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from encoders import ImageEncoder
 from slide_features import SlideFeatures, choose_patches, raster_order, read_slide_features, read_slide_positions
+from slide_reports.inputs import check_making
 from slide_reports.prompt import Prompt
-from slide_reports.records import Record, check_making
+from slide_reports.record import Record
 from slide_vlm import IGNORED_LABEL, SlideVLM, VLMSettings
 
 MAX_PATCHES = 16384  # read of one slide when a reducer other than `none` follows; 50 MB at width 1536
@@ -46,7 +47,7 @@ class ReportDataset(Dataset):
         skip_bad_inputs: put a filler in the place of a record whose input cannot be read, and say so; else raise.
     """
 
-    records: list[Record]
+    records: Sequence[Record]
     tokenizer: Any
     prompt: Prompt
     question: str
@@ -64,7 +65,7 @@ class ReportDataset(Dataset):
         cls,
         model: SlideVLM,
         tokenizer: Any,
-        records: list[Record],
+        records: Sequence[Record],
         *,
         seed: int | None = None,
         skip_bad_inputs: bool = False,
@@ -109,10 +110,17 @@ class ReportDataset(Dataset):
         raise ValueError("no record's input can be read; see the messages above")
 
     def _text(self, record: Record, *, supervised: bool) -> dict[str, list[int]]:
-        question = self.prompt.question_ids(self.tokenizer, record.question or self.question, self.max_question_tokens)
-        answer = self.prompt.answer_ids(self.tokenizer, record.answer, self.max_answer_tokens) if record.answer else []
-        targets = answer if supervised else [IGNORED_LABEL] * len(answer)
-        return {"input_ids": question + answer, "labels": [IGNORED_LABEL] * len(question) + targets}
+        """Ids and labels of all turns; every answer is supervised, whichever turn it is of."""
+        ids = self.prompt.question_ids(self.tokenizer, record.question or self.question, self.max_question_tokens)
+        labels = [IGNORED_LABEL] * len(ids)
+        for number, (question, text) in enumerate(record.turns):
+            if number:
+                asked = self.prompt.next_question_ids(self.tokenizer, question, self.max_question_tokens)
+                ids, labels = ids + asked, labels + [IGNORED_LABEL] * len(asked)
+            if text:
+                answer = self.prompt.answer_ids(self.tokenizer, text, self.max_answer_tokens)
+                ids, labels = ids + answer, labels + (answer if supervised else [IGNORED_LABEL] * len(answer))
+        return {"input_ids": ids, "labels": labels}
 
     def _inputs(self, record: Record, epoch: int) -> dict[str, Any]:
         rng = None
@@ -304,8 +312,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
 def make_loaders(
     model: SlideVLM,
     tokenizer: Any,
-    train_records: list[Record],
-    val_records: list[Record],
+    train_records: Sequence[Record],
+    val_records: Sequence[Record],
     *,
     batch_size: int,
     gradient_accumulation_steps: int,

@@ -1,0 +1,125 @@
+"""The feature files and images that records name: whether they open, and how they were made."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from slide_features import SlideFeatures, read_slide_features
+from slide_reports.paths import FEATURE_SUFFIXES
+from slide_reports.record import Record
+from slide_reports.table import column, select
+
+MAX_OPENED = 20_000  # files opened before training: a few seconds. Of more, as many are tried, evenly spaced
+MAX_PROBLEMS = 1_000  # lines kept
+
+
+def with_inputs(
+    records: Sequence[Record], expected: dict[str, Any] | None = None
+) -> tuple[Sequence[Record], list[str]]:
+    """The records whose answers exist and whose inputs open, and a line for each other record saying what is wrong.
+
+    Feature files must be made as ``expected`` says, or else as the first good one. All inputs must be there; of more
+    than `MAX_OPENED` different ones only so many are opened, and the others when they are read.
+    """
+    inputs, turns = column(records, "inputs"), column(records, "turns")
+    faults = input_faults(list(dict.fromkeys(path for paths in inputs for path in paths)), expected)
+    problems, usable = [], np.zeros(len(records), dtype=bool)
+    for position, (paths, of_record) in enumerate(zip(inputs, turns, strict=True)):
+        fault = next((faults[path] for path in paths if path in faults), None)
+        if not any(answer for _, answer in of_record):
+            fault = "its report is empty"
+        usable[position] = fault is None
+        if fault is not None and len(problems) < MAX_PROBLEMS:
+            problems.append((position, fault))
+    bad = select(records, [position for position, _ in problems])
+    lines = [f"{name}: {fault}" for name, (_, fault) in zip(column(bad, "id"), problems, strict=True)]
+    if (more := int((~usable).sum()) - len(lines)) > 0:
+        lines.append(f"and {more} more records")
+    return select(records, np.nonzero(usable)[0]), lines
+
+
+def input_faults(paths: list[str], expected: dict[str, Any] | None) -> dict[str, str]:
+    """What is wrong with each input that cannot be used, see `with_inputs`."""
+    faults = {path: f"{path} is missing" for path in paths if not os.path.isfile(path)}
+    present = [path for path in paths if path not in faults]
+    for path in present:
+        if expected:
+            break
+        fault, expected = _try_input(path, {})
+        if fault is None:
+            break
+        faults[path] = fault
+    to_open = present[:: max(1, -(-len(present) // MAX_OPENED))]
+    with ThreadPoolExecutor(8) as pool:
+        jobs = pool.map(lambda path: _try_input(path, expected or {}), to_open)
+        tried = tqdm(jobs, total=len(to_open), desc="checking inputs", unit="file", delay=5, leave=False)
+        faults |= {path: fault for path, (fault, _) in zip(to_open, tried, strict=True) if fault is not None}
+    return faults
+
+
+def _try_input(path: str, expected: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    try:
+        return None, check_input(Path(path), expected)
+    except (ValueError, OSError) as error:
+        return str(error), {}
+
+
+def check_input(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """Open a feature file or image without reading it whole; of a feature file, return how it was made.
+
+    Raises:
+        ValueError: it does not open as what its name says, or was made otherwise than ``expected``.
+        FileNotFoundError: it is missing.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    if path.suffix in FEATURE_SUFFIXES:
+        slide = read_slide_features(path, rows=np.array([0]))
+        check_making(path, slide, expected)
+        return making_of_slide(slide)
+    try:
+        Image.open(path).close()
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} does not open as an image") from error
+    return {}
+
+
+def making_of_slide(slide: SlideFeatures) -> dict[str, Any]:
+    """How a feature file was made, as far as it says."""
+    names = ("encoder", "encoder_fingerprint", "tile_size", "mpp")
+    return {"patch_width": slide.features.shape[1]} | {name: getattr(slide, name) for name in names}
+
+
+def check_making(path: Path, slide: SlideFeatures, expected: dict[str, Any]) -> None:
+    """Refuse patch tokens of another width, encoder, tile size or resolution than the others'.
+
+    Raises:
+        ValueError: names both values. What one side does not say is not compared, nor are the names of two encoders
+            with fingerprints: a folder may have moved.
+    """
+    found = making_of_slide(slide)
+    if found["encoder_fingerprint"] and expected.get("encoder_fingerprint"):
+        found["encoder"] = None
+    for name, value in found.items():
+        wanted = expected.get(name)
+        if None not in (value, wanted) and value != wanted:
+            raise ValueError(f"{path} was made with {name} {value}, not {wanted}; encode it like the others")
+
+
+def describe_features(path: Path) -> dict[str, Any]:
+    """What ``vlm.json`` keeps of how a feature file was made, so that inference tiles and encodes alike."""
+    first = read_slide_features(path, rows=np.array([0]))
+    tiling = {name: getattr(first, name) for name in ("tile_size", "mpp", "overlap", "min_tissue")}
+    return {
+        "input_kind": "features",
+        "patch_width": first.features.shape[1],
+        "encoder": first.encoder,
+        "encoder_fingerprint": first.encoder_fingerprint,
+        "tiling": {key: value for key, value in tiling.items() if value is not None},
+    }
