@@ -172,6 +172,24 @@ def test_prompt_and_answer_make_the_chat_template(chat):
         assert text == "<bos><|image|>\nWhich organ? {x}\nBreast<eos>"
 
 
+def test_a_conversation_makes_the_chat_template_and_teaches_every_answer(tmp_path):
+    tokenizer = make_tokenizer()
+    prompt = Prompt.for_tokenizer(tokenizer)
+    inputs = (write_features(tmp_path / "a.h5", 5),)
+    record = Record("a", inputs, "Organ?", "Breast", "a", later_turns=(("Benign?", "Yes"), ("Sure?", "Yes")))
+    data = ReportDataset([record], tokenizer, prompt, "?", num_patches=10)
+    sample = data[SampleKey(0, 0, True)]
+    roles = ("user", "assistant", "user", "assistant", "user", "assistant")
+    texts = ("<|image|>\nOrgan?", "Breast", "Benign?", "Yes", "Sure?", "Yes")
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    at = sample["input_ids"].index(IMAGE_MARKER)
+    text = tokenizer.decode(sample["input_ids"][:at]) + "<|image|>" + tokenizer.decode(sample["input_ids"][at + 1 :])
+    assert text == tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
+    taught = tokenizer.decode([label for label in sample["labels"] if label != IGNORED_LABEL])
+    assert taught == "Breast<end_of_turn>Yes<end_of_turn>Yes<end_of_turn>"
+    assert len(sample["labels"]) == len(sample["input_ids"])
+
+
 def test_long_texts_are_cut():
     tokenizer = make_tokenizer()
     prompt = Prompt.for_tokenizer(tokenizer)
