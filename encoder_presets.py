@@ -5,7 +5,7 @@
     preset.tiling_advice(tile_size=256, mpp=0.5)      one line, or None if the tiles are as in training
 
 `encoders.load_encoder` builds a model from its preset; docs/encoders.md holds `markdown_table()`. Architectures have
-timm's or transformers' names and their arguments are plain data.
+timm's or transformers' names, or those of `encoder_backbones`, and their arguments are plain data.
 """
 
 from collections.abc import Iterator
@@ -24,6 +24,7 @@ POOLINGS = {
     "class": "class token",
     "class_mean": "class token ++ mean of patch tokens",
     "projection": "projected class token",
+    "attention": "attentional pooler over all tokens",
     None: "timm's own",
 }
 
@@ -35,7 +36,7 @@ class EncoderPreset:
     Attributes:
         name: short name, or timm's name where timm itself knows all settings.
         repository: `org/name` on the Hugging Face hub.
-        architecture: timm model, or transformers `model_type` if `library` says so.
+        architecture: timm model (those of `encoder_backbones` too), or transformers `model_type` if `library` says so.
         library: `timm` or `transformers`.
         arguments: further arguments of the timm model, or fields of the transformers configuration.
         weights_file: file in the repository if it does not have one of the usual names.
@@ -454,6 +455,70 @@ PRESETS: tuple[EncoderPreset, ...] = (
         licence="cc-by-nc-nd-4.0",
         sources=("https://github.com/birkhoffkiki/GPFM", "https://arxiv.org/abs/2407.18449", _EVA, _LAZYSLIDE),
     ),
+    EncoderPreset(
+        name="conch",
+        repository="MahmoodLab/CONCH",
+        architecture="conch_vit_base",
+        arguments={"img_size": 448},
+        weights_file="pytorch_model.bin",
+        token_pooling="attention",
+        width=512,
+        million_parameters=87.6,
+        input_size=448,
+        **CLIP,
+        tile_size=512,
+        mpp=(0.5,),
+        licence="cc-by-nc-nd-4.0",
+        gated=True,
+        sources=("https://github.com/mahmoodlab/CONCH", "https://arxiv.org/abs/2307.12914", _TRIDENT, _LAZYSLIDE),
+        aliases=("conch-v1",),
+    ),
+    EncoderPreset(
+        name="conch-v1.5",
+        repository="MahmoodLab/conchv1_5",
+        architecture="conch_vit_large",
+        arguments={"img_size": 448},
+        weights_file="pytorch_model_vision.bin",
+        token_pooling="attention",
+        width=768,
+        million_parameters=306.7,
+        input_size=448,
+        interpolation="bilinear",
+        **IMAGENET,
+        tile_size=512,
+        mpp=(0.5,),
+        licence="cc-by-nc-nd-4.0",
+        gated=True,
+        sources=("https://github.com/mahmoodlab/TITAN", "https://arxiv.org/abs/2411.19666", _TRIDENT, _LAZYSLIDE),
+        aliases=("conch-v15", "conchv1-5"),
+    ),
+    EncoderPreset(
+        name="ctranspath",
+        repository="1aurent/swin_tiny_patch4_window7_224.CTransPath",
+        architecture="swin_tiny_conv_stem",
+        arguments={"img_size": 224},
+        token_pooling=None,
+        width=768,
+        million_parameters=27.5,
+        interpolation="bilinear",
+        **IMAGENET,
+        tile_size=256,
+        mpp=(1.0,),
+        licence="gpl-3.0",
+        sources=("https://github.com/Xiyue-Wang/TransPath", "https://doi.org/10.1016/j.media.2022.102559", _TRIDENT),
+    ),
+    EncoderPreset(
+        name="keep",
+        repository="Astaxanthin/KEEP",
+        architecture="keep_vit_large",
+        arguments={"img_size": 224},
+        token_pooling="projection",
+        width=768,
+        million_parameters=304.7,
+        **IMAGENET,
+        licence="mit",
+        sources=("https://github.com/MAGIC-AI4Med/KEEP", "https://arxiv.org/abs/2412.13126", _LAZYSLIDE),
+    ),
     _kaiko("vits8", "vit_small_patch8_224", 384, 21.7),
     _kaiko("vits16", "vit_small_patch16_224", 384, 21.7),
     _kaiko("vitb8", "vit_base_patch8_224", 768, 85.8),
@@ -491,11 +556,7 @@ PRESETS: tuple[EncoderPreset, ...] = (
 
 # Published encoders that need code of their own, which we do not run from a repository: name, repository, reason.
 LEFT_OUT: tuple[tuple[str, str, str], ...] = (
-    ("CONCH", "MahmoodLab/CONCH", "attention pooler and loader are in the authors' own package"),
-    ("CONCH v1.5", "MahmoodLab/conchv1_5", "attention pooler is remote code of the TITAN repository"),
     ("MUSK", "xiangjx/musk", "BEiT-3 with the authors' own package; multi-scale inference is part of it"),
-    ("KEEP", "Astaxanthin/KEEP", "projection head and renamed weights are remote code"),
-    ("CTransPath", "", "Swin with its own convolutional stem on a patched timm; GPL-3.0, weights not on the hub"),
 )
 
 

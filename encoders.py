@@ -25,8 +25,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from encoder_presets import EncoderPreset, find_preset, preset_names
+from hub_access import explained
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+SLIDE_ENCODER_MARK = " + "  # between tile and slide encoder in the `encoder` of a file of slide tokens
 
 
 class ImageEncoder(nn.Module):
@@ -76,6 +78,11 @@ class ImageEncoder(nn.Module):
         """Resize, crop and normalise a PIL image as the encoder's authors did: (3, H, W) float32."""
         return self._transform(image.convert("RGB"))
 
+    @property
+    def transform_steps(self) -> list[Callable]:
+        """The steps of `transform` where it is torchvision's Compose, as timm's are; none otherwise."""
+        return list(getattr(self._transform, "transforms", ()))
+
     def encode_tiles(self, pixels: Tensor) -> Tensor:
         """Turn (B, 3, H, W) into (B, D), one patch token per tile.
 
@@ -83,7 +90,7 @@ class ImageEncoder(nn.Module):
         the class token, the mean or the attention pool of their configuration. Other transformers models give the class
         token where they have one, else their pooled output.
         """
-        if self.token_pooling == "projection":
+        if self.token_pooling in ("projection", "attention"):
             return self.backbone(pixels) if self.processor is None else self.backbone(pixel_values=pixels).image_embeds
         if self.token_pooling is not None:
             return self._pool(self._feature_map(pixels))
@@ -126,13 +133,8 @@ class ImageEncoder(nn.Module):
 
         A pooling that is not the model's own counts too: the same weights then give other vectors.
         """
-        digest = hashlib.sha256()
-        if self.token_pooling in ("class_mean", "projection"):
-            digest.update(self.token_pooling.encode())
-        for key, tensor in self.backbone.state_dict().items():
-            digest.update(f"{key}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        not_its_own = self.token_pooling in ("class_mean", "projection", "attention")
+        return weights_fingerprint(self.backbone.state_dict(), self.token_pooling if not_its_own else "")
 
     def _pool(self, tokens: Tensor) -> Tensor:
         """(B, D) or (B, 2 D) from class, register and patch tokens (B, N, D)."""
@@ -174,6 +176,15 @@ class ImageEncoder(nn.Module):
         return None
 
 
+def weights_fingerprint(weights: dict[str, Tensor], salt: str = "") -> str:
+    """16 hex digits of named weights: a hash of `salt` and of the name, shape and first values of every tensor."""
+    digest = hashlib.sha256(salt.encode())
+    for key, tensor in weights.items():
+        digest.update(f"{key}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def load_encoder(
     name_or_path: str | Path, *, pretrained: bool = True, model_args: dict[str, Any] | None = None
 ) -> ImageEncoder:
@@ -182,8 +193,9 @@ def load_encoder(
     Args:
         name_or_path: a preset (`virchow2`; `docs/encoders.md` lists them), a timm name
             (`vit_small_patch14_dinov2.lvd142m`), a hub name (`hf-hub:org/name` or `org/name`; a preset's settings apply
-            to its hub name too), or a folder in timm's layout (config.json has `architecture`) or transformers'
-            (config.json has `model_type`).
+            to its hub name too), `preset=FILE` for a preset's weights in a file that was downloaded by hand
+            (`ctranspath=ctranspath.pth`), or a folder in timm's layout (config.json has `architecture`) or
+            transformers' (config.json has `model_type`).
         pretrained: False leaves the weights random; nothing is downloaded for a timm name or a folder.
         model_args: further arguments of `timm.create_model`, e.g. `{"img_size": 128, "depth": 4}`; of transformers
             models only presets without weights take them, as fields of the configuration.
@@ -195,30 +207,50 @@ def load_encoder(
         ConnectionError: if weights are neither here nor reachable.
     """
     name = str(name_or_path)
+    if SLIDE_ENCODER_MARK in name and not Path(name).is_dir():
+        raise ValueError(
+            f"{name} are a tile encoder and a slide encoder: give the first to stage0_tiling/encode.py and the second "
+            "to stage0_tiling/encode_slides.py, and go on with the feature files of the latter"
+        )
+    name, weights_path = _split_weights(name)
     preset = find_preset(name)
     folder = Path(name).expanduser()
+    if weights_path is not None:
+        encoder = _build_timm_preset(preset, "", pretrained, model_args or {}, weights_path)
+        encoder.preset = preset
+        return encoder
     if folder.is_dir() and (preset is None or (folder / "config.json").is_file()):
         return _load_folder(folder.absolute(), pretrained, model_args or {})
     if name.startswith(("/", ".", "~")) or folder.is_file():
         raise FileNotFoundError(f"no encoder folder {name}: give a folder that holds config.json and model.safetensors")
-    try:
+    repository = preset.repository if preset is not None else _without_prefix(name).partition("@")[0]
+    licence, gated = (preset.licence, preset.gated) if preset is not None else (None, False)
+    with explained(f"encoder {name}", repository, licence=licence, gated=gated):
         encoder = _load_name(name, preset, pretrained, model_args or {})
-    except hub_errors.GatedRepoError as error:
-        raise _gated(name, preset) from error
-    except (hub_errors.RepositoryNotFoundError, hub_errors.EntryNotFoundError, hub_errors.HFValidationError) as error:
-        if isinstance(error, hub_errors.LocalEntryNotFoundError):
-            raise _unreachable(name) from error
-        raise FileNotFoundError(
-            f"no encoder {name}: neither a folder here nor a model on the hub that you may see"
-        ) from error
-    except (hub_errors.OfflineModeIsEnabled, ConnectionError) as error:
-        raise _unreachable(name) from error
     encoder.preset = preset
     return encoder
 
 
+def _split_weights(name: str) -> tuple[str, Path | None]:
+    """A preset's name and the file of its weights, of `preset=FILE`; other names as they are."""
+    preset_name, _, file = name.partition("=")
+    preset = find_preset(preset_name)
+    if not file or preset is None:
+        return name, None
+    if preset.library != "timm" or preset.is_timm_name:
+        raise ValueError(
+            f"encoder {name}: {preset.name} takes no file of weights; give a folder that holds config.json"
+        )
+    path = Path(file).expanduser().absolute()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"encoder {name}: no file {path}; it is the {preset.weights_file or 'weights'} of {preset.url}"
+        )
+    return preset_name, path
+
+
 def _load_name(name: str, preset: EncoderPreset | None, pretrained: bool, model_args: dict[str, Any]) -> ImageEncoder:
-    hub_name = name.removeprefix(HUB_PREFIXES[0]).removeprefix(HUB_PREFIXES[1])
+    hub_name = _without_prefix(name)
     if preset is not None and not preset.is_timm_name:
         build = _build_timm_preset if preset.library == "timm" else _build_transformers_preset
         return build(preset, hub_name.partition("@")[2], pretrained, model_args)
@@ -227,20 +259,8 @@ def _load_name(name: str, preset: EncoderPreset | None, pretrained: bool, model_
     return _load_timm_name(name, pretrained, model_args)
 
 
-def _gated(name: str, preset: EncoderPreset | None) -> PermissionError:
-    url = preset.url if preset is not None else f"https://huggingface.co/{name.split(':')[-1].partition('@')[0]}"
-    licence = f" ({preset.licence})" if preset is not None else ""
-    return PermissionError(
-        f"encoder {name} is gated: accept its licence{licence} at {url} and wait until access is granted, "
-        "then run `hf auth login` or set HF_TOKEN"
-    )
-
-
-def _unreachable(name: str) -> ConnectionError:
-    return ConnectionError(
-        f"the weights of encoder {name} are not in the local cache and the hub cannot be reached: "
-        "check the network, or give a local folder that holds config.json and model.safetensors"
-    )
+def _without_prefix(name: str) -> str:
+    return name.removeprefix(HUB_PREFIXES[0]).removeprefix(HUB_PREFIXES[1])
 
 
 def _load_folder(folder: Path, pretrained: bool, model_args: dict[str, Any]) -> ImageEncoder:
@@ -287,7 +307,11 @@ def _load_timm_name(name: str, pretrained: bool, model_args: dict[str, Any]) -> 
 
 
 def _build_timm_preset(
-    preset: EncoderPreset, revision: str, pretrained: bool, model_args: dict[str, Any]
+    preset: EncoderPreset,
+    revision: str,
+    pretrained: bool,
+    model_args: dict[str, Any],
+    weights_path: Path | None = None,
 ) -> ImageEncoder:
     arguments = {"num_classes": 0, **preset.arguments, **model_args}
     config = {
@@ -305,6 +329,9 @@ def _build_timm_preset(
         "license": preset.licence,
     }
     name = f"hf-hub:{config['hf_hub_id']}"
+    if weights_path is not None:
+        config |= {"source": "file", "file": str(weights_path)}
+        name = f"{preset.name}={weights_path}"
     arguments["pretrained_cfg"] = config
     return _build_timm(preset.architecture, name, pretrained, arguments, preset.token_pooling)
 
@@ -315,6 +342,8 @@ def _build_timm(
     import timm
     from timm.data import create_transform
     from timm.data.model_config import resolve_input_data_config
+
+    import encoder_backbones  # noqa: F401 - registers its architectures with timm
 
     headless = {} if token_pooling == "projection" else {"num_classes": 0}
     try:

@@ -6,27 +6,74 @@ A feature file `features/<slide_id>.h5` holds
     coords    (N, 2) int64                 level-0 pixels, (x, y) of the tile's top-left corner
 
 Row i of one belongs to row i of the other. Attributes on `coords` use TRIDENT's names, so that its tools read our
-files; `mpp`, `encoder`, `tile_size` and `format_version` lie on the file root. `coords/<slide_id>.h5` is the same
-without `features`. Files of TRIDENT, CLAM (`.h5` and `.pt`), WSI-LLaVA (`coords_yx`) and HistoGPT (`feats`) are read as
-well.
+files; `mpp`, `encoder`, `tile_size`, `format_version` and the other facts of `MAKING_FACTS` lie on the file root.
+`coords/<slide_id>.h5` is the same without `features`, with the fraction of each tile that is tissue or an artefact
+(QUALITY_KEYS, each (N,) float32). A feature file may also be a zarr archive, or a bare tensor that takes its positions
+from the coords file: see `feature_containers`. Files of TRIDENT, CLAM (`.h5` and `.pt`), WSI-LLaVA (`coords_yx`) and
+HistoGPT (`feats`) are read as well.
 """
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import h5py
 import numpy as np
 
+from feature_containers import (
+    SUFFIXES,
+    StoredArray,
+    attributes_path,
+    format_of,
+    open_arrays,
+    read_attributes,
+    read_tensor,
+    write_arrays,
+    write_tensor,
+)
+
 FORMAT_VERSION = 1
+FEATURE_SUFFIXES = tuple(SUFFIXES.values())
 FEATURE_KEYS = ("features", "feats")
 COORD_KEYS = ("coords", "coords_yx")
+QUALITY_KEYS = ("tissue", "pen", "fold", "blur", "edge")
 NOMINAL_MAGNIFICATIONS = (1.25, 2.5, 5, 10, 20, 40, 60, 80)
 ROWS_PER_READ = 1024
 GRID_STEP = 256  # spacing of made-up positions, for files that store none
+
+
+class MakingFact(NamedTuple):
+    """A setting that decides patch tokens or which tiles have one.
+
+    Attributes:
+        unsaid: what a file means that does not say it; None where that is unknown, and then it is not compared.
+        must_agree: whether files that differ in it must not be mixed.
+    """
+
+    unsaid: Any = None
+    must_agree: bool = False
+
+
+# The one list of what a feature file says of its making, beside the encoder. A model keeps them in vlm.json, and a new
+# slide is tiled and encoded by them: each is an argument of `stage0_tiling.encoding.encode_slide`.
+MAKING_FACTS = {
+    "tile_size": MakingFact(must_agree=True),
+    "mpp": MakingFact(must_agree=True),
+    "overlap": MakingFact(),
+    "min_tissue": MakingFact(),
+    "tissue_method": MakingFact("otsu"),
+    "segmenter": MakingFact(),
+    "max_pen": MakingFact(1.0),
+    "max_fold": MakingFact(1.0),
+    "max_blur": MakingFact(1.0),
+    "max_edge": MakingFact(1.0),
+    "icc": MakingFact(False, must_agree=True),
+    "stain_normalizer": MakingFact("none", must_agree=True),
+    "stain_target": MakingFact("", must_agree=True),
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +90,7 @@ class SlideFeatures:
         overlap: overlap of neighbouring tiles in pixels at `mpp`; None if unknown.
         min_tissue: least fraction of a tile that is tissue; None if unknown.
         encoder_fingerprint: of the encoder's weights, as `ImageEncoder.fingerprint` gives it; None if unknown.
+        more_making: further `MAKING_FACTS`, where they are not as in a file that does not say them.
     """
 
     features: np.ndarray
@@ -54,6 +102,13 @@ class SlideFeatures:
     overlap: int | None = None
     min_tissue: float | None = None
     encoder_fingerprint: str | None = None
+    more_making: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def making(self) -> dict[str, Any]:
+        """Every one of `MAKING_FACTS`, None where it is unknown."""
+        said = {name: getattr(self, name, None) for name in MAKING_FACTS} | dict(self.more_making)
+        return with_unsaid(said)
 
 
 @dataclass(frozen=True)
@@ -70,6 +125,8 @@ class SlideCoords:
         level0_mpp: microns per pixel of level 0.
         level0_width: width of level 0 in pixels.
         level0_height: height of level 0 in pixels.
+        quality: fraction of each tile that is `tissue`, `pen`, `fold`, `blur` or `edge`, (N,) float32 each; those that
+            the file records.
     """
 
     coords: np.ndarray
@@ -81,6 +138,22 @@ class SlideCoords:
     level0_mpp: float | None = None
     level0_width: int | None = None
     level0_height: int | None = None
+    quality: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def with_unsaid(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Every one of `MAKING_FACTS`: as said, else what a file means that does not say it."""
+    known = {name: value for name, value in said.items() if value is not None}
+    return {name: known.get(name, fact.unsaid) for name, fact in MAKING_FACTS.items()}
+
+
+def worth_saying(making: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `MAKING_FACTS` in `making` that a file must say: all but what it means without them."""
+    return {
+        name: making[name]
+        for name, fact in MAKING_FACTS.items()
+        if making.get(name) is not None and making[name] != fact.unsaid
+    }
 
 
 @contextmanager
@@ -117,11 +190,13 @@ def write_slide_features(
     level0_mpp: float | None = None,
     level0_width: int | None = None,
     level0_height: int | None = None,
+    more_making: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the feature file of one slide, atomically.
 
     Args:
-        path: the file to make; an older one is replaced.
+        path: the file to make, `.h5`, `.zarr.zip` or `.pt`; an older one is replaced. Of `.pt`, which is a bare tensor,
+            the attributes go to `<path>.json` and the positions are those of `../coords/<slide_id>.h5`.
         features: (N, D) float16 or float32, N >= 1, finite.
         coords: (N, 2) integers, level-0 pixels, (x, y).
         name: slide_id.
@@ -135,6 +210,7 @@ def write_slide_features(
         level0_mpp: microns per pixel of level 0.
         level0_width: width of level 0 in pixels.
         level0_height: height of level 0 in pixels.
+        more_making: further `MAKING_FACTS`.
 
     Raises:
         ValueError: if shapes or types do not fit, or a feature is not finite.
@@ -143,26 +219,27 @@ def write_slide_features(
     if features.dtype not in (np.float16, np.float32):
         raise ValueError(f"{path}: features must be float16 or float32, not {features.dtype}")
     _check(path, features, coords)
-    with atomic_path(path) as partial, h5py.File(partial, "w") as file:
-        rows = min(len(features), 256)
-        dataset = file.create_dataset("features", data=features, chunks=(rows, features.shape[1]))
-        dataset.attrs.update({"name": name, "encoder": encoder})
-        file.attrs["encoder"] = encoder
-        for key, value in (("min_tissue", min_tissue), ("encoder_fingerprint", encoder_fingerprint)):
-            if value is not None:
-                file.attrs[key] = value
-        _write_coords(
-            file,
-            coords,
-            name=name,
-            mpp=mpp,
-            tile_size=tile_size,
-            overlap=overlap,
-            patch_size_level0=patch_size_level0,
-            level0_mpp=level0_mpp,
-            level0_width=level0_width,
-            level0_height=level0_height,
-        )
+    about = {
+        **_root_attributes(mpp, tile_size, level0_mpp),
+        **worth_saying({"overlap": overlap, "min_tissue": min_tissue, **(more_making or {})}),
+        "encoder": encoder,
+    }
+    if encoder_fingerprint is not None:
+        about["encoder_fingerprint"] = encoder_fingerprint
+    path = Path(path)
+    if format_of(path) == "pt":
+        with atomic_path(attributes_path(path)) as partial:
+            partial.write_text(json.dumps(about, indent=1))
+        with atomic_path(path) as partial:
+            write_tensor(partial, features)
+        return
+    sizes = {"level0_width": level0_width, "level0_height": level0_height}
+    arrays = {
+        "features": StoredArray(features, min(len(features), 256), {"name": name, "encoder": encoder}),
+        "coords": _stored_coords(coords, name, mpp, tile_size, overlap, patch_size_level0, level0_mpp, sizes),
+    }
+    with atomic_path(path) as partial:
+        write_arrays(partial, format_of(path), arrays, about)
 
 
 def write_slide_coords(
@@ -177,77 +254,85 @@ def write_slide_coords(
     level0_mpp: float | None = None,
     level0_width: int | None = None,
     level0_height: int | None = None,
+    quality: dict[str, np.ndarray] | None = None,
 ) -> None:
-    """Write the coords file of one slide, atomically: as `write_slide_features`, without the features."""
+    """Write the coords file of one slide, atomically: as `write_slide_features`, without the features.
+
+    `quality` holds fractions of tiles by the names of QUALITY_KEYS, (N,) each, and is written as float32 datasets.
+    """
     coords = np.asarray(coords)
     _check(path, None, coords)
-    with atomic_path(path) as partial, h5py.File(partial, "w") as file:
-        _write_coords(
-            file,
-            coords,
-            name=name,
-            mpp=mpp,
-            tile_size=tile_size,
-            overlap=overlap,
-            patch_size_level0=patch_size_level0,
-            level0_mpp=level0_mpp,
-            level0_width=level0_width,
-            level0_height=level0_height,
-        )
+    sizes = {"level0_width": level0_width, "level0_height": level0_height}
+    arrays = {"coords": _stored_coords(coords, name, mpp, tile_size, overlap, patch_size_level0, level0_mpp, sizes)}
+    for key, values in (quality or {}).items():
+        assert key in QUALITY_KEYS and values.shape == (len(coords),), (key, values.shape)
+        arrays[key] = StoredArray(values.astype(np.float32), len(coords), {})
+    with atomic_path(path) as partial:
+        write_arrays(partial, "h5", arrays, _root_attributes(mpp, tile_size, level0_mpp))
 
 
 def read_slide_features(path: str | Path, rows: np.ndarray | None = None) -> SlideFeatures:
     """Read the patch tokens of one slide, all of them or some rows.
 
     Args:
-        path: a feature file of ours, TRIDENT, CLAM (`.h5`, or `.pt`: a bare tensor), WSI-LLaVA or HistoGPT.
+        path: a feature file of ours (`.h5`, `.zarr.zip`, `.pt`), TRIDENT, CLAM (`.h5`, or `.pt`: a bare tensor),
+            WSI-LLaVA or HistoGPT.
         rows: sorted row indices to read, e.g. of `choose_patches`; None reads all. Memory follows the rows asked for.
 
     Returns:
-        The features as stored (float64 and bfloat16 become float32). A file without positions (CLAM's `.pt`) gets
-        made-up ones: a square raster grid in row order, so that neighbours in the file stay neighbours.
+        The features as stored (float64 and bfloat16 become float32). A bare tensor takes its positions from
+        `../coords/<slide_id>.h5` if that has as many. A file without positions gets made-up ones: a square raster grid
+        in row order, so that neighbours in the file stay neighbours.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it cannot be read, or its features and positions do not fit.
     """
     path = _existing(path)
-    if path.suffix == ".pt":
-        features = _read_pt(path)
-        coords = _raster_grid(len(features))
-        if rows is not None:
-            features, coords = features[rows], coords[rows]
+    if format_of(path) == "pt":
+        features = read_tensor(path)
+        coords, on_coords = _positions_beside(path, len(features))
+        about, rows = on_coords | read_attributes(path), slice(None) if rows is None else rows
+        features, coords = np.array(features[rows]), coords[rows]
         _check(path, features, coords)
-        return SlideFeatures(features, coords)
-    with _open_h5(path) as file:
+        return SlideFeatures(features, coords, **_making_of_file(about))
+    with open_arrays(path) as file:
         dataset = _find(path, file, FEATURE_KEYS)
         coords = _positions(path, file, num_tiles=_without_batch_axis(path, dataset)[0])
         features = _float(_read_rows(path, dataset, rows))
         if rows is not None:
             coords = coords[rows]
         _check(path, features, coords)
-        about = _describe(file)
-        encoder = file.attrs.get("encoder", dataset.attrs.get("encoder"))
-        min_tissue, fingerprint = file.attrs.get("min_tissue"), file.attrs.get("encoder_fingerprint")
-    return SlideFeatures(
-        features,
-        coords,
-        mpp=about["mpp"],
-        encoder=None if encoder is None else _text(encoder),
-        tile_size=about["tile_size"],
-        patch_size_level0=about["patch_size_level0"],
-        overlap=about["overlap"],
-        min_tissue=None if min_tissue is None else float(min_tissue),
-        encoder_fingerprint=None if fingerprint is None else _text(fingerprint),
-    )
+        about = dict(dataset.attrs) | dict(file.attrs) | _known(_describe(file))
+    return SlideFeatures(features, coords, **_making_of_file(about))
+
+
+def slide_id_of_features(path: str | Path) -> str:
+    """The slide that a feature file is of, by its name."""
+    path = Path(path)
+    return path.name.removesuffix(SUFFIXES[format_of(path)])
+
+
+def count_tiles(path: str | Path) -> int:
+    """How many tiles a feature file holds, opening it without reading it: cheap, and a truncated file does not open.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be opened.
+    """
+    path = _existing(path)
+    if format_of(path) == "pt":
+        return len(read_tensor(path))
+    with open_arrays(path) as file:
+        return _without_batch_axis(path, _find(path, file, FEATURE_KEYS))[0]
 
 
 def read_slide_positions(path: str | Path) -> np.ndarray:
     """Read only the positions of a feature file: (N, 2) int64, level-0 (x, y). Errors as `read_slide_features`."""
     path = _existing(path)
-    if path.suffix == ".pt":
-        return _raster_grid(len(_read_pt(path)))
-    with _open_h5(path) as file:
+    if format_of(path) == "pt":
+        return _positions_beside(path, len(read_tensor(path)))[0]
+    with open_arrays(path) as file:
         num_tiles, _ = _without_batch_axis(path, _find(path, file, FEATURE_KEYS))
         return _positions(path, file, num_tiles)
 
@@ -260,9 +345,10 @@ def read_slide_coords(path: str | Path) -> SlideCoords:
         ValueError: if it cannot be read or holds no positions.
     """
     path = _existing(path)
-    with _open_h5(path) as file:
+    with open_arrays(path) as file:
         _find(path, file, COORD_KEYS)
-        return SlideCoords(_positions(path, file, None), **_describe(file))
+        quality = {key: file[key][:] for key in QUALITY_KEYS if key in file}
+        return SlideCoords(_positions(path, file, None), **_describe(file), quality=quality)
 
 
 def raster_order(coords: np.ndarray) -> np.ndarray:
@@ -290,35 +376,34 @@ def choose_patches(num_patches: int, budget: int, rng: np.random.Generator | Non
     return np.sort(rng.choice(num_patches, size=budget, replace=False, shuffle=False)).astype(np.int64)
 
 
-def _write_coords(
-    file: h5py.File,
+def _stored_coords(
     coords: np.ndarray,
-    *,
     name: str,
     mpp: float,
     tile_size: int,
     overlap: int,
     patch_size_level0: int,
     level0_mpp: float | None,
-    level0_width: int | None,
-    level0_height: int | None,
-) -> None:
-    dataset = file.create_dataset("coords", data=coords.astype(np.int64), chunks=(min(len(coords), 4096), 2))
-    dataset.attrs.update(
-        {
-            "name": name,
-            "patch_size": tile_size,
-            "patch_size_level0": patch_size_level0,
-            "target_magnification": _magnification(mpp),
-            "overlap": overlap,
-        }
-    )
+    sizes: dict[str, int | None],
+) -> StoredArray:
+    """Positions with TRIDENT's attributes."""
+    about = {
+        "name": name,
+        "patch_size": tile_size,
+        "patch_size_level0": patch_size_level0,
+        "target_magnification": _magnification(mpp),
+        "overlap": overlap,
+    }
     if level0_mpp is not None:
-        dataset.attrs["level0_magnification"] = _magnification(level0_mpp)
-        file.attrs["level0_mpp"] = level0_mpp
-    if level0_width is not None and level0_height is not None:
-        dataset.attrs.update({"level0_width": level0_width, "level0_height": level0_height})
-    file.attrs.update({"format_version": FORMAT_VERSION, "mpp": mpp, "tile_size": tile_size})
+        about["level0_magnification"] = _magnification(level0_mpp)
+    if None not in sizes.values():
+        about |= sizes
+    return StoredArray(coords.astype(np.int64), min(len(coords), 4096), about)
+
+
+def _root_attributes(mpp: float, tile_size: int, level0_mpp: float | None) -> dict[str, Any]:
+    about = {"format_version": FORMAT_VERSION, "mpp": mpp, "tile_size": tile_size}
+    return about if level0_mpp is None else about | {"level0_mpp": level0_mpp}
 
 
 def _magnification(mpp: float) -> int | float:
@@ -333,25 +418,15 @@ def _existing(path: str | Path) -> Path:
     return path
 
 
-def _open_h5(path: Path) -> h5py.File:
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise ValueError(
-            f"{path} is not a readable HDF5 file (truncated, or another format): "
-            "delete it and make it again with stage0_tiling/encode.py"
-        ) from error
-
-
-def _find(path: Path, file: h5py.File, keys: tuple[str, ...]) -> h5py.Dataset:
+def _find(path: Path, file: Any, keys: tuple[str, ...]) -> Any:
     for key in keys:
-        if isinstance(file.get(key), h5py.Dataset):
+        if hasattr(file.get(key), "shape"):
             return file[key]
     found = ", ".join(file.keys()) or "nothing"
     raise ValueError(f"{path} holds no dataset `{'` or `'.join(keys)}` but {found}: is it a feature file of one slide?")
 
 
-def _without_batch_axis(path: Path, dataset: h5py.Dataset) -> tuple[int, int]:
+def _without_batch_axis(path: Path, dataset: Any) -> tuple[int, int]:
     """(N, D) of features stored as (N, D) or (1, N, D)."""
     shape = dataset.shape
     if len(shape) == 3 and shape[0] == 1:
@@ -361,7 +436,7 @@ def _without_batch_axis(path: Path, dataset: h5py.Dataset) -> tuple[int, int]:
     return shape
 
 
-def _read_rows(path: Path, dataset: h5py.Dataset, rows: np.ndarray | None) -> np.ndarray:
+def _read_rows(path: Path, dataset: Any, rows: np.ndarray | None) -> np.ndarray:
     """Read sorted rows span by span: h5py's own fancy indexing is slow, and the whole array may be large."""
     num_tiles, width = _without_batch_axis(path, dataset)
     select = (0,) if dataset.ndim == 3 else ()
@@ -379,7 +454,7 @@ def _read_rows(path: Path, dataset: h5py.Dataset, rows: np.ndarray | None) -> np
     return out
 
 
-def _positions(path: Path, file: h5py.File, num_tiles: int | None) -> np.ndarray:
+def _positions(path: Path, file: Any, num_tiles: int | None) -> np.ndarray:
     """Read (N, 2) int64 (x, y); positions are made up where the file stores features alone."""
     key = next((key for key in COORD_KEYS if key in file), None)
     if key is None:
@@ -396,13 +471,24 @@ def _positions(path: Path, file: h5py.File, num_tiles: int | None) -> np.ndarray
     return np.ascontiguousarray(coords, dtype=np.int64)
 
 
+def _positions_beside(path: Path, num_tiles: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Positions of a bare tensor's rows, and what their coords file says of them; made up where there is none."""
+    beside = path.parent.parent / "coords" / f"{path.name.removesuffix('.pt')}.h5"
+    if beside.is_file():
+        with open_arrays(beside) as file:
+            coords = _positions(beside, file, None)
+            if len(coords) == num_tiles:
+                return coords, _known(_describe(file))
+    return _raster_grid(num_tiles), {}
+
+
 def _raster_grid(num_tiles: int) -> np.ndarray:
     side = max(1, int(np.ceil(np.sqrt(num_tiles))))
     row, column = np.divmod(np.arange(num_tiles, dtype=np.int64), side)
     return np.stack([column, row], axis=1) * GRID_STEP
 
 
-def _describe(file: h5py.File) -> dict[str, Any]:
+def _describe(file: Any) -> dict[str, Any]:
     """What the file says about its tiles, by our names; None where it says nothing."""
     dataset = next((file[key] for key in COORD_KEYS if key in file), None)
     on_coords = {} if dataset is None else dict(dataset.attrs)
@@ -421,29 +507,30 @@ def _describe(file: h5py.File) -> dict[str, Any]:
     }
 
 
+def _known(about: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in about.items() if value is not None}
+
+
+def _making_of_file(about: dict[str, Any]) -> dict[str, Any]:
+    """What a `SlideFeatures` says of its making, from a file's attributes by our names."""
+    said = {name: _plain(about[name]) for name in MAKING_FACTS if about.get(name) is not None}
+    own = {name: said.pop(name) for name in ("tile_size", "mpp", "overlap", "min_tissue") if name in said}
+    texts = {name: _text(about[name]) for name in ("encoder", "encoder_fingerprint") if about.get(name) is not None}
+    return own | texts | {"patch_size_level0": about.get("patch_size_level0"), "more_making": said}
+
+
+def _plain(value: Any) -> Any:
+    """A value as Python's own type, whatever the container made of it."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return value.decode() if isinstance(value, bytes) else value
+
+
 def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _float(features: np.ndarray) -> np.ndarray:
     return features if features.dtype in (np.float16, np.float32) else features.astype(np.float32)
-
-
-def _read_pt(path: Path) -> np.ndarray:
-    """Features of a CLAM `.pt` file, a bare tensor (N, D) or (1, N, D)."""
-    import pickle
-
-    import torch
-
-    try:
-        tensor = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a readable .pt tensor file: make it again") from error
-    if not isinstance(tensor, torch.Tensor) or tensor.ndim not in (2, 3) or (tensor.ndim == 3 and len(tensor) != 1):
-        shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise ValueError(f"{path} holds {shape}, expected one bare tensor (N, D)")
-    tensor = tensor[0] if tensor.ndim == 3 else tensor
-    return (tensor if tensor.dtype == torch.float16 else tensor.float()).numpy()
 
 
 def _check(path: str | Path, features: np.ndarray | None, coords: np.ndarray) -> None:

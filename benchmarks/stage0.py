@@ -1,18 +1,22 @@
-r"""How fast slides become tiles, as ratios that were measured in one run on one machine.
+r"""How fast slides become tiles, and in how much memory, as ratios that were measured in one run on one machine.
 
     OMP_NUM_THREADS=1 python benchmarks/stage0.py --json stage0.json
+    OMP_NUM_THREADS=1 python benchmarks/stage0.py --only a b
 
-Two JPEG-tiled, pyramidal SVS are made, 30 % of each tissue, and cut to tiles of 256 px at 0.5 um/px: the slide is
-opened, its tissue found, and every tile decoded to RGB.
+JPEG-tiled, pyramidal SVS are made, 30 % of each tissue, and cut to tiles of 256 px at 0.5 um/px: the slide is opened,
+its tissue found, and every tile decoded to RGB.
 
-    a   slide at 0.5 um/px:   our time / that of the floor. The floor is libjpeg-turbo, decoding exactly the
-        compressed tiles that hold tissue, in as many threads, with nothing found, cut or kept. Lower is better.
-    b   slide at 0.25 um/px, no level at 0.5:   our tiles/s / those of OpenSlide's read_region and a resize by area
-        in as many threads, both with what comes before the first tile. Higher is better.
+    a       slide at 0.5 um/px: our time / that of the floor. The floor is libjpeg-turbo, decoding exactly the
+            compressed tiles that hold tissue, in as many threads, with nothing found, cut or kept. Lower is better.
+    b       slide at 0.25 um/px, no level at 0.5: our tiles/s / those of OpenSlide's read_region and a resize by area
+            in as many threads, both with what comes before the first tile. Higher is better.
+    linear  slides of 1, 2, 4 and 8 thousand tiles: largest time per tile / smallest. 1 is best.
+    memory  slides of 10,000 to 100,000 px at 0.25 um/px: largest peak of resident memory / that of the smallest slide.
+            Each is planned, all its tiles are decoded, and some encoded with a ViT-S on the CPU, in an own process.
 
 Every repetition measures all of them one after the other, and the ratio is the median of the repetitions' ratios, so
 that other work on the machine falls on both sides. Imports and the making of slides are not measured; slides are read
-from the page cache.
+from the page cache. Of `linear` and `memory` equal compressed tiles are in the file once, so that it is small.
 """
 
 import argparse
@@ -20,33 +24,36 @@ import json
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
 import numpy as np
 import simplejpeg
-import tifffile
 
+from benchmarks.make_slides import MPP, TILE, make_slide
 from stage0_tiling.plan import TilingSettings, plan_tiles
 from stage0_tiling.slide import Slide
 from stage0_tiling.tiled_tiff import TiledTiff
 
-TILE = 256
-SETTINGS = TilingSettings(tile_size=256, mpp=0.5)
-QUALITY = 80  # a usual value of scanners
-LIBRARY = 24  # different compressed tiles of tissue per level; the file is as large as if all were different
-BACKGROUND = (242, 241, 243)
+CHUNK = 32  # tiles that a thread decodes before it asks for more
+SETTINGS = TilingSettings(tile_size=TILE, mpp=0.5)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure (default: all)")
+    parser.add_argument("--side", type=int, default=20_000, help="a, b: level-0 pixels of a side (default: 20000)")
+    parser.add_argument("--tiles", type=int, nargs="+", default=[1000, 2000, 4000, 8000], help="linear: tiles, about")
     parser.add_argument(
-        "--side", type=int, default=20_000, help="level-0 pixels of each slide's sides (default: 20000)"
+        "--sides", type=int, nargs="+", default=[10_000, 30_000, 100_000], help="memory: level-0 pixels of sides"
     )
+    parser.add_argument("--encoded", type=int, default=512, help="memory: tiles to encode (default: 512)")
     parser.add_argument("--tissue", type=float, default=0.3, help="fraction of a slide that is tissue (default: 0.3)")
     parser.add_argument("--num_workers", type=int, default=2, help="threads of everything measured (default: 2)")
     parser.add_argument("--repeats", type=int, default=5, help="repetitions, after one to warm up (default: 5)")
@@ -54,49 +61,92 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="file to write all figures to")
     args = parser.parse_args()
     cv2.setNumThreads(args.num_workers)
+    figures = {name: getattr(args, name) for name in ("side", "tissue", "num_workers", "repeats")}
+    figures |= {"cpus": os.cpu_count(), "load_before": os.getloadavg()[0]}
+    print(f"{args.num_workers} threads, {os.cpu_count()} CPUs, load {figures['load_before']:.1f}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.work_dir or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
-        figures = {"side": args.side, "num_workers": args.num_workers, "repeats": args.repeats, "cpus": os.cpu_count()}
-        figures["load_before"] = os.getloadavg()[0]
-        figures["a"] = against_the_floor(folder, args.side, args.tissue, args.num_workers, args.repeats)
-        figures["b"] = against_openslide(folder, args.side, args.tissue, args.num_workers, args.repeats)
-    print(f"{args.side} px wide, {args.num_workers} threads, {os.cpu_count()} CPUs, load {figures['load_before']:.1f}")
-    planning = statistics.median(figures["a"]["plan_seconds"])
-    print(
-        "a  {tiles_per_s:.0f} tiles/s, floor {floor_tiles_per_s:.0f}: {ratio:.2f} x its time".format(**figures["a"]),
-        end="",
-    )
-    print(f", of which {planning:.3f} s find the tiles")
-    print("b  {tiles_per_s:.0f} tiles/s, OpenSlide {openslide_tiles_per_s:.0f}: {ratio:.1f} x".format(**figures["b"]))
+        for name in args.only:
+            figures[name], line = PARTS[name](folder, args)
+            print(f"{name:7} {line}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def against_the_floor(folder: Path, side: int, tissue: float, num_workers: int, repeats: int) -> dict:
-    path = folder / f"a_{side}_{tissue:g}.svs"
-    make_slide(path, side, tissue, mpp=0.5, downsamples=(1, 4, 16))
+def against_the_floor(folder: Path, args: argparse.Namespace) -> tuple[dict, str]:
+    path = folder / f"a_{args.side}_{args.tissue:g}.svs"
+    make_slide(path, args.side, args.tissue, MPP["a"])
     streams = list(tissue_streams(path))
     runs = measure(
-        repeats,
-        ours=partial(tile_and_decode, path, "tiff", num_workers),
-        floor=partial(decode_all, streams, num_workers),
+        args.repeats,
+        ours=partial(tile_and_decode, path, "tiff", args.num_workers),
+        floor=partial(decode_all, streams, args.num_workers),
         plan=partial(plan_only, path),
     )
-    return {"plan_seconds": [run[0] for run in runs.pop("plan")]} | summary(
-        runs, "floor", [ours[0] / floor[0] for ours, floor in zip(runs["ours"], runs["floor"], strict=True)]
-    )
+    planning = [run[0] for run in runs.pop("plan")]
+    ratios = [ours[0] / floor[0] for ours, floor in zip(runs["ours"], runs["floor"], strict=True)]
+    found = {"plan_seconds": planning} | summary(runs, "floor", ratios)
+    line = "{tiles_per_s:.0f} tiles/s, floor {floor_tiles_per_s:.0f}: {ratio:.2f} x its time".format(**found)
+    return found, f"{line}, of which {statistics.median(planning):.3f} s find the tiles"
 
 
-def against_openslide(folder: Path, side: int, tissue: float, num_workers: int, repeats: int) -> dict:
-    path = folder / f"b_{side}_{tissue:g}.svs"
-    make_slide(path, side, tissue, mpp=0.25, downsamples=(1, 4, 16))
+def against_openslide(folder: Path, args: argparse.Namespace) -> tuple[dict, str]:
+    path = folder / f"b_{args.side}_{args.tissue:g}.svs"
+    make_slide(path, args.side, args.tissue, MPP["b"])
     runs = measure(
-        repeats,
-        ours=partial(tile_and_decode, path, "tiff", num_workers),
-        openslide=partial(tile_and_decode, path, "openslide", num_workers),
+        args.repeats,
+        ours=partial(tile_and_decode, path, "tiff", args.num_workers),
+        openslide=partial(tile_and_decode, path, "openslide", args.num_workers),
     )
-    return summary(runs, "openslide", [b[0] / a[0] for a, b in zip(runs["ours"], runs["openslide"], strict=True)])
+    ratios = [theirs[0] / ours[0] for ours, theirs in zip(runs["ours"], runs["openslide"], strict=True)]
+    found = summary(runs, "openslide", ratios)
+    return found, "{tiles_per_s:.0f} tiles/s, OpenSlide {openslide_tiles_per_s:.0f}: {ratio:.1f} x".format(**found)
+
+
+def with_more_tiles(folder: Path, args: argparse.Namespace) -> tuple[dict, str]:
+    work = {}
+    for tiles in args.tiles:
+        side = round(TILE * (tiles / args.tissue) ** 0.5)
+        path = folder / f"linear_{side}_{args.tissue:g}.svs"
+        make_slide(path, side, args.tissue, MPP["a"], sparse=True)
+        work[str(tiles)] = partial(tile_and_decode, path, "tiff", args.num_workers)
+    runs = measure(args.repeats, **work)
+    per_tile = {name: statistics.median(seconds / tiles for seconds, tiles in runs[name]) for name in runs}
+    ratio = max(per_tile.values()) / min(per_tile.values())
+    each = ", ".join(f"{runs[name][0][1]} tiles {1e6 * value:.0f} us" for name, value in per_tile.items())
+    return {"ratio": ratio, "seconds_per_tile": per_tile, "runs": runs}, f"{each} a tile: {ratio:.2f} x"
+
+
+def of_memory(folder: Path, args: argparse.Namespace) -> tuple[dict, str]:
+    peaks = {}
+    for side in args.sides:
+        path = folder / f"memory_{side}_{args.tissue:g}.svs"
+        make_slide(path, side, args.tissue, MPP["b"], sparse=True)
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            peaks[side] = process.submit(peak_bytes, path, args.num_workers, args.encoded).result()
+    ratio = max(peaks.values()) / peaks[args.sides[0]]
+    each = ", ".join(f"{side} px {peak / 2**20:.0f} MiB" for side, peak in peaks.items())
+    return {"ratio": ratio, "peak_bytes": peaks}, f"{each}: {ratio:.2f} x"
+
+
+PARTS = {"a": against_the_floor, "b": against_openslide, "linear": with_more_tiles, "memory": of_memory}
+
+
+def peak_bytes(path: Path, num_workers: int, encoded: int) -> int:
+    """Peak of resident memory of a process that tiles a slide and encodes a part of it."""
+    import torch
+
+    from encoders import load_encoder
+    from stage0_tiling.encoding import encode_slide
+
+    torch.set_num_threads(num_workers)
+    coords = decode(path, "tiff", num_workers)
+    some = coords[:: max(1, len(coords) // encoded)][:encoded]
+    encoder = load_encoder("vit_small_patch16_224", pretrained=False)
+    encode_slide(path, encoder, tile_size=TILE, mpp=0.5, num_workers=num_workers, coords=some)
+    # of this program alone: what getrusage says begins with the process that started it
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def measure(repeats: int, **what: Callable[[], int]) -> dict[str, list[tuple[float, int]]]:
@@ -134,18 +184,27 @@ def plan_only(path: Path) -> int:
 
 
 def tile_and_decode(path: Path, reader: str, num_workers: int) -> int:
-    """Open a slide, find its tissue and decode all tiles, in row order; number of tiles."""
+    """Open a slide, find its tissue and decode all tiles; their number."""
+    return len(decode(path, reader, num_workers))
+
+
+def decode(path: Path, reader: str, num_workers: int) -> np.ndarray:
+    """Open a slide, find its tissue and decode all tiles in row order; their positions."""
     with Slide(path, reader) as slide:
         plan = plan_tiles(slide, SETTINGS)
         size = SETTINGS.tile_size, SETTINGS.tile_size
 
+        buffers = threading.local()
+
         def read(some: np.ndarray) -> int:
-            for x, y in some.tolist():
-                slide.read_region(x, y, plan.grid.tile_width, plan.grid.tile_height, size)
-            return len(some)
+            if not hasattr(buffers, "tiles"):
+                buffers.tiles = np.empty((CHUNK, *size, 3), np.uint8)
+            out = buffers.tiles[: len(some)]
+            return len(slide.read_tiles(some, plan.grid.tile_width, plan.grid.tile_height, size, out))
 
         with ThreadPoolExecutor(num_workers) as pool:
-            return sum(pool.map(read, np.array_split(plan.coords, max(1, len(plan.coords) // 64))))
+            assert sum(pool.map(read, np.split(plan.coords, range(CHUNK, len(plan.coords), CHUNK)))) == len(plan.coords)
+        return plan.coords
 
 
 def decode_all(streams: list[bytes], num_workers: int) -> int:
@@ -171,62 +230,6 @@ def tissue_streams(path: Path) -> Iterator[bytes]:
     for x, y in coords.tolist():
         offset, count = (int(values[y // TILE, x // TILE]) for values in (level.offsets, level.counts))
         yield level.decoder.header + data[offset + 2 : offset + count]
-
-
-def make_slide(path: Path, side: int, tissue: float, mpp: float, downsamples: tuple[int, ...]) -> None:
-    """Write an SVS of `side` x `side` px with a disc of tissue. Compressed tiles come from a small library."""
-    if path.exists():
-        return
-    partial_path = path.with_suffix(".partial")
-    with tifffile.TiffWriter(partial_path, bigtiff=True) as tiff:
-        for downsample in downsamples:
-            size = side // downsample
-            tiff.write(
-                compressed_tiles(size, size * (tissue / np.pi) ** 0.5, downsample),
-                shape=(size, size, 3),
-                dtype=np.uint8,
-                tile=(TILE, TILE),
-                photometric="ycbcr",
-                subsampling=(2, 2),
-                compression="jpeg",
-                description=f"Aperio made by a benchmark\r\n{side}x{side}|MPP = {mpp}",
-                metadata=None,
-            )
-    partial_path.replace(path)
-
-
-def compressed_tiles(side: int, radius: float, downsample: int) -> Iterator[bytes]:
-    """Compressed tiles of one level, row by row: library tiles inside the disc and outside, drawn ones at its edge."""
-    inside = [compress(texture(seed, downsample)) for seed in range(LIBRARY)]
-    tissue, blank = texture(LIBRARY, downsample), np.full((TILE, TILE, 3), BACKGROUND, np.uint8)
-    outside = compress(blank)
-    y, x = np.mgrid[:TILE, :TILE]
-    for row, top in enumerate(range(0, side, TILE)):
-        for column, left in enumerate(range(0, side, TILE)):
-            within = np.hypot(y + top - side / 2, x + left - side / 2) < radius
-            if within.all():
-                yield inside[(7 * row + 3 * column) % LIBRARY]
-            elif within.any():
-                yield compress(np.where(within[..., None], tissue, blank))
-            else:
-                yield outside
-
-
-def texture(seed: int, downsample: int) -> np.ndarray:
-    """(256, 256, 3) uint8 of something like stained tissue: fibres, nuclei and noise."""
-    rng = np.random.default_rng(seed)
-    cloud = cv2.resize(rng.normal(size=(32, 32)).astype(np.float32), (TILE, TILE), interpolation=cv2.INTER_CUBIC)
-    picture = np.clip(np.array([214, 142, 188]) + 14 * cloud[..., None], 0, 255).astype(np.uint8)
-    for _ in range(90):
-        centre = tuple(int(value) for value in rng.integers(0, TILE, 2))
-        axes = tuple(max(1, int(value) // downsample) for value in rng.integers(4, 10, 2))
-        color = tuple(int(value) for value in rng.normal((104, 66, 146), 12))
-        cv2.ellipse(picture, centre, axes, int(rng.integers(180)), 0, 360, color, -1, cv2.LINE_AA)
-    return np.clip(picture + rng.normal(0, 5, picture.shape), 0, 255).astype(np.uint8)
-
-
-def compress(tile: np.ndarray) -> bytes:
-    return simplejpeg.encode_jpeg(tile, quality=QUALITY, colorspace="RGB", colorsubsampling="420")
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ def read_case_of(args, model) -> dict:
         return read_case((Path(args.features),), patch_budget(settings), expected=making_of(settings))
 
     from encoders import load_encoder
+    from slide_features import MAKING_FACTS
     from slide_vlm import check_encoder
     from stage0_tiling.encoding import encode_slide
 
@@ -111,6 +112,8 @@ def read_case_of(args, model) -> dict:
             f"{args.model} does not say how its slides were tiled and encoded (their feature files did not); say it "
             "with --vision_model_name, --tile_size and --mpp"
         )
+    if unknown := tiling.keys() - MAKING_FACTS.keys():
+        raise ValueError(f"{args.model} was trained on tiles with {', '.join(sorted(unknown))}; update SlideScribe")
     encoder = load_encoder(name).to(model.device)
     check_encoder(encoder, settings)
     slide = encode_slide(

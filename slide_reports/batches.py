@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from encoders import ImageEncoder
 from slide_features import SlideFeatures, choose_patches, raster_order, read_slide_features, read_slide_positions
-from slide_reports.inputs import check_making
+from slide_reports.inputs import check_making, facts_to_agree_on
 from slide_reports.prompt import Prompt
 from slide_reports.record import Record
 from slide_vlm import IGNORED_LABEL, SlideVLM, VLMSettings
@@ -138,7 +138,7 @@ class ReportDataset(Dataset):
 def making_of(settings: VLMSettings) -> dict[str, Any]:
     """How the feature files of a model must have been made, as far as its settings know."""
     names = ("patch_width", "encoder", "encoder_fingerprint")
-    return {name: getattr(settings, name) for name in names} | {k: settings.tiling.get(k) for k in ("tile_size", "mpp")}
+    return {name: getattr(settings, name) for name in names} | facts_to_agree_on(settings.tiling)
 
 
 def check_input_kind(model: str, settings: VLMSettings, image_root: str | None) -> None:

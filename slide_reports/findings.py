@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slide_features import read_slide_features
+from slide_features import FEATURE_SUFFIXES, read_slide_features
 from slide_reports.inputs import input_faults
-from slide_reports.paths import FEATURE_SUFFIXES
 from slide_reports.record import Record
 from slide_reports.table import column
 

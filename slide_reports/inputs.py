@@ -10,8 +10,14 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from slide_features import SlideFeatures, read_slide_features
-from slide_reports.paths import FEATURE_SUFFIXES
+from slide_features import (
+    FEATURE_SUFFIXES,
+    MAKING_FACTS,
+    SlideFeatures,
+    read_slide_features,
+    with_unsaid,
+    worth_saying,
+)
 from slide_reports.record import Record
 from slide_reports.table import column, select
 
@@ -79,7 +85,7 @@ def check_input(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
-    if path.suffix in FEATURE_SUFFIXES:
+    if path.name.endswith(FEATURE_SUFFIXES):
         slide = read_slide_features(path, rows=np.array([0]))
         check_making(path, slide, expected)
         return making_of_slide(slide)
@@ -91,13 +97,22 @@ def check_input(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
 
 
 def making_of_slide(slide: SlideFeatures) -> dict[str, Any]:
-    """How a feature file was made, as far as it says."""
-    names = ("encoder", "encoder_fingerprint", "tile_size", "mpp")
-    return {"patch_width": slide.features.shape[1]} | {name: getattr(slide, name) for name in names}
+    """How a feature file was made, as far as it says and others must agree."""
+    return {
+        "patch_width": slide.features.shape[1],
+        "encoder": slide.encoder,
+        "encoder_fingerprint": slide.encoder_fingerprint,
+        **facts_to_agree_on(slide.making),
+    }
+
+
+def facts_to_agree_on(making: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``MAKING_FACTS`` in which files must not differ; None where it is unknown."""
+    return {name: value for name, value in with_unsaid(making).items() if MAKING_FACTS[name].must_agree}
 
 
 def check_making(path: Path, slide: SlideFeatures, expected: dict[str, Any]) -> None:
-    """Refuse patch tokens of another width, encoder, tile size or resolution than the others'.
+    """Refuse patch tokens of another width or encoder, or of tiles made otherwise, than the others'.
 
     Raises:
         ValueError: names both values. What one side does not say is not compared, nor are the names of two encoders
@@ -109,17 +124,18 @@ def check_making(path: Path, slide: SlideFeatures, expected: dict[str, Any]) -> 
     for name, value in found.items():
         wanted = expected.get(name)
         if None not in (value, wanted) and value != wanted:
-            raise ValueError(f"{path} was made with {name} {value}, not {wanted}; encode it like the others")
+            raise ValueError(
+                f"{path} was made with {name} {value or 'none'}, not {wanted or 'none'}; encode it like the others"
+            )
 
 
 def describe_features(path: Path) -> dict[str, Any]:
     """What ``vlm.json`` keeps of how a feature file was made, so that inference tiles and encodes alike."""
     first = read_slide_features(path, rows=np.array([0]))
-    tiling = {name: getattr(first, name) for name in ("tile_size", "mpp", "overlap", "min_tissue")}
     return {
         "input_kind": "features",
         "patch_width": first.features.shape[1],
         "encoder": first.encoder,
         "encoder_fingerprint": first.encoder_fingerprint,
-        "tiling": {key: value for key, value in tiling.items() if value is not None},
+        "tiling": worth_saying(first.making),
     }

@@ -4,9 +4,8 @@ import os
 from functools import cache
 from pathlib import Path
 
+from slide_features import FEATURE_SUFFIXES
 from slide_reports.record import slide_id_of
-
-FEATURE_SUFFIXES = (".h5", ".pt")
 
 
 class Folders:

@@ -35,7 +35,7 @@ def read_records(
     Args:
         annotation: JSON, JSON lines, CSV, TSV or Parquet file; InternVL's meta file, which names several with their
             roots; a folder that the library `datasets` saved, or the name of a dataset on the hub.
-        features_dir: folder of ``<slide_id>.h5`` (or CLAM's ``.pt``).
+        features_dir: folder of ``<slide_id>.h5`` (or ``.zarr.zip``, or ``.pt`` as CLAM's).
         image_root: folder that images are relative to.
         group_pattern: regular expression that finds the patient in an id or image name, see `patient_of`.
         exclude: file of ids to leave out, see `read_ids`.

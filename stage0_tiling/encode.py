@@ -2,35 +2,31 @@ r"""Turn slides into patch tokens: tile what is not tiled, then encode the tiles
 
     accelerate launch stage0_tiling/encode.py --slides slides/ --output_dir out --encoder hf-hub:MahmoodLab/UNI2-h
 
-writes out/features/<slide_id>.h5 beside what tile.py writes. Processes share the slides among themselves. A second run
-does only what is missing or failed before.
+writes out/features/<slide_id>.h5 beside what tile.py writes. Processes, on one machine or many, share the slides of an
+output folder among themselves: docs/cluster.md. A second run does only what is missing or failed before.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
-
-from command_line import DONE, SOME_FAILED, make_parser, run
-from slide_features import SlideFeatures, read_slide_coords, write_slide_features
-from stage0_tiling.encoding import choose_dtype, encode_slide
-from stage0_tiling.plan import TilingSettings
-from stage0_tiling.run_table import RunFolder, SlideState
-from stage0_tiling.slide import Slide
-from stage0_tiling.slide_list import SlideEntry, find_slides
-from stage0_tiling.tile import (
-    add_tiling_arguments,
-    assume_mpp,
-    needs_tiling,
-    record,
-    report,
-    start_logging,
-    tile_slides,
-)
+from command_line import make_parser, run
+from feature_containers import SUFFIXES
+from slide_features import worth_saying
+from stage0_tiling.encoding import add_encoding_arguments, encode_slide_with
+from stage0_tiling.local_cache import GIB, LocalCache
+from stage0_tiling.plan import tiling_settings
+from stage0_tiling.ray_engine import check_ray, encode_on_ray
+from stage0_tiling.run_table import RunFolder
+from stage0_tiling.slide_list import find_slides
+from stage0_tiling.slide_run import SlideRun, start_logging
+from stage0_tiling.slide_work import encode_tiled, tile_if_missing
+from stage0_tiling.stain import read_stain_target
+from stage0_tiling.tile import add_tiling_arguments, assume_mpp
+from stage0_tiling.tissue_sources import tissue_sources
 
 LONGEST_RUN = timedelta(days=30)  # processes wait for the slowest one; the default of 30 minutes would end the run
 
@@ -40,138 +36,121 @@ logger = logging.getLogger("stage0_tiling")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
     add_tiling_arguments(parser)
-    group = parser.add_argument_group("Encoder")
-    group.add_argument(
-        "--encoder",
-        required=True,
-        help="a preset (virchow2, uni2-h, ...: docs/encoders.md), a timm name, hf-hub:org/name, or a local folder",
-    )
-    group.add_argument("--batch_size", type=int, default=64, help="tiles per forward pass and process")
-    group.add_argument(
-        "--mixed_precision",
-        choices=["no", "bf16"],
-        default=None,
-        help="precision of the encoder; default: bf16 on a GPU, else no",
-    )
+    add_encoding_arguments(parser)
+    add_machine_arguments(parser)
     args = parser.parse_args(argv)
     start_logging()
 
     # Data
-    settings = TilingSettings(args.tile_size, args.mpp, args.overlap, args.min_tissue)
+    settings, sources = tiling_settings(args), tissue_sources(args)
     if args.batch_size < 1:
         raise ValueError(f"--batch_size {args.batch_size}: expected at least 1 tile")
+    stain = {
+        "stain_normalizer": args.stain_normalizer,
+        "stain_target": read_stain_target(args.stain_normalizer, args.stain_target),
+    }
     entries = assume_mpp(find_slides(args.slides), args.assume_mpp)
     folder = RunFolder(args.output_dir)
+    cache = make_cache(args.local_cache, args.local_cache_gb)
+    if args.engine == "ray":
+        check_ray(args.local_cache, args.ray_actors)
 
     # Model
     from accelerate import PartialState
 
     from accelerator_setup import runs_on_cpu
-    from encoders import load_encoder
+    from stage0_tiling.tile_encoder import load_tile_encoders
 
-    process = PartialState(cpu=runs_on_cpu(), timeout=LONGEST_RUN)
-    encoder = load_encoder(args.encoder).to(process.device)
-    advice = encoder.preset and encoder.preset.tiling_advice(tile_size=args.tile_size, mpp=args.mpp)
-    if advice and process.is_main_process:
-        logger.warning(advice)
-    encoded_by = {"encoder": encoder.name, "encoder_fingerprint": encoder.fingerprint()}
+    process = PartialState(cpu=runs_on_cpu() or args.engine == "ray", timeout=LONGEST_RUN)
+    loading = {
+        "tile_size": args.tile_size,
+        "batch_size": args.batch_size,
+        "mixed_precision": args.mixed_precision,
+        "compiled": args.compile,
+    }
+    encoders = load_tile_encoders(args.encoder, process.device, **loading)
+    for encoder in encoders.values():
+        advice = encoder.preset and encoder.preset.tiling_advice(tile_size=args.tile_size, mpp=args.mpp)
+        if advice and process.is_main_process:
+            logger.warning(advice)
+    made_by = {name: encoder.identity | worth_saying(stain) for name, encoder in encoders.items()}
+    suffix = SUFFIXES[args.format]
 
     # Resume
-    if process.is_main_process:
-        if args.overwrite:
-            folder.forget(entries)
-        folder.remove_leftovers(entries)
+    if process.is_main_process and args.overwrite:
+        folder.forget(entries)
     process.wait_for_everyone()
-    for entry in entries:
-        folder.check_tiling(entry, settings, entry.assume_mpp)
-        folder.check_encoder(entry, **encoded_by)
-    missing = [entry for entry in entries if needs_encoding(folder, entry)]
+    is_missing = partial(folder.needs_encoding, settings=settings, made_by=made_by, suffix=suffix)
+    encoding = SlideRun(entries, folder, is_missing, description=f"encoding {process.process_index}", cache=cache)
     process.wait_for_everyone()  # nobody records a slide before all have seen which ones are missing
-    mine = missing[process.process_index :: process.num_processes]
     if process.is_main_process:
-        logger.info("%d slides, %d of them to encode with %s", len(entries), len(missing), encoder.name)
+        names = ", ".join(args.encoder)
+        logger.info("%d slides, %d of them to encode with %s", len(entries), len(encoding.missing), names)
 
     # Tile and encode
+    tile = partial(tile_if_missing, folder=folder, settings=settings, reader=args.reader, sources=sources)
+    encode = partial(encode_tiled, folder=folder, settings=settings, made_by=made_by, suffix=suffix, reader=args.reader)
+    encode_tiles = partial(
+        encode_slide_with, settings=settings, **stain, num_workers=args.num_workers, reader=args.reader
+    )
     try:
-        tile_slides(
-            [e for e in mine if needs_tiling(folder, e)],
-            folder,
-            settings,
-            num_workers=args.num_workers,
-            reader=args.reader,
-        )
-        ready = [entry for entry in mine if folder.is_tiled(folder.read_state(entry.slide_id))]
-        encode = partial(
-            encode_slide,
-            encoder=encoder,
-            **asdict(settings),
-            batch_size=args.batch_size,
-            device=process.device,
-            dtype=choose_dtype(args.mixed_precision, process.device),
-            num_workers=args.num_workers,
-            reader=args.reader,
-        )
-        num_tiles = sum(folder.read_state(entry.slide_id).row.n_tiles for entry in ready)
-        with (
-            logging_redirect_tqdm(),
-            tqdm(total=num_tiles, unit="tile", desc=f"encoding {process.process_index}") as bar,
-        ):
-            for entry in ready:
-                work = partial(encode_tiled, entry, folder, settings, partial(encode, on_tiles=bar.update), args.reader)
-                record(folder, entry, lambda work=work: replace(work(), **encoded_by))
+        if args.engine == "ray":
+            encode = partial(encode, encode=encode_tiles)
+            encode_on_ray(encoding, tile, encode, args.encoder, loading, made_by, args.ray_address, args.ray_actors)
+        else:
+            encode_tiles = partial(encode_tiles, on_tiles=encoding.progress.tiles)
+            with cache or nullcontext():
+                encoding.do(
+                    tile, partial(encode, encode=encode_tiles, encoders=encoders), num_threads=1 if cache else 2
+                )
         process.wait_for_everyone()
     finally:
         if process.is_main_process:
-            folder.write_table()
-    status = report(entries, folder) if process.is_main_process else _status(entries, folder)
+            encoding.write_table()
+    status = encoding.report(is_quiet=not process.is_main_process)
     process.wait_for_everyone()
     process.destroy_process_group()
     return status
 
 
-def needs_encoding(folder: RunFolder, entry: SlideEntry) -> bool:
-    state = folder.read_state(entry.slide_id)
-    return not folder.is_tiled(state) or not folder.is_encoded(state) or state.row.status == "failed"
-
-
-def encode_tiled(
-    entry: SlideEntry,
-    folder: RunFolder,
-    settings: TilingSettings,
-    encode: Callable[..., SlideFeatures],
-    reader: str = "auto",
-) -> SlideState:
-    """Encode one tiled slide, write its feature file and return what to record of it, but for the encoder."""
-    state = folder.read_state(entry.slide_id)
-    if not state.row.n_tiles:
-        return replace(state, row=replace(state.row, status="empty", error=None))
-    with Slide(entry.path, reader) as slide:
-        opened_by = slide.reader
-    planned = read_slide_coords(folder.path("coords", entry.slide_id))
-    result = encode(entry.path, coords=planned.coords, assume_mpp=entry.assume_mpp)
-    write_slide_features(
-        folder.path("features", entry.slide_id),
-        result.features,
-        result.coords,
-        name=entry.slide_id,
-        encoder=result.encoder,
-        mpp=settings.mpp,
-        tile_size=settings.tile_size,
-        overlap=settings.overlap,
-        min_tissue=settings.min_tissue,
-        encoder_fingerprint=result.encoder_fingerprint,
-        patch_size_level0=result.patch_size_level0,
-        level0_mpp=planned.level0_mpp,
-        level0_width=planned.level0_width,
-        level0_height=planned.level0_height,
+def add_machine_arguments(parser) -> None:
+    group = parser.add_argument_group("Machine")
+    group.add_argument(
+        "--local_cache",
+        default=None,
+        help="folder on a fast local disk, where each slide is copied before it is read, the next one while the "
+        "current one is encoded; by default slides are read where they lie",
     )
-    return replace(state, row=replace(state.row, status="done", error=None), reader=opened_by)
+    group.add_argument(
+        "--local_cache_gb",
+        type=float,
+        default=100.0,
+        help="GiB that the copies may take at a time, all processes of this command on the machine together; a slide "
+        "that does not fit is read where it lies",
+    )
+    group.add_argument(
+        "--engine", choices=["local", "ray"], default="local", help="ray: on the machines of a Ray cluster"
+    )
+    group.add_argument(
+        "--ray_address",
+        default=None,
+        help="of a running Ray cluster, host:port; default: RAY_ADDRESS, else one that runs on this machine, else one "
+        "is started",
+    )
+    group.add_argument(
+        "--ray_actors",
+        type=int,
+        default=0,
+        help="processes of the Ray cluster that encode; 0: one per GPU, or per two CPUs where there is no GPU",
+    )
 
 
-def _status(entries: list[SlideEntry], folder: RunFolder) -> int:
-    """The exit status that the main process reports as well."""
-    states = [folder.read_state(entry.slide_id) for entry in entries]
-    return SOME_FAILED if any(state is None or state.row.status == "failed" for state in states) else DONE
+def make_cache(folder: str | None, gib: float) -> LocalCache | None:
+    """The cache of this process: an equal share of what the processes of the command may take on this machine."""
+    if not gib > 0:
+        raise ValueError(f"--local_cache_gb {gib:g}: expected more than 0")
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return LocalCache(folder, int(gib * GIB / num_processes)) if folder else None
 
 
 if __name__ == "__main__":

@@ -2,21 +2,38 @@
 
     OUT/state/<slide_id>.json   one small file per slide, written when its work is whole
     OUT/slides.csv              all of them as one table, made at the end of a command
+    OUT/index.html              the same as a contact sheet with pictures
 
-Processes share no file that they write, so that any number of them can work on one folder and be killed at any time.
+Processes share no file that they write, so that any number of them can work on one folder and be killed at any time;
+which process works on which slide is settled in `claims.py`.
 """
 
 import csv
 import json
 import logging
-from dataclasses import asdict, dataclass, fields
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from slide_features import atomic_path
+from slide_features import FEATURE_SUFFIXES, atomic_path, count_tiles
+from stage0_tiling.claims import Claims
+from stage0_tiling.contact_sheet import write_contact_sheet
 from stage0_tiling.plan import TilingSettings
 from stage0_tiling.slide_list import SlideEntry
 
-OUTPUTS = {"coords": ".h5", "overlays": ".jpg", "features": ".h5", "state": ".json"}
+MAX_DEATHS = 2  # processes that a slide may take with it before it is left alone
+OUTPUTS = {
+    "coords": ".h5",
+    "overlays": ".jpg",
+    "thumbnails": ".jpg",
+    "geojson": ".geojson",
+    "geojson_tiles": ".geojson",
+    "features": ".h5",
+    "state": ".json",
+}
+OLD_S = 3600  # seconds after which a half-written table is of a killed run
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +64,25 @@ class SlideState:
     Attributes:
         row: its row in slides.csv.
         tiling: settings that its tiles were made with; None if it is not tiled.
-        encoder: name of the encoder of its features; None if it is not encoded.
-        encoder_fingerprint: of the encoder's weights.
+        encoded: by name of the folder that holds the features, what made them: `encoder`, its `fingerprint`, and what
+            else must agree with other slides' features.
         reader: `openslide`, `tiff` or `pillow`, whichever opened the slide last. Their results are equal within
             tolerance, so that slides of several readers share a folder. None in folders of earlier versions.
+        recorded_by: the claim under which this was recorded; tells a new failure from one of an earlier run.
+        deaths: how many processes had died at the slide when it was given up; else 0.
     """
 
     row: SlideRow
     tiling: TilingSettings | None = None
-    encoder: str | None = None
-    encoder_fingerprint: str | None = None
+    encoded: dict[str, dict[str, Any]] = field(default_factory=dict)
     reader: str | None = None
+    recorded_by: str | None = None
+    deaths: int = 0
+
+    @property
+    def is_deadly(self) -> bool:
+        """Whether the slide was given up because processes died at it."""
+        return self.deaths >= MAX_DEATHS
 
 
 class RunFolder:
@@ -65,11 +90,15 @@ class RunFolder:
 
     def __init__(self, folder: str | Path):
         """Name the folder; nothing is made before the first file is written."""
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(folder).expanduser().absolute()
 
     def path(self, kind: str, slide_id: str) -> Path:
-        """Where a slide's `coords`, `overlays`, `features` or `state` file lies."""
+        """Where a slide's file of a kind lies, see `OUTPUTS`."""
         return self.folder / kind / f"{slide_id}{OUTPUTS[kind]}"
+
+    def features_path(self, folder: str, slide_id: str, suffix: str) -> Path:
+        """Where a slide's features of one of several encoders lie."""
+        return self.folder / folder / f"{slide_id}{suffix}"
 
     def read_state(self, slide_id: str) -> SlideState | None:
         """Read what is known of a slide; None if nothing is, or if its state file is not readable."""
@@ -80,9 +109,10 @@ class RunFolder:
             return SlideState(
                 SlideRow(**stored["row"]),
                 tiling,
-                stored["encoder"],
-                stored["encoder_fingerprint"],
+                _encoded(stored),
                 stored.get("reader"),
+                stored.get("recorded_by"),
+                stored.get("deaths", 0),
             )
         except FileNotFoundError:
             return None
@@ -96,27 +126,50 @@ class RunFolder:
             partial.write_text(json.dumps(asdict(state), indent=1))
 
     def write_table(self) -> None:
-        """Write slides.csv: every slide that any run on this folder has recorded, by slide_id."""
+        """Write slides.csv and index.html: every slide that any run on this folder has recorded, by slide_id."""
         states = (self.read_state(path.stem) for path in sorted((self.folder / "state").glob("*.json")))
+        rows = [asdict(state.row) for state in states if state is not None]
         with (
             atomic_path(self.folder / "slides.csv") as partial,
             partial.open("w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.DictWriter(file, [field.name for field in fields(SlideRow)])
             writer.writeheader()
-            writer.writerows(asdict(state.row) for state in states if state is not None)
+            writer.writerows(rows)
+        write_contact_sheet(self.folder, rows)
+        self._remove_old_tables()
+
+    def _remove_old_tables(self) -> None:
+        """Delete half-written tables of killed runs; a young one may be another process's, which is writing it now."""
+        for name in ("slides.csv", "index.html"):
+            for partial in self.folder.glob(f".{name}.*.partial"):
+                with suppress(FileNotFoundError):
+                    if time.time() - partial.stat().st_mtime > OLD_S:
+                        partial.unlink()
 
     def forget(self, entries: list[SlideEntry]) -> None:
-        """Delete all that earlier runs made of these slides, for --overwrite."""
+        """Delete all that earlier runs made of these slides, for --overwrite.
+
+        Raises:
+            ValueError: if one of them is in work.
+        """
+        claims = Claims(self.folder / "claims")
+        for entry in entries:
+            if owner := claims.owner(entry.slide_id):
+                raise ValueError(f"--overwrite: {entry.slide_id} is in work ({owner}): wait for it, or stop it")
         for entry in entries:
             for kind in reversed(OUTPUTS):  # the state first: without it the rest counts as missing
                 self.path(kind, entry.slide_id).unlink(missing_ok=True)
+            for folder in self._feature_folders():
+                for suffix in (*FEATURE_SUFFIXES, ".pt.json"):
+                    (folder / f"{entry.slide_id}{suffix}").unlink(missing_ok=True)
+            claims.forget(entry.slide_id)
 
-    def remove_leftovers(self, entries: list[SlideEntry]) -> None:
-        """Delete half-written files of killed runs of these slides."""
-        names = {f"{entry.slide_id}{suffix}" for entry in entries for suffix in OUTPUTS.values()}
-        for kind in OUTPUTS:
-            for partial in (self.folder / kind).glob(".*.partial"):
+    def remove_leftovers(self, entry: SlideEntry) -> None:
+        """Delete half-written files of a slide whose process was killed; nobody else may be writing them."""
+        names = {f"{entry.slide_id}{suffix}" for suffix in {*OUTPUTS.values(), *FEATURE_SUFFIXES, ".pt.json"}}
+        for folder in {self.folder / kind for kind in OUTPUTS} | set(self._feature_folders()):
+            for partial in folder.glob(".*.partial"):
                 if partial.name[1:].removesuffix(".partial").rpartition(".")[0] in names:
                     partial.unlink(missing_ok=True)
 
@@ -124,9 +177,43 @@ class RunFolder:
         """Whether a slide's coords are here, or it is known to have none."""
         return state is not None and state.tiling is not None and self._holds("coords", state.row)
 
-    def is_encoded(self, state: SlideState | None) -> bool:
-        """Whether a slide's features are here, or it is known to have none."""
-        return state is not None and state.encoder is not None and self._holds("features", state.row)
+    def is_encoded(self, state: SlideState | None, folder: str = "features", suffix: str = ".h5") -> bool:
+        """Whether a slide's features of one encoder are here, whole, or it is known to have none."""
+        if state is None or folder not in state.encoded:
+            return False
+        if state.row.n_tiles == 0:
+            return True
+        try:
+            return count_tiles(self.features_path(folder, state.row.slide_id, suffix)) == state.row.n_tiles
+        except (ValueError, OSError):
+            return False
+
+    def needs_tiling(self, entry: SlideEntry, settings: TilingSettings) -> bool:
+        """Whether a slide is still to be tiled; raises ValueError if it was tiled with other settings."""
+        self.check_tiling(entry, settings, entry.assume_mpp)
+        state = self.read_state(entry.slide_id)
+        if state is not None and state.row.status == "failed":
+            return not state.is_deadly
+        return not self.is_tiled(state)
+
+    def lacks_tile_squares(self, entry: SlideEntry) -> bool:
+        """Whether a slide has tiles, but not as GeoJSON."""
+        coords, squares = (self.path(kind, entry.slide_id) for kind in ("coords", "geojson_tiles"))
+        return coords.is_file() and not squares.is_file()
+
+    def needs_encoding(
+        self, entry: SlideEntry, settings: TilingSettings, made_by: dict[str, dict[str, Any]], suffix: str
+    ) -> bool:
+        """Whether a slide is still to be tiled or encoded; raises ValueError if either was done otherwise.
+
+        `made_by` is what makes the features, by the folder that they go to, and `suffix` that of their files.
+        """
+        for name, made in made_by.items():
+            self.check_encoder(entry, made, name)
+        if self.needs_tiling(entry, settings):
+            return True
+        state = self.read_state(entry.slide_id)
+        return not state.is_deadly and not all(self.is_encoded(state, name, suffix) for name in made_by)
 
     def check_tiling(self, entry: SlideEntry, settings: TilingSettings, assume_mpp: float | None) -> None:
         """Refuse to mix tiles of different settings in one folder.
@@ -140,6 +227,7 @@ class RunFolder:
         had, wanted = asdict(state.tiling), asdict(settings)
         if state.row.mpp_source == "assumed" and assume_mpp is not None:
             had["assume_mpp"], wanted["assume_mpp"] = state.row.mpp, assume_mpp
+        self._check_listed_mpp(entry, state.row)
         differing = [key for key in wanted if had[key] != wanted[key]]
         if differing:
             raise ValueError(
@@ -149,20 +237,48 @@ class RunFolder:
                 "choose another --output_dir, or tile anew with --overwrite"
             )
 
-    def check_encoder(self, entry: SlideEntry, encoder: str, encoder_fingerprint: str) -> None:
-        """Refuse to mix features of different encoders in one folder.
+    def _check_listed_mpp(self, entry: SlideEntry, row: SlideRow) -> None:
+        had = row.mpp if row.mpp_source == "list" else None
+        if row.mpp is None or (entry.mpp is None and had is None):
+            return
+        if entry.mpp is None or abs(entry.mpp / row.mpp - 1) > 1e-4:
+            raise ValueError(
+                f"{self.folder} holds {entry.slide_id} tiled with {row.mpp:g} um per level-0 pixel ({row.mpp_source}), "
+                f"and the column mpp of --slides says {'nothing' if entry.mpp is None else f'{entry.mpp:g}'}: "
+                "give the same list, choose another --output_dir, or tile anew with --overwrite"
+            )
+
+    def check_encoder(self, entry: SlideEntry, made_by: dict[str, Any], folder: str = "features") -> None:
+        """Refuse to mix features of different encoders, or of tiles treated differently, in one folder.
 
         Raises:
-            ValueError: if the slide's features are here and come from another encoder or other weights.
+            ValueError: if the slide's features are here, in any format, and were made otherwise.
         """
         state = self.read_state(entry.slide_id)
-        if not self.is_encoded(state):
+        if not any(self.is_encoded(state, folder, suffix) for suffix in FEATURE_SUFFIXES):
             return
-        mend = "choose another --output_dir, or encode anew with --overwrite"
-        if state.encoder != encoder:
-            raise ValueError(f"{self.folder} holds features of encoder {state.encoder}, not {encoder}: {mend}")
-        if state.encoder_fingerprint != encoder_fingerprint:
-            raise ValueError(f"{self.folder} holds features of encoder {encoder} with other weights: {mend}")
+        had = state.encoded[folder]
+        where, mend = self.folder / folder, "choose another --output_dir, or encode anew with --overwrite"
+        if had["encoder"] != made_by["encoder"]:
+            raise ValueError(f"{where} holds features of encoder {had['encoder']}, not {made_by['encoder']}: {mend}")
+        if had["fingerprint"] != made_by["fingerprint"]:
+            raise ValueError(f"{where} holds features of encoder {had['encoder']} with other weights: {mend}")
+        for name in sorted(had.keys() | made_by.keys()):
+            if had.get(name) != made_by.get(name):
+                told = [made.get(name) or "none" for made in (had, made_by)]
+                raise ValueError(f"{where} holds features made with --{name} {told[0]}, not {told[1]}: {mend}")
+
+    def _feature_folders(self) -> list[Path]:
+        return [folder for folder in self.folder.glob("features*") if folder.is_dir()]
 
     def _holds(self, kind: str, row: SlideRow) -> bool:
         return row.n_tiles == 0 or self.path(kind, row.slide_id).is_file()
+
+
+def _encoded(stored: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a state file says of features; earlier versions knew one encoder a folder."""
+    if "encoded" in stored:
+        return stored["encoded"]
+    if stored["encoder"] is None:
+        return {}
+    return {"features": {"encoder": stored["encoder"], "fingerprint": stored["encoder_fingerprint"]}}

@@ -6,7 +6,8 @@ images (label, macro) may show a patient's name and are never read.
 
 import logging
 import math
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import cv2
@@ -14,49 +15,33 @@ import numpy as np
 import openslide
 from PIL import Image, UnidentifiedImageError
 
+from stage0_tiling.icc import ToSrgb, openslide_profile, tiff_profile, to_srgb
+from stage0_tiling.pixel_size import PixelSize, SlideError, choose_pixel_size, positive, stated_pixel_size
 from stage0_tiling.resample import ON_GRID, on_grid, resize, sample_box
+from stage0_tiling.slide_files import WHOLE_SLIDE_SUFFIXES
 from stage0_tiling.tiff_codecs import TileError
+from stage0_tiling.tile_cache import bytes_for
 from stage0_tiling.tiled_tiff import TiledTiff
 
 READERS = ("auto", "openslide", "tiff")
 # vendors whose levels are plain grids of tiles; those of others overlap, are padded or come in several regions
 PLAIN_TIFF = ("aperio", "generic-tiff")
-PLAUSIBLE_MPP = (0.05, 20.0)
-OBJECTIVE_TIMES_MPP = 10.0  # 10x is 1 um/px by convention: 20x 0.5, 40x 0.25
-ISOTROPIC_TOLERANCE = 0.01  # mpp of x and y that differ less are one number, rounded differently
+# Suffixes whose first image may be opened without OpenSlide. In other formats that may be a label or a macro image,
+# and a .mrxs file is itself a JPEG of the glass: where OpenSlide does not know such a file, nobody may try.
+FIRST_IMAGE_IS_THE_SLIDE = (".svs", ".tif", ".tiff")
+BOUNDS = (
+    openslide.PROPERTY_NAME_BOUNDS_X,
+    openslide.PROPERTY_NAME_BOUNDS_Y,
+    openslide.PROPERTY_NAME_BOUNDS_WIDTH,
+    openslide.PROPERTY_NAME_BOUNDS_HEIGHT,
+)
 LEVEL_TOLERANCE = 0.02  # a level this much coarser than asked still counts as fine enough
-MAX_UPSAMPLING = 4.0
-WARN_UPSAMPLING = 1.1
-MAX_READ_PX = 2048  # side of one read: bounds memory where a slide has no pyramid
-UM_PER_UNIT = {"inch": 25400.0, "centimeter": 10000.0}
+MAX_READ_PX = 4096  # side of one read of a thumbnail: bounds memory, about 200 MB, where a slide has no pyramid
+THUMBNAIL_THREADS = min(4, os.cpu_count() or 1)
 BACKGROUND = 255
 OVERSAMPLING = 2.0  # least, of what is decoded at reduced size and resampled after
 
 logger = logging.getLogger(__name__)
-
-
-class SlideError(ValueError):
-    """This slide cannot be used; the message says why and what would help."""
-
-
-@dataclass(frozen=True)
-class PixelSize:
-    """Microns per level-0 pixel, and where the number comes from.
-
-    Attributes:
-        x: um per pixel along x.
-        y: um per pixel along y.
-        source: `slide`, `objective` or `assumed`.
-    """
-
-    x: float
-    y: float
-    source: str
-
-    @property
-    def mpp(self) -> float:
-        """One number for both directions, their geometric mean."""
-        return math.sqrt(self.x * self.y)
 
 
 class Slide:
@@ -69,24 +54,33 @@ class Slide:
         width: level-0 pixels.
         height: level-0 pixels.
         num_levels: of the pyramid.
+        bounds: (x, y, width, height) in level-0 pixels of what was scanned, the whole slide where the file does not
+            say. A MIRAX slide is mostly empty around it. `read_whole` shows what lies outside as white.
+        icc_profile: the ICC profile that the file carries, None if it has none.
+        objective: power of the objective that the file states, None if it states none.
     """
 
-    def __init__(self, path: str | Path, reader: str = "auto"):
+    def __init__(self, path: str | Path, reader: str = "auto", *, icc: bool = False, mpp: float | None = None):
         """Open `path`.
 
         Args:
             path: a slide or plain image.
             reader: `tiff` for our own reader of tiled JPEG and JPEG 2000 TIFFs, `openslide` to do without it, `auto`
-                for the former wherever it can be used. Thumbnails come from OpenSlide in any case.
+                for the former wherever it can be used.
+            icc: convert pixels to sRGB by the slide's ICC profile; a slide without one stays as it is.
+            mpp: um per level-0 pixel to use whatever the slide states; None believes the slide.
 
         Raises:
-            SlideError: if it is missing, no slide or image, or not what the reader asked for can read.
+            SlideError: if it is missing, no slide or image, or not what the reader asked for can read, or if its ICC
+                profile is wanted and cannot be used.
         """
         assert reader in READERS
         self.path = Path(path)
         if not self.path.exists():
             raise SlideError(f"{self.path.name} does not exist")
+        self._mpp = mpp
         self._image_dpi: tuple[float | None, float | None] = (None, None)
+        self.icc_profile: bytes | None = None
         self._tiff: TiledTiff | None = None
         self._handle = self._open(reader)
         if reader == "tiff" and self._tiff is None:
@@ -99,14 +93,19 @@ class Slide:
         self.width, self.height = self._handle.dimensions
         self.num_levels = self._handle.level_count
         self._downsamples = self._handle.level_downsamples
+        if isinstance(self._handle, openslide.OpenSlide):
+            self._handle.set_cache(openslide.OpenSlideCache(_cache_bytes(self._handle)))
+        self.objective = positive(self.properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
+        self.bounds = self._scanned_bounds()
+        self._to_srgb = self._color_conversion() if icc else None
 
     def _open(self, reader: str) -> openslide.AbstractSlide | TiledTiff:
         """OpenSlide where it knows the format, else our own reader, else Pillow, with the whole image in memory."""
         try:
             slide = openslide.OpenSlide(self.path)
         except openslide.OpenSlideError as error:
-            if reader != "openslide" and (tiff := TiledTiff.open(self.path)):
-                self.format, self._tiff = "tiff", tiff
+            if reader != "openslide" and self._may_open_tiff() and (tiff := TiledTiff.open(self.path)):
+                self.format, self._tiff, self.icc_profile = "tiff", tiff, tiff_profile(self.path)
                 return tiff
             if isinstance(error, openslide.OpenSlideUnsupportedFormatError):
                 return self._open_image()
@@ -114,15 +113,38 @@ class Slide:
         except OSError as error:
             raise self._unopenable(error) from error
         self.format = slide.properties[openslide.PROPERTY_NAME_VENDOR]
+        self.icc_profile = openslide_profile(slide)
         if reader != "openslide" and self.format in PLAIN_TIFF:
             self._tiff = TiledTiff.open(self.path, slide.level_dimensions)
+            if self._tiff and slide.level_count == 1 and (pyramid := self._hidden_pyramid()):
+                slide.close()
+                self._tiff.close()
+                self._tiff = pyramid
+                return pyramid
         return slide
 
+    def _hidden_pyramid(self) -> TiledTiff | None:
+        """The levels that an OME-TIFF keeps as sub-images of its first, where OpenSlide does not look for them."""
+        tiff = TiledTiff.open(self.path)
+        if tiff and tiff.level_count == 1:
+            tiff.close()
+            return None
+        return tiff
+
+    def _may_open_tiff(self) -> bool:
+        """Whether the file's first image is the slide, though OpenSlide cannot open it."""
+        vendor = openslide.OpenSlide.detect_format(self.path)
+        return self.path.suffix.lower() in FIRST_IMAGE_IS_THE_SLIDE and vendor in (None, *PLAIN_TIFF)
+
     def _open_image(self) -> openslide.AbstractSlide:
+        suffix = self.path.suffix.lower()
+        if suffix in WHOLE_SLIDE_SUFFIXES and suffix not in FIRST_IMAGE_IS_THE_SLIDE:
+            raise SlideError(f"{self.path.name} is no slide that OpenSlide can open: {_hint(self.path)}")
         try:
             with Image.open(self.path) as image:
                 self.format = f"image/{(image.format or 'unknown').lower()}"
-                self._image_dpi = tuple(_positive(value) for value in image.info.get("dpi", (None, None)))
+                self._image_dpi = tuple(positive(value) for value in image.info.get("dpi", (None, None)))
+                self.icc_profile = image.info.get("icc_profile")
                 return openslide.ImageSlide(_on_white(image))
         except UnidentifiedImageError as error:
             raise SlideError(f"{self.path.name} is no slide or image that OpenSlide or Pillow can open") from error
@@ -140,26 +162,24 @@ class Slide:
         if self._tiff is not None:
             self._tiff.close()
 
+    @property
+    def properties(self) -> Mapping[str, str]:
+        """What the file states, under OpenSlide's names."""
+        return self._handle.properties
+
     def pixel_size(self, assume_mpp: float | None = None) -> PixelSize:
-        """Microns per pixel: what the slide says, else 10 / objective power, else `assume_mpp`.
+        """Microns per pixel: what the list says, else the slide, else 10 / objective power, else `assume_mpp`.
 
         `assume_mpp` also replaces a slide's implausible value, never a plausible one.
 
         Raises:
             SlideError: if nothing is known, or the value is implausible and nothing is assumed.
         """
-        found = self._stated_pixel_size()
-        if found is not None and all(PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1] for value in (found.x, found.y)):
-            return found
-        if assume_mpp is not None:
-            return PixelSize(assume_mpp, assume_mpp, "assumed")
-        mend = "state the true value with --assume_mpp, e.g. --assume_mpp 0.5 for a 20x scan"
-        if found is None:
-            raise SlideError(f"{self.path.name} says neither its mpp nor its objective power: {mend}")
-        raise SlideError(
-            f"{self.path.name} says {found.mpp:.4g} um/px, which is implausible "
-            f"(expected {PLAUSIBLE_MPP[0]} to {PLAUSIBLE_MPP[1]:g}): {mend}"
-        )
+        return choose_pixel_size(self.path.name, self.stated_pixel_size(), self._mpp, assume_mpp)
+
+    def stated_pixel_size(self) -> PixelSize | None:
+        """Microns per pixel as the file states it, plausible or not; None if it states nothing."""
+        return stated_pixel_size(self.properties, self._image_dpi)
 
     def read_region(self, x: int, y: int, width: int, height: int, size: tuple[int, int]) -> np.ndarray:
         """Read a rectangle of level 0, resampled by area to `size`.
@@ -175,35 +195,94 @@ class Slide:
             (size[1], size[0], 3) uint8 RGB, read from the coarsest level that is still fine enough.
         """
         if self._tiff is not None and (picture := self._read_tiled(x, y, width, height, size)) is not None:
-            return picture
-        return self._read_plain(x, y, width, height, size)
+            return self._in_srgb(picture)
+        return self._in_srgb(self._read_plain(x, y, width, height, size))
+
+    def read_tiles(
+        self, coords: np.ndarray, width: int, height: int, size: tuple[int, int], out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Read many tiles of one size, each as `read_region` reads it, with the work that they share done once.
+
+        Args:
+            coords: (N, 2) level-0 (x, y) of top-left corners, best in row order.
+            width: level-0 pixels of a tile.
+            height: level-0 pixels of a tile.
+            size: (width, height) in pixels of the pictures.
+            out: (N, size[1], size[0], 3) uint8 to read into; one that is used again is written faster than a new one.
+
+        Returns:
+            (N, size[1], size[0], 3) uint8 RGB, which is `out` where that is given.
+
+        Raises:
+            SlideError: if a tile cannot be read; the message names its position.
+        """
+        if out is None:
+            out = np.empty((len(coords), size[1], size[0], 3), np.uint8)
+        assert out.shape == (len(coords), size[1], size[0], 3) and out.dtype == np.uint8
+        is_read = np.zeros(len(coords), bool)
+        if self._tiff is not None:
+            level = self._level_for(min(width / size[0], height / size[1]))
+            is_read[self._tiff.read_aligned(level, coords, (width, height), size, out)] = True
+            if self._to_srgb is not None:
+                for i in np.flatnonzero(is_read).tolist():
+                    out[i] = self._in_srgb(out[i])
+        for i in np.flatnonzero(~is_read).tolist():
+            x, y = coords[i].tolist()
+            out[i] = self.read_region(x, y, width, height, size)
+        return out
 
     def read_whole(self, width: int, height: int) -> np.ndarray:
         """Read the whole slide as (height, width, 3) uint8 RGB, block by block, so that memory stays bounded."""
         scale_x, scale_y = self.width / width, self.height / height
         level = self._level_for(min(scale_x, scale_y))
         step = max(1, int(MAX_READ_PX * self._downsamples[level] / max(scale_x, scale_y)))
-        picture = np.empty((height, width, 3), np.uint8)
+        picture = np.full((height, width, 3), BACKGROUND, np.uint8)
         for top in range(0, height, step):
             for left in range(0, width, step):
                 bottom, right = min(top + step, height), min(left + step, width)
                 x0, y0 = round(left * scale_x), round(top * scale_y)
                 x1, y1 = round(right * scale_x), round(bottom * scale_y)
-                # by the same reader whatever reads the tiles, so that the tissue found on it is the same
-                read = self.read_region if self._handle is self._tiff else self._read_plain
-                block = read(x0, y0, x1 - x0, y1 - y0, (right - left, bottom - top))
-                picture[top:bottom, left:right] = block
-        return picture
+                if self._is_unscanned(x0, y0, x1, y1):
+                    continue
+                block = self._read_block(x0, y0, x1 - x0, y1 - y0, (right - left, bottom - top))
+                picture[top:bottom, left:right] = self._in_srgb(block)
+        if self._tiff is not None:
+            self._tiff.forget()
+        return self._blank_outside_bounds(picture)
+
+    def _read_block(self, x: int, y: int, width: int, height: int, size: tuple[int, int]) -> np.ndarray:
+        """Read a part of a thumbnail: to the bit what OpenSlide reads, so that the tissue found on it is the same.
+
+        Hence never shrunk while decoding, and not through our own reader where that rounds otherwise.
+        """
+        if self._handle is self._tiff:  # OpenSlide does not know the format
+            return self._read_tiled(x, y, width, height, size)
+        level = self._level_for(min(width / size[0], height / size[1]))
+        begins_on_pixel = x % self._downsamples[level] == y % self._downsamples[level] == 0
+        if self._tiff is not None and self._tiff.is_exact(level) and begins_on_pixel:
+            block = self._read_tiled(x, y, width, height, size, may_shrink=False, num_threads=THUMBNAIL_THREADS)
+            if block is not None:
+                return block
+        return self._read_plain(x, y, width, height, size)
 
     def _level_for(self, downsample: float) -> int:
         """The coarsest level that is still fine enough for a downsample of level 0."""
         fine = [level for level, has in enumerate(self._downsamples) if has <= downsample * (1 + LEVEL_TOLERANCE)]
         return max(fine, default=0, key=lambda level: self._downsamples[level])
 
-    def _read_tiled(self, x: int, y: int, width: int, height: int, size: tuple[int, int]) -> np.ndarray | None:
+    def _read_tiled(
+        self,
+        x: int,
+        y: int,
+        width: int,
+        height: int,
+        size: tuple[int, int],
+        may_shrink: bool = True,
+        num_threads: int = 1,
+    ) -> np.ndarray | None:
         """Read through our own reader, shrunk while decoding; None where OpenSlide must decide what is not there."""
         level = self._level_for(min(width / size[0], height / size[1]))
-        shrink = self._shrink_for(level, (x, y, width, height), size)
+        shrink = self._shrink_for(level, (x, y, width, height), size) if may_shrink else 1
         left, top, columns, rows = (value / self._downsamples[level] / shrink for value in (x, y, width, height))
         if shrink == 1:  # whole pixels, and linear between them, as OpenSlide does
             columns, rows = max(1, round(columns)), max(1, round(rows))
@@ -212,7 +291,7 @@ class Slide:
         if self._handle is not self._tiff and self._tiff.is_sparse(level, box, shrink):
             return None
         try:
-            picture = self._tiff.read(level, box, shrink)
+            picture = self._tiff.read(level, box, shrink, num_threads)
         except (TileError, OSError) as error:
             raise self._unreadable(x, y, level, error) from error
         interpolation = cv2.INTER_LINEAR if shrink == 1 else cv2.INTER_CUBIC
@@ -253,46 +332,53 @@ class Slide:
     def _unreadable(self, x: int, y: int, level: int, error: Exception) -> SlideError:
         return SlideError(f"{self.path.name} cannot be read at ({x}, {y}), level {level} ({_reason(error)})")
 
-    def _stated_pixel_size(self) -> PixelSize | None:
-        properties = self._handle.properties
-        x = _positive(properties.get(openslide.PROPERTY_NAME_MPP_X))
-        y = _positive(properties.get(openslide.PROPERTY_NAME_MPP_Y))
-        if not (x or y):
-            unit = UM_PER_UNIT.get(properties.get("tiff.ResolutionUnit", ""))
-            per_x, per_y = (_positive(properties.get(f"tiff.{axis}Resolution")) for axis in "XY")
-            if unit and (per_x or per_y):
-                x, y = (unit / value if value else None for value in (per_x, per_y))
-        if not (x or y):
-            x, y = (UM_PER_UNIT["inch"] / dpi if dpi else None for dpi in self._image_dpi)
-        if x or y:
-            x, y = x or y, y or x
-            if abs(x / y - 1) <= ISOTROPIC_TOLERANCE:
-                x = y = math.sqrt(x * y)
-            return PixelSize(x, y, "slide")
-        power = _positive(properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
-        return PixelSize(*(OBJECTIVE_TIMES_MPP / power,) * 2, "objective") if power else None
+    def _scanned_bounds(self) -> tuple[int, int, int, int]:
+        """OpenSlide's bounds, cut to the slide; the whole slide where they are missing or make no sense."""
+        whole = 0, 0, self.width, self.height
+        try:
+            x, y, width, height = (int(self.properties[name]) for name in BOUNDS)
+        except (KeyError, ValueError):
+            return whole
+        left, top, right, bottom = max(0, x), max(0, y), min(self.width, x + width), min(self.height, y + height)
+        return (left, top, right - left, bottom - top) if left < right and top < bottom else whole
+
+    def _is_unscanned(self, left: int, top: int, right: int, bottom: int) -> bool:
+        x, y, width, height = self.bounds
+        return right <= x or bottom <= y or left >= x + width or top >= y + height
+
+    def _blank_outside_bounds(self, picture: np.ndarray) -> np.ndarray:
+        """Make white what lies outside the bounds in a picture of the whole slide, in place."""
+        x, y, width, height = self.bounds
+        scale_x, scale_y = picture.shape[1] / self.width, picture.shape[0] / self.height
+        picture[: math.floor(y * scale_y)] = picture[math.ceil((y + height) * scale_y) :] = BACKGROUND
+        picture[:, : math.floor(x * scale_x)] = picture[:, math.ceil((x + width) * scale_x) :] = BACKGROUND
+        return picture
+
+    def _color_conversion(self) -> ToSrgb | None:
+        if self.icc_profile is None:
+            logger.info("%s carries no ICC profile: its colours stay as they are", self.path.name)
+            return None
+        try:
+            return to_srgb(self.icc_profile)
+        except ValueError as error:
+            raise SlideError(f"{self.path.name}: {error}; do without --icc") from error
+
+    def _in_srgb(self, picture: np.ndarray) -> np.ndarray:
+        return picture if self._to_srgb is None else self._to_srgb(picture)
 
 
-def check_resolution(name: str, pixel_size: PixelSize, mpp: float) -> None:
-    """Refuse to invent detail: warn where tiles are enlarged, fail where by more than 4 times.
+def _hint(path: Path) -> str:
+    if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
+        return f"the folder {path.stem} that belongs to it is missing"
+    if path.suffix.lower() in (".czi", ".isyntax"):
+        return "convert it to a tiled TIFF"
+    return "is the file whole?"
 
-    Raises:
-        SlideError: if the slide is more than 4 times coarser than `mpp`.
-    """
-    enlargement = pixel_size.mpp / mpp
-    if enlargement > MAX_UPSAMPLING:
-        raise SlideError(
-            f"{name} has {pixel_size.mpp:.4g} um/px, {enlargement:.1f} times coarser than --mpp {mpp:g} "
-            f"(at most {MAX_UPSAMPLING:g}): ask for a coarser --mpp"
-        )
-    if enlargement > WARN_UPSAMPLING:
-        logger.warning(
-            "%s has %.4g um/px, coarser than --mpp %g: its tiles are enlarged %.2f times",
-            name,
-            pixel_size.mpp,
-            mpp,
-            enlargement,
-        )
+
+def _cache_bytes(slide: openslide.OpenSlide) -> int:
+    """Room for what OpenSlide decodes, 4 bytes a pixel, while a slide is read row by row."""
+    tile_height = slide.properties.get("openslide.level[0].tile-height", "")
+    return bytes_for(slide.dimensions[0], int(tile_height) if tile_height.isdecimal() else 256, bytes_per_pixel=4)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -300,14 +386,6 @@ def _on_white(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, (BACKGROUND,) * 4), image).convert("RGB")
-
-
-def _positive(text: object) -> float | None:
-    try:
-        value = float(text)
-    except (TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) and value > 0 else None
 
 
 def _reason(error: Exception) -> str:

@@ -1,14 +1,15 @@
 """Which slides a command works on: folders, files and CSV lists become a list of slides with unique names."""
 
 import csv
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-WHOLE_SLIDE_SUFFIXES = frozenset(
-    ".svs .tif .tiff .ndpi .mrxs .scn .bif .vms .vmu .svslide .czi .dcm .isyntax".split()  # those that OpenSlide reads
-)
-IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp".split())
+from stage0_tiling.pixel_size import PLAUSIBLE_MPP
+from stage0_tiling.slide_files import IMAGE_SUFFIXES, WHOLE_SLIDE_SUFFIXES, slides_below
+
 PATH_COLUMNS = ("path", "slide_path", "slide", "filename", "file")
+READ_FROM_SLIDE = ("slide", "objective")  # mpp_source of a value that a table of ours repeats
 
 
 @dataclass(frozen=True)
@@ -16,24 +17,27 @@ class SlideEntry:
     """A slide to work on.
 
     Attributes:
-        slide_id: file name without its last extension.
+        slide_id: file name without its last extension, or what the list's column `slide_id` says.
         path: absolute path.
-        assume_mpp: um per pixel to assume for this slide, from the list's `mpp` column; None if it has none.
+        assume_mpp: um per pixel to assume where the slide states none, or an implausible one; None if nothing is known.
+        mpp: um per pixel to use whatever the slide states, from the list's column `mpp`; None if it has none.
     """
 
     slide_id: str
     path: Path
     assume_mpp: float | None = None
+    mpp: float | None = None
 
 
 def find_slides(sources: list[str]) -> list[SlideEntry]:
     """List the slides of some folders, files and CSV lists, in the order given, sorted within a folder.
 
-    A folder is searched with all folders below it for the extensions that OpenSlide reads and for plain images; hidden
-    files are left out, and a folder of `.dcm` files counts as one slide, named by its largest file. A named file is
-    taken whatever its extension. A CSV has a column `path` (or `slide_path`, `slide`, `filename`, `file`), relative
-    to its own folder, and optionally `mpp`, which stands for --assume_mpp for that slide; a
-    `slides.csv` of an earlier run will do.
+    A folder is searched as `slide_files.slides_below` says. A named file is taken whatever its extension. A CSV has a
+    column `path` (or `slide_path`, `slide`, `filename`, `file`) of files, or of folders with one slide each, relative
+    to its own folder, and optionally `slide_id`, a name other than the file's; `mpp`, which stands whatever the slide
+    states; and `assume_mpp`, which stands for --assume_mpp for that slide. A `slides.csv` or `survey.csv` of an earlier
+    run will do: an `mpp` whose `mpp_source` is `slide` or `objective` is read from the slide again, one that was
+    `assumed` is assumed again.
 
     Raises:
         FileNotFoundError: if a source does not exist.
@@ -48,42 +52,29 @@ def find_slides(sources: list[str]) -> list[SlideEntry]:
         other = by_id.setdefault(entry.slide_id, entry)
         if other is not entry:
             raise ValueError(
-                f"--slides: {other.path} and {entry.path} share the name {entry.slide_id}, "
-                "and results are stored by name: rename one, or run them with another --output_dir"
+                f"--slides: {other.path} and {entry.path} share the name {entry.slide_id}, and results are stored by "
+                "name: rename one, list them in a CSV with a column slide_id, or run them with another --output_dir"
             )
     return list(entries.values())
+
+
+def check_mpp(mpp: float) -> float:
+    """Return `mpp` if it is a plausible number of um per pixel, else raise ValueError."""
+    if not PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
+        raise ValueError(f"expected {PLAUSIBLE_MPP[0]} to {PLAUSIBLE_MPP[1]:g} um/px")
+    return mpp
 
 
 def _entries_of(source: Path) -> list[SlideEntry]:
     if not source.exists():
         raise FileNotFoundError(f"--slides {source}: no such file or folder")
     if source.is_dir():
-        found = [_entry(path) for path in _slides_below(source)]
+        found = [SlideEntry(slide_id, path.absolute()) for slide_id, path in slides_below(source)]
         if not found:
             suffixes = " ".join(sorted(WHOLE_SLIDE_SUFFIXES | IMAGE_SUFFIXES))
             raise ValueError(f"--slides {source}: no slide in this folder or below it; looked for {suffixes}")
         return found
-    return _entries_of_csv(source) if source.suffix.lower() == ".csv" else [_entry(source)]
-
-
-def _entry(path: Path, assume_mpp: float | None = None) -> SlideEntry:
-    return SlideEntry(path.stem, path.absolute(), assume_mpp)
-
-
-def _slides_below(folder: Path) -> list[Path]:
-    dicom: dict[Path, list[Path]] = {}
-    found = []
-    for path in sorted(folder.rglob("*")):
-        suffix = path.suffix.lower()
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if hidden or suffix not in WHOLE_SLIDE_SUFFIXES | IMAGE_SUFFIXES or not path.is_file():
-            continue
-        if suffix == ".dcm":
-            dicom.setdefault(path.parent, []).append(path)
-        else:
-            found.append(path)
-    # the levels of a DICOM slide are files of one folder, any of which opens the whole
-    return sorted(found + [max(files, key=lambda file: file.stat().st_size) for files in dicom.values()])
+    return _entries_of_csv(source) if source.suffix.lower() == ".csv" else [SlideEntry(source.stem, source.absolute())]
 
 
 def _entries_of_csv(source: Path) -> list[SlideEntry]:
@@ -95,28 +86,38 @@ def _entries_of_csv(source: Path) -> list[SlideEntry]:
                 f"--slides {source}: columns are {', '.join(reader.fieldnames or ['none'])}; "
                 f"one of {', '.join(PATH_COLUMNS)} must name the slides"
             )
-        entries = []
-        for row in reader:
-            if path := (row[column] or "").strip():
-                entries.append(_entry(source.parent / path, _mpp(source, reader.line_num, row.get("mpp"))))
+        entries = [entry for row in reader for entry in _entries_of_row(source, reader.line_num, row, column)]
     if not entries:
         raise ValueError(f"--slides {source}: no slide in its column {column}")
     return entries
 
 
-def _mpp(source: Path, line: int, text: str | None) -> float | None:
+def _entries_of_row(source: Path, line: int, row: dict[str, str | None], column: str) -> Iterator[SlideEntry]:
+    if not (named := (row[column] or "").strip()):
+        return
+    path = (source.parent / Path(named).expanduser()).absolute()
+    slide_id = (row.get("slide_id") or "").strip()
+    if slide_id != Path(slide_id).name:
+        raise ValueError(f"--slides {source}: line {line}, slide_id {slide_id}: a name without / is expected")
+    mpp, assume_mpp = (_mpp(source, line, name, row.get(name)) for name in ("mpp", "assume_mpp"))
+    match (row.get("mpp_source") or "").strip():
+        case "assumed":
+            mpp, assume_mpp = None, assume_mpp or mpp
+        case found if found in READ_FROM_SLIDE:
+            mpp = None
+    if not path.is_dir():
+        yield SlideEntry(slide_id or path.stem, path, assume_mpp, mpp)
+        return
+    slides = slides_below(path)
+    if len(slides) != 1:
+        raise ValueError(f"--slides {source}: line {line}, {named} is a folder of {len(slides)} slides, not of one")
+    yield SlideEntry(slide_id or slides[0][0], slides[0][1], assume_mpp, mpp)
+
+
+def _mpp(source: Path, line: int, column: str, text: str | None) -> float | None:
     if not (text or "").strip():
         return None
     try:
         return check_mpp(float(text))
     except ValueError as error:
-        raise ValueError(f"--slides {source}: line {line}, mpp {text}: {error}") from error
-
-
-def check_mpp(mpp: float) -> float:
-    """Return `mpp` if it is a plausible number of um per pixel, else raise ValueError."""
-    from stage0_tiling.slide import PLAUSIBLE_MPP
-
-    if not PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
-        raise ValueError(f"expected {PLAUSIBLE_MPP[0]} to {PLAUSIBLE_MPP[1]:g} um/px")
-    return mpp
+        raise ValueError(f"--slides {source}: line {line}, {column} {text}: {error}") from error

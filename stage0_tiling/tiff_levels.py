@@ -97,7 +97,10 @@ def _level(page: tifffile.TiffPage) -> TiffLevel | None:
 
 
 def _resolution(page: tifffile.TiffPage) -> dict[str, str]:
-    found = {"tiff.ResolutionUnit": UNITS.get(int(page.resolutionunit), "")}
+    found = {
+        "tiff.ResolutionUnit": UNITS.get(int(page.resolutionunit), ""),
+        "tiff.ImageDescription": page.description,
+    }
     for axis, value in zip("XY", page.resolution, strict=True):
         found[f"tiff.{axis}Resolution"] = str(value)
     return found

@@ -1,62 +1,28 @@
 """Pixels of a tiled TIFF without OpenSlide: only the compressed tiles that are needed, each once, straight to RGB.
 
-Memory: 128 MiB of decoded tiles per open file, however large the slide, plus one tile per reading thread.
+Memory per open file: at most 512 MiB of decoded tiles, and 128 MiB unless two and a half rows of compressed tiles are
+more, which they are beyond 69,000 px at 256 px a tile. Tiles that lie on the grid of compressed tiles need none of it.
+Besides, 25 bytes per compressed tile of where it lies (3.8 MB for a level of 100,000 x 100,000 px), 1 MiB of compressed
+bytes per reading thread, and what is being decoded.
 """
 
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
-from threading import Lock
 from typing import Self
 
 import cv2
 import numpy as np
 
+from stage0_tiling.aligned import Alignment, align
 from stage0_tiling.tiff_codecs import TileError
 from stage0_tiling.tiff_levels import TiffLevel, TiffPyramid, read_pyramid
+from stage0_tiling.tile_cache import TileCache, bytes_for
 
-CACHE_BYTES = 128 * 2**20  # two rows of 256 px tiles of a slide 85,000 px wide, or twice that at half scale
+READ_BYTES = 2**20  # most that is read at once of compressed tiles that lie one behind the other
 BACKGROUND = 255
-
-
-class TileCache:
-    """Keeps the tiles used last, up to a number of bytes. Threads that want one tile at a time decode it once."""
-
-    def __init__(self, max_bytes: int):
-        self._max_bytes = max_bytes
-        self._num_bytes = 0
-        self._tiles: OrderedDict[Hashable, np.ndarray] = OrderedDict()
-        self._pending: dict[Hashable, Future[np.ndarray]] = {}
-        self._lock = Lock()
-
-    def get(self, key: Hashable, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """The tile of `key`, made by `make` unless it is here or another thread is at it."""
-        with self._lock:
-            if (tile := self._tiles.get(key)) is not None:
-                self._tiles.move_to_end(key)
-                return tile
-            if (pending := self._pending.get(key)) is None:
-                mine = self._pending[key] = Future()
-        if pending is not None:
-            return pending.result()
-        try:
-            tile = make()
-        except BaseException as error:  # also an interrupt: the threads that wait must not wait for ever
-            with self._lock:
-                del self._pending[key]
-            mine.set_exception(error)
-            raise
-        with self._lock:
-            del self._pending[key]
-            self._tiles[key] = tile
-            self._num_bytes += tile.nbytes
-            while self._num_bytes > self._max_bytes:
-                self._num_bytes -= self._tiles.popitem(last=False)[1].nbytes
-        mine.set_result(tile)
-        return tile
 
 
 class TiledTiff:
@@ -77,11 +43,9 @@ class TiledTiff:
         self.dimensions = first.width, first.height
         ratios = ((first.width / level.width, first.height / level.height) for level in self._levels)
         self.level_downsamples = tuple(sum(ratio) / 2 for ratio in ratios)
-        self._cache = TileCache(CACHE_BYTES)
         # A tile that lies wholly within a box is not kept: warm memory is written half again as fast as new. Boxes that
         # overlap show when one of these is wanted once more; from then on all are kept.
-        self._taken = [np.zeros(level.counts.shape, bool) for level in self._levels]
-        self._keeps_all = False
+        self.forget()
         self._is_whole = [bool(level.counts.all()) for level in self._levels]
         self._file = path.open("rb", buffering=0)  # read by position: several threads share it, and nothing is mapped
         self._file_bytes = os.fstat(self._file.fileno()).st_size
@@ -103,12 +67,23 @@ class TiledTiff:
             return None
         return tiff
 
+    def forget(self) -> None:
+        """Drop all tiles that were kept; what is read from now on is another pass over the slide."""
+        rows = (bytes_for(level.width, level.decoder.shape[0], bytes_per_pixel=3) for level in self._levels)
+        self._cache = TileCache(max(rows))
+        self._taken = [np.zeros(level.counts.shape, bool) for level in self._levels]
+        self._keeps_all = False
+
     def close(self) -> None:
         self._file.close()
 
     def shrinks(self, level: int) -> tuple[int, ...]:
         """Factors by which tiles of a level can be shrunk while they are decoded."""
         return self._levels[level].decoder.shrinks
+
+    def is_exact(self, level: int) -> bool:
+        """Whether a level read at full size is to the bit what OpenSlide reads."""
+        return self._levels[level].decoder.is_exact
 
     def is_sparse(self, level: int, box: tuple[int, int, int, int], shrink: int = 1) -> bool:
         """Whether a box needs tiles that the file does not hold."""
@@ -117,13 +92,14 @@ class TiledTiff:
         rows, columns = self._tiles_in(level, box, shrink)
         return not self._levels[level].counts[rows.start : rows.stop, columns.start : columns.stop].all()
 
-    def read(self, level: int, box: tuple[int, int, int, int], shrink: int = 1) -> np.ndarray:
+    def read(self, level: int, box: tuple[int, int, int, int], shrink: int = 1, num_threads: int = 1) -> np.ndarray:
         """Read a box of a level.
 
         Args:
             level: of the pyramid.
             box: (left, top, right, bottom) in pixels of the level divided by `shrink`.
             shrink: one of `shrinks(level)`.
+            num_threads: that decode the tiles of the box.
 
         Returns:
             (bottom - top, right - left, 3) uint8 RGB; what lies beyond the level, or is not in the file, is white.
@@ -145,15 +121,88 @@ class TiledTiff:
         picture = np.empty((bottom - top, right - left, 3), np.uint8)
         if not is_full:
             picture.fill(BACKGROUND)
-        for row, column in product(rows, columns):
-            if here.counts[row, column]:
-                y, x = row * tile_height, column * tile_width
-                y0, y1 = max(top, y), min(bottom, y + tile_height, height)
-                x0, x1 = max(left, x), min(right, x + tile_width, width)
-                is_whole = y0 == y and x0 == x and y1 == y + tile_height and x1 == x + tile_width
-                tile = self._tile(level, row, column, shrink, keep=not is_whole)
-                picture[y0 - top : y1 - top, x0 - left : x1 - left] = tile[y0 - y : y1 - y, x0 - x : x1 - x]
+
+        def paste(place: tuple[int, int]) -> None:
+            row, column = place
+            y, x = row * tile_height, column * tile_width
+            y0, y1 = max(top, y), min(bottom, y + tile_height, height)
+            x0, x1 = max(left, x), min(right, x + tile_width, width)
+            is_whole = y0 == y and x0 == x and y1 == y + tile_height and x1 == x + tile_width
+            tile = self._tile(level, row, column, shrink, keep=not is_whole)
+            picture[y0 - top : y1 - top, x0 - left : x1 - left] = tile[y0 - y : y1 - y, x0 - x : x1 - x]
+
+        _for_each(paste, [place for place in product(rows, columns) if here.counts[place]], num_threads)
         return picture
+
+    def read_aligned(
+        self, level: int, coords: np.ndarray, box: tuple[int, int], size: tuple[int, int], out: np.ndarray
+    ) -> np.ndarray:
+        """Decode the tiles that consist of whole compressed tiles, of which none was wanted before.
+
+        Args:
+            level: to read.
+            coords: (N, 2) level-0 (x, y) of top-left corners.
+            box: (width, height) of the tiles in level-0 pixels.
+            size: (width, height) of the tiles in pixels of the picture.
+            out: (N, size[1], size[0], 3) uint8, to read into.
+
+        Returns:
+            (M,) places in `out` that hold their tile now. Others do not lie on the grid of compressed tiles, are not in
+            the file, are damaged, or are wanted more than once: all that `read` takes care of.
+        """
+        here = self._levels[level]
+        self._keeps_all |= _overlap(coords, box)
+        found = align(
+            coords,
+            box,
+            size,
+            downsample=self.level_downsamples[level],
+            dimensions=(here.width, here.height),
+            compressed=here.decoder.shape[::-1],
+            shrinks=here.decoder.shrinks,
+        )
+        if found is None or self._keeps_all:
+            return np.empty(0, int)
+        rows = found.rows[:, None, None] + np.arange(found.down)[:, None]
+        columns = found.columns[:, None, None] + np.arange(found.across)
+        offsets, counts = here.offsets[rows, columns], here.counts[rows, columns]
+        is_there = (counts > 0) & (offsets + counts <= self._file_bytes) & ~self._taken[level][rows, columns]
+        keep = is_there.all(axis=(1, 2))
+        self._taken[level][rows[keep], columns[keep]] = True
+        index = found.index[keep]
+        if len(index) == 0:
+            return index
+        streams = self._in_few_reads(offsets[keep].ravel().tolist(), counts[keep].ravel().tolist())
+        try:
+            for place in index.tolist():
+                self._decode_into(out[place], here, found, streams)
+        except (TileError, OSError):  # read tile by tile, which finds the one at fault
+            return np.empty(0, int)
+        return index
+
+    @staticmethod
+    def _decode_into(out: np.ndarray, level: TiffLevel, found: Alignment, streams: Iterator[memoryview]) -> None:
+        """Decode the next compressed tiles into one picture."""
+        if found.down == found.across == 1:
+            level.decoder(next(streams), found.shrink, out)
+            return
+        height, width = (side // found.shrink for side in level.decoder.shape)
+        for y in range(0, found.down * height, height):
+            for x in range(0, found.across * width, width):
+                out[y : y + height, x : x + width] = level.decoder(next(streams), found.shrink)
+
+    def _in_few_reads(self, offsets: list[int], counts: list[int]) -> Iterator[memoryview]:
+        """Compressed tiles, in order; those that lie one behind the other in the file are read at once."""
+        begin = 0
+        while begin < len(offsets):
+            start, stop, end = offsets[begin], offsets[begin] + counts[begin], begin + 1
+            while end < len(offsets) and offsets[end] == stop and stop + counts[end] - start <= READ_BYTES:
+                stop += counts[end]
+                end += 1
+            block = memoryview(os.pread(self._file.fileno(), stop - start, start))
+            for offset, count in zip(offsets[begin:end], counts[begin:end], strict=True):
+                yield block[offset - start : offset - start + count]
+            begin = end
 
     def _tiles_in(self, level: int, box: tuple[int, int, int, int], shrink: int) -> tuple[range, range]:
         """Rows and columns of the tiles that a box touches."""
@@ -193,16 +242,30 @@ class TiledTiff:
             raise TileError(f"tile ({column}, {row}) lies beyond the end of the file")
         data = os.pread(self._file.fileno(), count, offset)
         try:
-            tile = level.decoder(data, shrink)
+            return level.decoder(data, shrink)
         except TileError as error:
             raise TileError(f"tile ({column}, {row}): {error}") from error
-        expected = tuple(side // shrink for side in level.decoder.shape)
-        if tile.shape[:2] != expected:
-            raise TileError(f"tile ({column}, {row}) is {tile.shape[1]} x {tile.shape[0]}, not {expected[::-1]} pixels")
-        return tile
 
     def _try_one_tile(self, level: int) -> None:
         """Decode a tile near the middle of a level, to learn early of a variant that the decoder does not know."""
         rows, columns = np.nonzero(self._levels[level].counts)
         if len(rows):
             self._decode(self._levels[level], int(rows[len(rows) // 2]), int(columns[len(rows) // 2]), 1)
+
+
+def _for_each(work: Callable[[tuple[int, int]], None], places: list[tuple[int, int]], num_threads: int) -> None:
+    if num_threads == 1 or len(places) < 4:
+        for place in places:
+            work(place)
+        return
+    executor = ThreadPoolExecutor(num_threads)
+    try:
+        for _ in executor.map(work, places):
+            pass
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _overlap(coords: np.ndarray, box: tuple[int, int]) -> bool:
+    """Whether tiles that follow each other share pixels."""
+    return bool((abs(np.diff(coords, axis=0)) < box).all(axis=1).any())

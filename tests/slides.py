@@ -97,7 +97,7 @@ class TiffForm:
         step: a level is this many times smaller than the one before.
         colors: `ycbcr` or `rgb`, the components within the JPEG and the photometric tag.
         subsampling: of the chroma: (1, 1) is 4:4:4, (2, 2) is 4:2:0.
-        compression: `jpeg`, or one of `aperio_jp2000_rgb` and `jpeg2000`, without loss.
+        compression: `jpeg`, or one of `aperio_jp2000_rgb`, `aperio_jp2000_ycbc` and `jpeg2000`, without loss.
         shared_tables: abbreviated JPEGs, with their tables in the tag JPEGTables, as Aperio writes them.
         aperio: with the description that makes it an SVS.
     """
@@ -128,6 +128,9 @@ class TiffForm:
         tiff.write(iter(tiles), shape=picture.shape, dtype=np.uint8, compression=self.compression, **tables, **settings)
 
     def _encode(self, tile: np.ndarray) -> bytes:
+        if self.compression == "aperio_jp2000_ycbc":
+            ycbcr = np.ascontiguousarray(cv2.cvtColor(tile, cv2.COLOR_RGB2YCrCb)[..., [0, 2, 1]])
+            return imagecodecs.jpeg2k_encode(ycbcr, codecformat="j2k", reversible=True, level=0, mct=False)
         if self.compression != "jpeg":
             return imagecodecs.jpeg2k_encode(tile, codecformat="j2k", reversible=True, level=0)
         return imagecodecs.jpeg8_encode(

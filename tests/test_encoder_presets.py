@@ -23,6 +23,8 @@ from tests.conftest import ROOT
 from tests.slides import DrawnSlide
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 56}
+SMALL_TOWER = SMALL | {"pooled_width": 32, "img_size": 64}
+SMALL_SWIN = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 6)}
 SMALL_TRANSFORMERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56}
 # Side of a patch and number of class and register tokens, as the model cards describe the architecture.
 PUBLISHED_TOKENS = {
@@ -41,6 +43,10 @@ PUBLISHED_TOKENS = {
     "midnight-12k": (14, 1),
     "openmidnight": (14, 5),
     "gpfm": (14, 1),
+    "conch": (16, 1),
+    "conch-v1.5": (16, 1),
+    "ctranspath": (32, 0),
+    "keep": (16, 1),
     "kaiko-vits8": (8, 1),
     "kaiko-vits16": (16, 1),
     "kaiko-vitb8": (8, 1),
@@ -98,7 +104,10 @@ def without_memory(build):
 def small(name, **more):
     """The preset's architecture, small and with random weights."""
     torch.manual_seed(0)
-    sizes = SMALL_TRANSFORMERS if find_preset(name).library == "transformers" else SMALL
+    preset = find_preset(name)
+    own = {"conch_vit_base": SMALL_TOWER, "conch_vit_large": SMALL_TOWER, "keep_vit_large": SMALL_TOWER}
+    own["swin_tiny_conv_stem"] = SMALL_SWIN
+    sizes = SMALL_TRANSFORMERS if preset.library == "transformers" else own.get(preset.architecture, SMALL)
     return load_encoder(name, pretrained=False, model_args=sizes | more)
 
 
@@ -154,14 +163,18 @@ def test_class_token(name):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", ["virchow2", "quiltnet-b-32", "midnight-12k", "plip"])
+@pytest.mark.parametrize(
+    "name", ["virchow2", "quiltnet-b-32", "midnight-12k", "plip", "conch", "conch-v1.5", "ctranspath", "keep"]
+)
 def test_a_saved_preset_opens_with_equal_outputs(name, tmp_path, tile):
     encoder = small(name, image_size=224) if find_preset(name).library == "transformers" else small(name, img_size=224)
     encoder.save_pretrained(tmp_path / "encoder")
     again = load_encoder(tmp_path / "encoder")
     pixels = encoder.transform(tile)[None]
     torch.testing.assert_close(again.transform(tile)[None], pixels, rtol=0, atol=0)
-    torch.testing.assert_close(again.encode_tiles(pixels), encoder.encode_tiles(pixels), rtol=0, atol=0)
+    for key, weights in encoder.backbone.state_dict().items():
+        assert torch.equal(again.backbone.state_dict()[key], weights), key
+    torch.testing.assert_close(again.encode_tiles(pixels), encoder.encode_tiles(pixels), rtol=1e-5, atol=1e-6)
     assert again.width == encoder.width and again.fingerprint() == encoder.fingerprint()
 
 
@@ -242,6 +255,139 @@ def test_quiltnet_loads_from_the_layout_of_openclip(monkeypatch):
     assert isinstance(encoder.backbone.blocks[0].mlp.act, nn.GELU)
 
 
+def pooled_by_hand(weights, tokens, num_heads=8):
+    """CONCH's head as its paper describes it, one image and one head after the other."""
+    pooler = {key.removeprefix("attn_pool_contrast."): value for key, value in weights.items()}
+    width = weights["ln_contrast.weight"].numel()
+    norm = lambda x, name: nn.functional.layer_norm(x, x.shape[-1:], pooler[f"{name}.weight"], pooler[f"{name}.bias"])  # noqa: E731
+    query = norm(pooler["query"], "ln_q") @ pooler["to_q.weight"].T
+    pooled = []
+    for image in norm(tokens, "ln_k"):
+        key, value = (image @ pooler["to_kv.weight"].T).split(width, dim=-1)
+        spans = [slice(i, i + width // num_heads) for i in range(0, width, width // num_heads)]
+        read = [(query[:, s] @ key[:, s].T / (width // num_heads) ** 0.5).softmax(-1) @ value[:, s] for s in spans]
+        pooled.append(torch.cat(read, dim=-1)[0] @ pooler["to_out.weight"].T)
+    return norm(torch.stack(pooled), "ln_contrast")
+
+
+@torch.inference_mode()
+def test_conch_loads_from_its_published_layout(monkeypatch):
+    expected = small("conch")
+    for parameter in expected.backbone.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    ours = expected.backbone.state_dict()
+    theirs = {f"visual.{key}": value for key, value in ours.items()}
+    theirs |= {"visual.proj_contrast": torch.zeros(2), "visual.attn_pool_caption.query": torch.zeros(2)}
+    theirs |= {"visual.ln_caption.bias": torch.zeros(2), "text.cls_emb": torch.zeros(2), "logit_scale": torch.ones([])}
+    asked = serve_weights(monkeypatch, theirs)
+    encoder = load_encoder("MahmoodLab/conch", model_args=SMALL_TOWER)
+    assert asked == [("MahmoodLab/CONCH", "pytorch_model.bin")]
+    pixels = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(encoder.encode_tiles(pixels), expected.encode_tiles(pixels))
+    tokens = encoder.backbone.trunk.forward_features(pixels)
+    torch.testing.assert_close(encoder.encode_tiles(pixels), pooled_by_hand(ours, tokens))
+    assert encoder.encode_patches(pixels).shape == (2, 16, 48)
+
+
+def cubic(grid, scale, side):
+    """(rows, columns, D) sampled at (i + 0.5) / scale - 0.5 with the cubic kernel of a = -0.75, edges repeated."""
+
+    def kernel(x, a=-0.75):
+        x = abs(x)
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1 if x <= 1 else a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+    sampling = torch.zeros(side, len(grid), dtype=torch.float64)
+    for i in range(side):
+        at = (i + 0.5) / scale - 0.5
+        for j in range(math.floor(at) - 1, math.floor(at) + 3):
+            sampling[i, min(max(j, 0), len(grid) - 1)] += kernel(at - j)
+    return torch.einsum("ir,jc,rcd->ijd", sampling, sampling, grid.double()).float()
+
+
+@torch.inference_mode()
+def test_conch_v15_stretches_its_positions_as_its_authors_do(monkeypatch):
+    weights = small("conch-v1.5").backbone.state_dict()
+    stored = torch.randn(1, 1 + 2 * 2, 48)
+    asked = serve_weights(monkeypatch, weights | {"trunk.pos_embed": stored})
+    encoder = load_encoder("conch_v15", model_args=SMALL_TOWER)
+    assert asked == [("MahmoodLab/conchv1_5", "pytorch_model_vision.bin")]
+    positions = encoder.backbone.trunk.pos_embed[0]
+    torch.testing.assert_close(positions[0], stored[0, 0])
+    expected = cubic(stored[0, 1:].unflatten(0, (2, 2)), 4.1 / 2, 4).flatten(0, 1)
+    torch.testing.assert_close(positions[1:], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_ctranspath_loads_from_the_layout_of_its_authors(monkeypatch, tmp_path):
+    expected = small("ctranspath")
+    for name, buffer in expected.backbone.named_buffers():
+        if name.endswith("running_mean"):
+            nn.init.normal_(buffer)
+    ours = expected.backbone.state_dict()
+    theirs = {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49)}
+    for key, value in ours.items():  # they shrink at the end of a stage, timm at the start of the next
+        stage = int(key.split(".")[1]) if key.startswith("layers.") else 0
+        theirs[key.replace(f"layers.{stage}.downsample", f"layers.{stage - 1}.downsample")] = value
+    assert "layers.0.downsample.norm.weight" in theirs
+    torch.save({"model": theirs}, tmp_path / "ctranspath.pth")
+    asked = serve_weights(monkeypatch, {"model": theirs})
+    encoder = load_encoder("ctranspath", model_args=SMALL_SWIN)
+    assert asked == [("1aurent/swin_tiny_patch4_window7_224.CTransPath", None)]
+    pixels = torch.randn(2, 3, 224, 224)
+    torch.testing.assert_close(encoder.encode_tiles(pixels), expected.encode_tiles(pixels))
+    feature_map = encoder.backbone.forward_features(pixels)
+    torch.testing.assert_close(encoder.encode_tiles(pixels), feature_map.mean((1, 2)))
+    by_hand = load_encoder(f"ctranspath={tmp_path}/ctranspath.pth", model_args=SMALL_SWIN)
+    torch.testing.assert_close(by_hand.encode_tiles(pixels), expected.encode_tiles(pixels))
+    assert by_hand.preset is find_preset("ctranspath") and by_hand.fingerprint() == encoder.fingerprint()
+    assert load_encoder(by_hand.name, model_args=SMALL_SWIN).name == by_hand.name
+
+
+def test_files_of_weights_that_do_not_fit_are_refused(tmp_path):
+    torch.save({"model": {"patch_embed.proj.0.weight": torch.zeros(3, 3)}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="ctranspath=.*other.pth cannot be built: "):
+        load_encoder(f"ctranspath={tmp_path}/other.pth", model_args=SMALL_SWIN)
+    with pytest.raises(
+        FileNotFoundError, match=r"pytorch_model_vision\.bin of https://huggingface\.co/MahmoodLab/conchv1_5"
+    ):
+        load_encoder(f"conch-v1.5={tmp_path}/absent.bin")
+    with pytest.raises(ValueError, match="phikon takes no file of weights; give a folder"):
+        load_encoder(f"phikon={tmp_path}/other.pth")
+
+
+@torch.inference_mode()
+def test_the_stem_of_ctranspath():
+    stem = small("ctranspath").backbone.patch_embed
+    weights, pixels = stem.state_dict(), torch.randn(2, 3, 32, 32)
+    hidden = pixels
+    for convolution, norm in ((0, 1), (3, 4)):
+        hidden = nn.functional.conv2d(hidden, weights[f"proj.{convolution}.weight"], stride=2, padding=1)
+        hidden = hidden / (1 + 1e-5) ** 0.5 * weights[f"proj.{norm}.weight"][:, None, None]
+        hidden = (hidden + weights[f"proj.{norm}.bias"][:, None, None]).clamp(min=0)
+    hidden = torch.einsum("bchw,dc->bhwd", hidden, weights["proj.6.weight"][:, :, 0, 0]) + weights["proj.6.bias"]
+    expected = nn.functional.layer_norm(hidden, (24,), weights["norm.weight"], weights["norm.bias"])
+    torch.testing.assert_close(stem(pixels), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_keep_loads_from_its_published_layout(monkeypatch):
+    expected = small("keep")
+    for parameter in expected.backbone.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    theirs = {"text.embeddings.LayerNorm.bias": torch.zeros(2), "logit_scale": torch.ones([])}
+    for key, value in expected.backbone.state_dict().items():
+        theirs[key.replace(".gamma", ".weight")] = value
+    asked = serve_weights(monkeypatch, theirs)
+    encoder = load_encoder("keep", model_args=SMALL_TOWER)
+    assert asked == [("Astaxanthin/KEEP", None)] and "visual.blocks.0.ls1.weight" in theirs
+    pixels = torch.randn(2, 3, 64, 64)
+    class_token = encoder.backbone.visual.forward_features(pixels)[:, 0]
+    head = encoder.backbone.visual_head
+    hidden = nn.functional.gelu(class_token @ head[0].weight.T + head[0].bias) @ head[2].weight.T + head[2].bias
+    torch.testing.assert_close(encoder.encode_tiles(pixels), hidden / hidden.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(encoder.encode_tiles(pixels), expected.encode_tiles(pixels))
+
+
 def at(folder, name):
     """The preset `name` with a local folder in place of its repository."""
     return dataclasses.replace(find_preset(name), repository=str(folder))
@@ -290,24 +436,85 @@ def test_plip_gives_the_image_features_of_clip(tmp_path):
     assert encoder.encode_patches(pixels).shape == (2, 49, 32)
 
 
-@pytest.mark.parametrize("name", ["virchow2", "hf-hub:paige-ai/Virchow2", "paige-ai/Virchow2@main"])
-def test_a_gated_model_says_how_to_get_it(name, monkeypatch):
+def refusal(kind, status):
+    """An error of the hub's client, as it is raised after an answer of the hub."""
+    return kind(str(status), response=httpx.Response(status, request=httpx.Request("GET", "https://x")))
+
+
+def not_cached(cause=None):
+    """What the hub's client raises when it got no file from the hub and has none itself."""
+    error = hub_errors.LocalEntryNotFoundError("a page of advice")
+    error.__cause__ = cause
+    return error
+
+
+def refuse_weights(monkeypatch, error):
     def refuse(*_, **__):
-        raise hub_errors.GatedRepoError("403", response=httpx.Response(403, request=httpx.Request("GET", "https://x")))
+        raise error
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", refuse)
-    message = r"accept its licence \(cc-by-nc-nd-4\.0\) at https://huggingface\.co/paige-ai/Virchow2 .*`hf auth login`"
-    with pytest.raises(PermissionError, match=message) as caught:
+
+
+GATE = (
+    r"accept its licence \(cc-by-nc-nd-4\.0\) at https://huggingface\.co/paige-ai/Virchow2 .*`hf auth login`.* HF_TOKEN"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("virchow2", refusal(hub_errors.GatedRepoError, 403)),
+        ("hf-hub:paige-ai/Virchow2", refusal(hub_errors.GatedRepoError, 401)),
+        ("paige-ai/Virchow2@main", refusal(hub_errors.GatedRepoError, 403)),
+        ("virchow2", refusal(hub_errors.RepositoryNotFoundError, 401)),
+        ("virchow2", refusal(hub_errors.HfHubHTTPError, 403)),
+        ("virchow2", not_cached(refusal(hub_errors.HfHubHTTPError, 403))),
+        ("virchow2", not_cached(refusal(hub_errors.GatedRepoError, 403))),
+    ],
+)
+def test_a_gated_model_says_how_to_get_it(name, error, monkeypatch):
+    refuse_weights(monkeypatch, error)
+    with pytest.raises(PermissionError, match=f"encoder {name} is gated: {GATE}") as caught:
         load_encoder(name, model_args=SMALL)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gated_model_that_is_not_cached_says_both(monkeypatch):
+    refuse_weights(monkeypatch, not_cached(OSError("no network")))
+    with pytest.raises(ConnectionError, match=f"hub cannot be reached: .*it is gated, .*{GATE}") as caught:
+        load_encoder("virchow2", model_args=SMALL)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (refusal(hub_errors.GatedRepoError, 403), PermissionError, "is gated: accept its licence at .*/org/name and"),
+        (refusal(hub_errors.HfHubHTTPError, 403), PermissionError, "refuses encoder org/name to your token .*/tokens"),
+        (
+            refusal(hub_errors.RepositoryNotFoundError, 401),
+            FileNotFoundError,
+            "no encoder org/name: .*hf auth login",
+        ),
+        (refusal(hub_errors.RepositoryNotFoundError, 404), FileNotFoundError, "no encoder org/name"),
+        (refusal(hub_errors.RemoteEntryNotFoundError, 404), FileNotFoundError, "no encoder org/name"),
+        (refusal(hub_errors.HfHubHTTPError, 503), ConnectionError, "encoder org/name .*cannot be reached"),
+        (not_cached(), ConnectionError, "encoder org/name .*model.safetensors$"),
+    ],
+)
+def test_refusals_of_the_hub_become_one_line(error, kind, message, monkeypatch):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    with pytest.raises(kind, match=message) as caught:
+        load_encoder("org/name")
     assert "\n" not in str(caught.value)
 
 
 def test_a_gated_model_of_transformers_says_so_too(monkeypatch):
     def refuse(*_, **__):
-        cause = hub_errors.GatedRepoError(
-            "403", response=httpx.Response(403, request=httpx.Request("GET", "https://x"))
-        )
-        raise OSError("a page of advice\nof transformers") from cause
+        raise OSError("a page of advice\nof transformers") from refusal(hub_errors.GatedRepoError, 403)
 
     monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", refuse)
     with pytest.raises(PermissionError, match=r"accept its licence \(apache-2\.0\) at https://huggingface\.co/histai/"):

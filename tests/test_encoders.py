@@ -125,7 +125,8 @@ def test_transformers_encoders(kind, num_prefix_tokens, tmp_path, image):
 
     encoder.save_pretrained(tmp_path / "saved")
     again = load_encoder(tmp_path / "saved")
-    torch.testing.assert_close(again.encode_tiles(again.transform(image)[None]), pooled, rtol=0, atol=0)
+    # the kernels' rounding depends on how the weights lie in memory
+    torch.testing.assert_close(again.encode_tiles(again.transform(image)[None]), pooled, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_reach_the_encoder():

@@ -149,6 +149,7 @@ def test_a_slide_its_features_and_its_record_give_the_same_report(corpus, tmp_pa
 
     DrawnSlide().write(tmp_path / "slides" / "one.tiff")
     flags = ["--tile_size", 64, "--mpp", 1, "--overlap", 16, "--min_tissue", 0.3, "--encoder", corpus.encoder]
+    flags += ["--stain_normalizer", "macenko"]
     out = tmp_path / "out"
     run_command("stage0_tiling/encode.py", "--slides", tmp_path / "slides", "--output_dir", out, *flags, processes=1)
     features = out / "features" / "one.h5"

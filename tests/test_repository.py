@@ -14,10 +14,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 STAGES = {"stage0_tiling", "stage1_projector", "stage2_finetune", "inference", "evaluation", "demo"}
 # A module may import those on lower floors only.
 FLOORS = [
-    {"command_line", "encoder_presets"},
-    {"projectors", "encoders", "language_model", "accelerator_setup", "run_log", "slide_features"},
+    {"command_line", "encoder_presets", "encoder_backbones", "feature_containers", "hub_access", "longnet"},
+    {"projectors", "encoders", "slide_encoders", "language_model", "accelerator_setup", "run_log", "slide_features"},
     {"slide_vlm"},
-    {"slide_reports", "report_loss"},
+    {"slide_reports", "report_loss", "offline_kit"},
 ]
 
 

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import h5py
 import numpy as np
 import pytest
@@ -6,15 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slide_features import (
+    FEATURE_SUFFIXES,
     atomic_path,
     choose_patches,
+    count_tiles,
     raster_order,
     read_slide_coords,
     read_slide_features,
     read_slide_positions,
+    worth_saying,
     write_slide_coords,
     write_slide_features,
 )
+from tests.conftest import ROOT
 
 ABOUT = dict(name="s1", mpp=0.5, tile_size=256, overlap=0, patch_size_level0=512)
 
@@ -135,6 +142,62 @@ def test_clam_pt_file_gets_a_raster_grid(tmp_path, batch_axis):
     assert raster_order(read_slide_positions(tmp_path / "s.pt")).tolist() == list(range(7))
 
 
+@pytest.mark.parametrize("suffix", FEATURE_SUFFIXES)
+def test_every_format_gives_what_was_written(tmp_path, suffix):
+    features, coords = example(num_tiles=700)
+    more = {"stain_normalizer": "macenko"}
+    write_slide_coords(tmp_path / "coords" / "s.1.h5", coords, **ABOUT)
+    path = tmp_path / "features" / f"s.1{suffix}"
+    said = {"encoder": "resnet18", "encoder_fingerprint": "f", "min_tissue": 0.25, "more_making": more}
+    write_slide_features(path, features, coords, **said, **ABOUT)
+    for rows in (None, np.array([0, 3, 256, 699])):
+        read = read_slide_features(path, rows)
+        expected = slice(None) if rows is None else rows
+        np.testing.assert_array_equal(read.features, features[expected])
+        np.testing.assert_array_equal(read.coords, coords[expected])
+        assert (read.encoder, read.encoder_fingerprint, read.patch_size_level0) == ("resnet18", "f", 512)
+        expected = {"tile_size": 256, "mpp": 0.5, "overlap": 0, "min_tissue": 0.25, "stain_normalizer": "macenko"}
+        assert worth_saying(read.making) == expected
+    np.testing.assert_array_equal(read_slide_positions(path), coords)
+    assert count_tiles(path) == 700
+    torn = path.with_name(f"torn{suffix}")
+    torn.write_bytes(path.read_bytes()[:-100])
+    for read in (count_tiles, read_slide_features, read_slide_positions):
+        with pytest.raises(ValueError, match="torn.* is not a readable .*make it again"):
+            read(torn)
+
+
+def test_zarr_is_read_by_worker_processes(tmp_path):
+    features, coords = example()
+    write_slide_features(tmp_path / "s.zarr.zip", features, coords, encoder="e", **ABOUT)
+    read_slide_features(tmp_path / "s.zarr.zip")  # zarr's own thread is running now, and a fork does not take it along
+    loader = torch.utils.data.DataLoader([tmp_path / "s.zarr.zip"] * 4, num_workers=2, collate_fn=read_all, timeout=60)
+    assert [read.tobytes() for (read,) in loader] == [features.tobytes()] * 4
+
+
+def read_all(paths):
+    return [read_slide_features(path).features for path in paths]
+
+
+def test_a_bare_tensor_takes_positions_only_where_they_fit(tmp_path):
+    features, coords = example()
+    write_slide_coords(tmp_path / "coords" / "s.h5", coords[:-1], **ABOUT)
+    (tmp_path / "features").mkdir()
+    torch.save(torch.from_numpy(features).bfloat16(), tmp_path / "features" / "s.pt")
+    read = read_slide_features(tmp_path / "features" / "s.pt")
+    np.testing.assert_array_equal(read.coords[:4], [[0, 0], [256, 0], [512, 0], [0, 256]])
+    assert read.features.dtype == np.float32 and read.mpp is None
+
+
+def test_a_file_that_does_not_say_how_stains_were_treated_is_of_plain_tiles(tmp_path):
+    features, coords = example()
+    write_slide_features(tmp_path / "s.h5", features, coords, encoder="e", **ABOUT)
+    with h5py.File(tmp_path / "s.h5") as file:
+        assert "stain_normalizer" not in file.attrs
+    making = read_slide_features(tmp_path / "s.h5").making
+    assert (making["stain_normalizer"], making["icc"], making["min_tissue"]) == ("none", False, None)
+
+
 def test_bad_files_are_refused_with_the_mend(tmp_path):
     features, coords = example()
     with pytest.raises(FileNotFoundError, match=r"encode\.py"):
@@ -191,3 +254,21 @@ def test_choose_patches_samples_uniformly():
     rng = np.random.default_rng(0)
     counts = np.bincount(np.concatenate([choose_patches(10, 4, rng) for _ in range(2000)]), minlength=10)
     assert np.abs(counts / 2000 - 0.4).max() < 0.05
+
+
+@pytest.mark.parametrize("suffix", FEATURE_SUFFIXES)
+def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path, suffix):
+    program = f"""
+import resource, signal, numpy as np, slide_features
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))
+try:
+    slide_features.write_slide_features(
+        {str(tmp_path / "s") + suffix!r}, np.ones((2000, 256), np.float16), np.zeros((2000, 2), int), name="s",
+        encoder="e", mpp=0.5, tile_size=256, overlap=0, min_tissue=0.1, patch_size_level0=256)
+except OSError as error:
+    print(error.strerror)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "File too large\n", "")
+    assert {path.name for path in tmp_path.iterdir()} <= {"s.pt.json"}

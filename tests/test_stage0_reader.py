@@ -1,8 +1,10 @@
 """The fast reader of tiled TIFFs: equal to OpenSlide, each compressed tile decoded once, damage refused alike."""
 
+import base64
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import cv2
@@ -12,6 +14,7 @@ import pytest
 import tifffile
 import torch
 
+from benchmarks.make_slides import make_slide
 from encoders import load_encoder
 from stage0_tiling import encode as stage0_encode
 from stage0_tiling import tile as stage0_tile
@@ -19,12 +22,19 @@ from stage0_tiling.encoding import encode_slide
 from stage0_tiling.plan import TilingSettings, plan_tiles
 from stage0_tiling.slide import Slide, SlideError
 from stage0_tiling.tiff_codecs import JpegDecoder, TileError
-from stage0_tiling.tiled_tiff import TileCache
+from stage0_tiling.tile_cache import TileCache, bytes_for
 from tests.conftest import ROOT, make_encoder, run_command
 from tests.slides import DrawnSlide, write_pyramid
 
 SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real slides in ../shared/data are not here")
+# 32 x 32 px of YCbCr with half as many columns of chroma (Aperio's form of it): ramps, written with OpenJPEG
+SMALL_CHROMA = base64.b64decode(
+    "/0//UQAvAAAAAAAgAAAAIAAAAAAAAAAAAAAAIAAAACAAAAAAAAAAAAADBwEBBwIBBwIB/1IADAAAAAEAAgQEAAH/XAAKQEBISFBISFD/ZAAlAAFD"
+    "cmVhdGVkIGJ5IE9wZW5KUEVHIHZlcnNpb24gMi41LjD/kAAKAAAAAACkAAH/k8+0wBIo6cvjvA0sPniD/OW1xmL9NqWj54AP6nhvbbcfITs8DVsI"
+    "S3RBgO98X6UOXXdOP8+0PCkfTNq7fK3urQH9jOFvv8+0PBQZu7R9wDu/RI0bf+BbP8B8IkB8IgA2oYU/PaY0L6B8gQApIQLPwPkDACFwxRozf8A6"
+    "JAOiAF+nxzGdrCk/oD4RAIQgJ0vAfCIANfV3gP/Z"
+)
 FORMS = {
     "with the level": {},
     "without the level": {"step": 4},
@@ -35,6 +45,7 @@ FORMS = {
     "svs": {"step": 4, "tile": 240, "shared_tables": True, "aperio": True},
     "svs rgb": {"step": 4, "tile": 240, "shared_tables": True, "aperio": True, "colors": "rgb", "subsampling": (1, 1)},
     "svs jpeg 2000": {"compression": "aperio_jp2000_rgb", "aperio": True},
+    "svs jpeg 2000 ycbcr": {"compression": "aperio_jp2000_ycbc", "aperio": True},
 }
 
 
@@ -143,9 +154,9 @@ def test_only_the_pyramid_of_a_real_slide_is_read(monkeypatch):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The compressed tiles that were decoded, in order."""
+    """The compressed tiles that were decoded, in order, and by how much they were shrunk."""
     seen, decode = [], JpegDecoder.__call__
-    monkeypatch.setattr(JpegDecoder, "__call__", lambda self, *args: seen.append(args) or decode(self, *args))
+    monkeypatch.setattr(JpegDecoder, "__call__", lambda self, *args: seen.append(args[:2]) or decode(self, *args))
     return seen
 
 
@@ -167,6 +178,73 @@ def test_each_compressed_tile_is_decoded_once_and_only_if_needed(plain, decoded,
             }
     assert len(decoded) == len(needed) < 5 * 7
     assert {shrink for _, shrink in decoded} == {2, 1}, "1 at the edges of the slide only"
+
+
+@pytest.mark.parametrize(
+    ("tile_size", "mpp", "overlap"),
+    [
+        (32, 0.5, 0),
+        (64, 0.25, 0),
+        (128, 0.25, 0),
+        (16, 1, 0),
+        (30, 0.5, 0),
+        (56, 0.25, 0),
+        (64, 0.25, 32),
+        (25, 0.5, 5),
+    ],
+)
+@pytest.mark.parametrize("num_levels", [1, 2])
+def test_many_tiles_at_once_equal_one_by_one_and_decode_no_compressed_tile_twice(
+    picture, decoded, tmp_path, monkeypatch, tile_size, mpp, overlap, num_levels
+):
+    side, width = 64, picture.shape[1]
+    write_pyramid(tmp_path / "slide.tiff", picture, 0.25, num_levels, tile=side)
+    monkeypatch.setattr("stage0_tiling.tile_cache.MIN_BYTES", 0)
+    with Slide(tmp_path / "slide.tiff", "tiff") as slide:
+        assert slide._tiff._cache._max_bytes == int(2.5 * width * side * 3) < picture.nbytes / 7
+        plan = plan_tiles(slide, TilingSettings(tile_size, mpp, overlap))
+        tile = {"width": plan.grid.tile_width, "height": plan.grid.tile_height, "size": (tile_size, tile_size)}
+        decoded.clear()
+        chunks = np.split(plan.coords, range(5, len(plan.coords), 5))
+        tiles = np.concatenate([slide.read_tiles(chunk, **tile) for chunk in chunks])
+        assert len(decoded) == len({bytes(data) for data, _ in decoded}) > 50
+        for tile_at_once, (x, y) in zip(tiles, plan.coords.tolist(), strict=True):
+            np.testing.assert_array_equal(tile_at_once, slide.read_region(x, y, **tile))
+
+
+def test_many_tiles_are_read_into_a_given_array(plain):
+    coords = np.array([[256, 256], [512, 256], [1536, 1024], [70, 30]])
+    with Slide(plain, "tiff") as slide:
+        out = np.zeros((4, 256, 256, 3), np.uint8)
+        assert slide.read_tiles(coords, 256, 256, (256, 256), out) is out
+        for tile, (x, y) in zip(out, coords.tolist(), strict=True):
+            np.testing.assert_array_equal(tile, slide.read_region(x, y, 256, 256, (256, 256)))
+        assert slide.read_tiles(coords[:0], 256, 256, (256, 256)).shape == (0, 256, 256, 3)
+
+
+def test_compressed_tiles_that_lie_together_are_read_at_once(plain, monkeypatch):
+    asked, pread = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda *args: asked.append(args[1]) or pread(*args))
+    with Slide(plain, "tiff") as slide:
+        counts = slide._tiff._levels[0].counts[:3].ravel()
+        coords = np.array([(x, y) for y in range(0, 768, 256) for x in range(0, 1536, 256)])
+        asked.clear()
+        slide.read_tiles(coords, 256, 256, (256, 256))
+        assert len(asked) < 18 and sum(asked) < counts.sum()
+        monkeypatch.setattr("stage0_tiling.tiled_tiff.READ_BYTES", int(counts[:2].sum()))
+        slide._tiff.forget()
+        asked.clear()
+        slide.read_tiles(coords[:4], 256, 256, (256, 256))
+        assert max(asked) <= max(counts[:2].sum(), counts.max()) and 2 <= len(asked) <= 4
+
+
+def test_thumbnails_are_those_of_openslide_to_the_bit(slide_path):
+    for size in ((99, 74), (397, 297), (1588, 1190), (500, 400)):
+        pictures = []
+        for reader in ("openslide", "tiff"):
+            with Slide(slide_path, reader) as slide:
+                pictures.append(slide.read_whole(*size))
+        np.testing.assert_array_equal(*pictures)
 
 
 def test_overlapping_boxes_that_hold_whole_tiles_are_noticed(plain, decoded):
@@ -199,6 +277,21 @@ def test_the_cache_is_bounded_and_threads_share_work():
     assert not cache._pending
 
 
+def test_the_cache_holds_two_rows_of_tiles_and_half_of_one_within_bounds():
+    sizes = {bytes_for(width, 256, 3) // 2**20 for width in (1_000, 10_000, 60_000)}
+    assert sizes == {128} and bytes_for(100_000, 256, 3) == int(2.5 * 100_000 * 256 * 3)
+    assert bytes_for(10**6, 512, 4) == 512 * 2**20
+
+
+def test_the_cache_of_openslide_has_room_for_two_rows_and_a_half(plain, monkeypatch):
+    capacities, cache = [], openslide.OpenSlideCache
+    monkeypatch.setattr("stage0_tiling.tile_cache.MIN_BYTES", 0)
+    monkeypatch.setattr(openslide, "OpenSlideCache", lambda size: capacities.append(size) or cache(size))
+    with Slide(plain, "openslide") as slide:
+        slide.read_region(0, 0, 512, 512, (256, 256))
+        assert capacities == [int(2.5 * slide.width * 256 * 4)]
+
+
 def damage(source: Path, path: Path, tile: int, how: str, level: int = 0) -> None:
     """Copy a slide with one compressed tile damaged."""
     with tifffile.TiffFile(source) as tiff:
@@ -222,11 +315,12 @@ def damage(source: Path, path: Path, tile: int, how: str, level: int = 0) -> Non
 @pytest.mark.parametrize("how", ["torn", "noise"])
 def test_a_damaged_tile_fails_the_slide_as_with_openslide(plain, tmp_path, how):
     damage(plain, tmp_path / "bad.tiff", 8, how)
-    for reader in ("openslide", "tiff"):
+    one, many = (256, 256, 256, 256, (128, 128)), (np.array([[0, 256], [256, 256], [512, 256]]), 256, 256, (128, 128))
+    for reader, read in product(("openslide", "tiff"), (Slide.read_region, Slide.read_tiles)):
         with Slide(tmp_path / "bad.tiff", reader) as slide:
             slide.read_region(768, 768, 256, 256, (128, 128))
             with pytest.raises(SlideError, match=r"bad.tiff cannot be read at \(256, 256\), level 0") as refusal:
-                slide.read_region(256, 256, 256, 256, (128, 128))
+                read(slide, *(one if read is Slide.read_region else many))
             assert "\n" not in str(refusal.value)
 
 
@@ -264,6 +358,20 @@ def test_jpeg_2000_that_openslide_does_not_open(picture, tmp_path):
         beyond = slide.read_region(1500, 1100, 200, 200, (200, 200))
         assert (beyond[100:] == 255).all() and (beyond[:, 100:] == 255).all() and (beyond[:90, :80] < 255).any()
         assert len(plan_tiles(slide, TilingSettings(64)).coords) > 5
+
+
+def test_jpeg_2000_with_small_chroma_equals_openslide(tmp_path):
+    path = tmp_path / "small_chroma.svs"
+    how = {"tile": (32, 32), "compression": "aperio_jp2000_ycbc", "photometric": "rgb", "metadata": None}
+    about = "Aperio Image Library\r\n64x64|AppMag = 20|MPP = 0.5"
+    tifffile.imwrite(path, iter([SMALL_CHROMA] * 4), shape=(64, 64, 3), dtype=np.uint8, description=about, **how)
+    tiles, thumbnails = [], []
+    for reader in ("openslide", "tiff"):
+        with Slide(path, reader) as slide:
+            tiles.append(slide.read_region(32, 0, 32, 32, (32, 32)))
+            thumbnails.append(slide.read_whole(64, 64))
+    assert np.abs(tiles[0].astype(int) - tiles[1]).max() <= 1 and tiles[0].std() > 20
+    np.testing.assert_array_equal(*thumbnails)
 
 
 def test_what_the_fast_reader_cannot_read_goes_to_openslide_or_is_refused(picture, tmp_path):
@@ -307,8 +415,19 @@ def test_readers_are_recorded_and_mix_in_one_folder(picture, encoder, tmp_path):
 
 
 def test_the_benchmark_runs_and_writes_ratios(tmp_path):
-    sizes = ("--side", 2048, "--repeats", 1, "--work_dir", tmp_path / "slides", "--json", tmp_path / "ratios.json")
-    done = run_command("benchmarks/stage0.py", *sizes)
-    measured = json.loads((tmp_path / "ratios.json").read_text())
-    assert measured["a"]["ratio"] > 0 and measured["b"]["ratio"] > 0
+    small = ("--side", 2048, "--tiles", 20, 40, "--sides", 1024, "--encoded", 2, "--repeats", 1)
+    done = run_command("benchmarks/stage0.py", *small, "--work_dir", tmp_path / "s", "--json", tmp_path / "r.json")
+    measured = json.loads((tmp_path / "r.json").read_text())
+    assert all(measured[part]["ratio"] > 0 for part in ("a", "b", "linear", "memory"))
     assert measured["b"]["openslide_tiles"] == measured["b"]["tiles"] and "floor" in done.stdout
+    assert measured["memory"]["peak_bytes"]["1024"] > 2**26
+    run_command("benchmarks/make_slides.py", "--output_dir", tmp_path / "made", "--side", 1024)
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["a.svs", "b.svs"]
+
+
+def test_a_benchmark_slide_with_equal_tiles_written_once_reads_as_with_all(tmp_path):
+    for name, sparse in (("all", False), ("once", True)):
+        make_slide(tmp_path / f"{name}.svs", 2048, 0.3, 0.5, sparse)
+    with Slide(tmp_path / "all.svs", "openslide") as one, Slide(tmp_path / "once.svs", "openslide") as other:
+        np.testing.assert_array_equal(one.read_whole(1024, 1024), other.read_whole(1024, 1024))
+    assert (tmp_path / "once.svs").stat().st_size < (tmp_path / "all.svs").stat().st_size

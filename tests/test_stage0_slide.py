@@ -5,9 +5,8 @@ import pytest
 from PIL import Image
 
 from stage0_tiling.plan import TilingSettings, plan_tiles
-from stage0_tiling.slide import PixelSize, Slide, SlideError, check_resolution
-from stage0_tiling.slide_list import SlideEntry, find_slides
-from tests.slides import DrawnSlide, write_pyramid
+from stage0_tiling.slide import Slide, SlideError
+from tests.slides import write_pyramid
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real slides in ../shared/data are not here")
@@ -87,78 +86,6 @@ def test_transparent_is_white(tmp_path):
         assert (slide.read_region(0, 0, 64, 64, (64, 64)) == 255).all()
 
 
-def stated(tmp_path, properties, assume_mpp=None):
-    write_pyramid(tmp_path / "s.tiff", np.full((256, 256, 3), 240, np.uint8), mpp=None, num_levels=1)
-    with Slide(tmp_path / "s.tiff") as slide:
-        handle, slide._handle = (
-            slide._handle,
-            type("Handle", (), {"properties": properties, "close": lambda self: None})(),
-        )
-        try:
-            return slide.pixel_size(assume_mpp)
-        finally:
-            handle.close()
-
-
-@pytest.mark.parametrize(
-    ("properties", "assume_mpp", "expected"),
-    [
-        ({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.25"}, None, (0.25, 0.25, "slide")),
-        ({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.25"}, 0.5, (0.25, 0.25, "slide")),
-        ({"openslide.mpp-x": "0.25"}, None, (0.25, 0.25, "slide")),
-        ({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.5"}, None, (0.25, 0.5, "slide")),
-        ({"openslide.mpp-x": "0.25", "openslide.objective-power": "20"}, None, (0.25, 0.25, "slide")),
-        (
-            {"tiff.XResolution": "20000", "tiff.YResolution": "20000", "tiff.ResolutionUnit": "centimeter"},
-            None,
-            (0.5, 0.5, "slide"),
-        ),
-        (
-            {"tiff.XResolution": "50800", "tiff.YResolution": "50800", "tiff.ResolutionUnit": "inch"},
-            None,
-            (0.5, 0.5, "slide"),
-        ),
-        ({"openslide.objective-power": "40"}, None, (0.25, 0.25, "objective")),
-        ({"openslide.objective-power": "40"}, 0.5, (0.25, 0.25, "objective")),
-        ({"openslide.mpp-x": "352.78", "openslide.mpp-y": "352.78"}, 0.5, (0.5, 0.5, "assumed")),
-        ({"openslide.mpp-x": "nonsense"}, 0.5, (0.5, 0.5, "assumed")),
-        ({"openslide.mpp-x": "0", "openslide.objective-power": "20"}, None, (0.5, 0.5, "objective")),
-        ({}, 0.5, (0.5, 0.5, "assumed")),
-    ],
-)
-def test_mpp_comes_from_slide_then_objective_then_assumption(tmp_path, properties, assume_mpp, expected):
-    found = stated(tmp_path, properties, assume_mpp)
-    assert (pytest.approx(found.x), pytest.approx(found.y), found.source) == expected
-
-
-def test_nearly_square_pixels_are_square(tmp_path):
-    found = stated(tmp_path, {"openslide.mpp-x": "0.2500", "openslide.mpp-y": "0.2505"})
-    assert found.x == found.y == pytest.approx(0.25025, abs=1e-5)
-
-
-@pytest.mark.parametrize("properties", [{}, {"openslide.mpp-x": "352.8"}, {"openslide.mpp-x": "0.01"}])
-def test_unknown_or_implausible_mpp_is_refused_naming_the_flag(tmp_path, properties):
-    with pytest.raises(SlideError, match="--assume_mpp"):
-        stated(tmp_path, properties)
-
-
-def test_tiles_of_pixels_that_are_not_square(tmp_path):
-    write_pyramid(tmp_path / "s.tiff", DrawnSlide(pieces=((0.5, 0.5, 3, 3, 0),)).draw()[0], mpp=None)
-    with Slide(tmp_path / "s.tiff") as slide:
-        slide._stated_pixel_size = lambda: PixelSize(0.25, 0.5, "slide")
-        grid = plan_tiles(slide, TilingSettings(tile_size=128, mpp=0.5)).grid
-    assert (grid.tile_width, grid.tile_height) == (256, 128)
-
-
-def test_tiles_are_enlarged_with_a_warning_and_only_so_far(caplog):
-    check_resolution("s", PixelSize(0.5, 0.5, "slide"), 0.5)
-    assert not caplog.records
-    check_resolution("s", PixelSize(1.0, 1.0, "slide"), 0.5)
-    assert "enlarged 2.00 times" in caplog.text
-    with pytest.raises(SlideError, match="coarser --mpp"):
-        check_resolution("s", PixelSize(4.0, 4.0, "slide"), 0.5)
-
-
 @needs_shared
 @pytest.mark.parametrize("name", ["broken.svs", "unopenable.tiff", "unreadable.svs"])
 def test_bad_slides_are_refused_in_one_line(name):
@@ -181,41 +108,3 @@ def test_label_and_macro_images_are_never_read(monkeypatch):
     monkeypatch.setattr(openslide.OpenSlide, "associated_images", property(lambda self: pytest.fail("read")))
     with Slide(SHARED / "slides" / "CMU-1-Small-Region.svs") as slide:
         assert len(plan_tiles(slide, TilingSettings()).coords) > 40
-
-
-def test_folders_files_and_lists_of_slides(tmp_path):
-    for name in ("b.svs", "a.TIFF", "deep/er/c.png", ".hidden.svs", "notes.txt", "dicom/1.dcm", "dicom/2.dcm"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"12" if name == "dicom/2.dcm" else b"1")
-    found = find_slides([str(tmp_path)])
-    assert {entry.slide_id for entry in found} == {"a", "b", "c", "2"}
-    assert [entry.slide_id for entry in find_slides([str(tmp_path / "b.svs"), str(tmp_path / "notes.txt")])] == [
-        "b",
-        "notes",
-    ]
-    assert len(find_slides([str(tmp_path), str(tmp_path / "b.svs")])) == 4
-
-    (tmp_path / "list.csv").write_text("slide,mpp\nb.svs,0.25\ndeep/er/c.png,\nabsent.svs,\n")
-    assert find_slides([str(tmp_path / "list.csv")]) == [
-        SlideEntry("b", tmp_path / "b.svs", 0.25),
-        SlideEntry("c", tmp_path / "deep/er/c.png"),
-        SlideEntry("absent", tmp_path / "absent.svs"),
-    ]
-
-
-def test_lists_that_cannot_be_used_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        find_slides([str(tmp_path / "absent")])
-    with pytest.raises(ValueError, match="no slide in this folder"):
-        find_slides([str(tmp_path)])
-    (tmp_path / "a.csv").write_text("name\nx\n")
-    with pytest.raises(ValueError, match="columns are name"):
-        find_slides([str(tmp_path / "a.csv")])
-    (tmp_path / "a.csv").write_text("path,mpp\nx.svs,big\n")
-    with pytest.raises(ValueError, match=r"line 2, mpp big"):
-        find_slides([str(tmp_path / "a.csv")])
-    for name in ("a.svs", "b/a.tiff"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"1")
-    with pytest.raises(ValueError, match="share the name a"):
-        find_slides([str(tmp_path)])

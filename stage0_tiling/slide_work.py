@@ -1,0 +1,150 @@
+"""The work on one slide: tile it, encode it. What every way of running does with each of its slides.
+
+Both return what is to be recorded of the slide and raise what is wrong with it.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from slide_features import SlideFeatures, read_slide_coords, write_slide_coords, write_slide_features
+from stage0_tiling.geojson import write_tiles_geojson, write_tissue_geojson
+from stage0_tiling.overlay import write_overlay, write_thumbnail
+from stage0_tiling.plan import TilePlan, TilingSettings, measure_quality, plan_tiles, why_empty
+from stage0_tiling.run_table import RunFolder, SlideRow, SlideState
+from stage0_tiling.slide import Slide
+from stage0_tiling.slide_list import SlideEntry
+from stage0_tiling.tissue import make_grid
+from stage0_tiling.tissue_sources import TissueSources
+
+if TYPE_CHECKING:
+    from stage0_tiling.tile_encoder import TileEncoder
+
+logger = logging.getLogger("stage0_tiling")
+
+
+def tile_slide(
+    entry: SlideEntry,
+    folder: RunFolder,
+    settings: TilingSettings,
+    *,
+    reader: str = "auto",
+    sources: TissueSources | None = None,
+) -> SlideState:
+    """Write coords and overlay of one slide and return what to record of it.
+
+    Raises:
+        SlideError: if the slide cannot be used.
+    """
+    with Slide(entry.path, reader, icc=settings.icc, mpp=entry.mpp) as slide:
+        plan = plan_tiles(slide, settings, entry.assume_mpp, sources, entry.slide_id)
+        write_overlay(folder.path("overlays", entry.slide_id), plan)
+        write_thumbnail(folder.path("thumbnails", entry.slide_id), plan)
+        write_tissue_geojson(folder.path("geojson", entry.slide_id), plan.tissue, origin=slide.bounds[:2])
+        row = _describe(entry, slide, plan)
+        if row.n_tiles:
+            write_slide_coords(
+                folder.path("coords", entry.slide_id),
+                plan.coords,
+                name=entry.slide_id,
+                mpp=settings.mpp,
+                tile_size=settings.tile_size,
+                overlap=settings.overlap,
+                patch_size_level0=plan.grid.tile_width,
+                level0_mpp=plan.pixel_size.mpp,
+                level0_width=slide.width,
+                level0_height=slide.height,
+                quality=measure_quality(slide, plan, blur=bool(sources and sources.quality)),
+            )
+        else:
+            logger.warning("%s: %s", entry.slide_id, why_empty(plan, settings))
+        return SlideState(row, tiling=settings, reader=slide.reader)
+
+
+def tile_if_missing(entry: SlideEntry, folder: RunFolder, settings: TilingSettings, **how: Any) -> SlideState | None:
+    """Tile a slide unless it is tiled; None if it is."""
+    return tile_slide(entry, folder, settings, **how) if folder.needs_tiling(entry, settings) else None
+
+
+def write_tile_squares(
+    entry: SlideEntry, folder: RunFolder, settings: TilingSettings, reader: str = "auto"
+) -> SlideState:
+    """Write the tiles of a tiled slide as GeoJSON; what is recorded of the slide stays."""
+    with Slide(entry.path, reader, mpp=entry.mpp) as slide:
+        origin = slide.bounds[:2]
+        grid = make_grid(settings.tile_size, settings.overlap, settings.mpp, slide.pixel_size(entry.assume_mpp))
+    coords = read_slide_coords(folder.path("coords", entry.slide_id)).coords
+    write_tiles_geojson(folder.path("geojson_tiles", entry.slide_id), coords, grid, origin=origin)
+    return folder.read_state(entry.slide_id)
+
+
+def encode_tiled(
+    entry: SlideEntry,
+    folder: RunFolder,
+    settings: TilingSettings,
+    made_by: dict[str, dict[str, Any]],
+    suffix: str,
+    *,
+    encoders: "dict[str, TileEncoder]",
+    encode: Callable[..., list[SlideFeatures]],
+    reader: str = "auto",
+) -> SlideState:
+    """Encode one tiled slide with the encoders that have not, write its feature files, return what to record of it.
+
+    Args:
+        entry: the slide.
+        folder: where its coords lie and its features go.
+        settings: that it was tiled with.
+        made_by: what makes the features, by the folder that they go to.
+        suffix: of feature files.
+        encoders: by the same.
+        encode: `encode_slide_with`.
+        reader: `auto`, `openslide` or `tiff`, see `Slide`.
+    """
+    state = folder.read_state(entry.slide_id)
+    missing = [name for name in encoders if not folder.is_encoded(state, name, suffix)]
+    state = replace(state, encoded=state.encoded | made_by)
+    if not state.row.n_tiles:
+        return replace(state, row=replace(state.row, status="empty", error=None))
+    with Slide(entry.path, reader) as slide:
+        opened_by = slide.reader
+    planned = read_slide_coords(folder.path("coords", entry.slide_id))
+    todo = [encoders[name] for name in missing]
+    about = {"assume_mpp": entry.assume_mpp, "slide_mpp": entry.mpp}
+    results = encode(entry.path, todo, coords=planned.coords, **about) if todo else []
+    for name, result in zip(missing, results, strict=True):
+        write_slide_features(
+            folder.features_path(name, entry.slide_id, suffix),
+            result.features,
+            result.coords,
+            name=entry.slide_id,
+            encoder=result.encoder,
+            mpp=settings.mpp,
+            tile_size=settings.tile_size,
+            overlap=settings.overlap,
+            min_tissue=settings.min_tissue,
+            encoder_fingerprint=result.encoder_fingerprint,
+            patch_size_level0=result.patch_size_level0,
+            level0_mpp=planned.level0_mpp,
+            level0_width=planned.level0_width,
+            level0_height=planned.level0_height,
+            more_making=result.more_making,
+        )
+    return replace(state, row=replace(state.row, status="done", error=None), reader=opened_by)
+
+
+def _describe(entry: SlideEntry, slide: Slide, plan: TilePlan) -> SlideRow:
+    return SlideRow(
+        slide_id=entry.slide_id,
+        path=str(entry.path),
+        status="done" if len(plan.coords) else "empty",
+        format=slide.format,
+        width=slide.width,
+        height=slide.height,
+        levels=slide.num_levels,
+        mpp=plan.pixel_size and round(plan.pixel_size.mpp, 6),
+        mpp_source=plan.pixel_size and plan.pixel_size.source,
+        tissue_fraction=round(plan.tissue.fraction, 6),
+        n_tiles=len(plan.coords),
+    )
