@@ -15,7 +15,7 @@ HistoGPT (`feats`) are read as well.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -271,13 +271,16 @@ def write_slide_coords(
         write_arrays(partial, "h5", arrays, _root_attributes(mpp, tile_size, level0_mpp))
 
 
-def read_slide_features(path: str | Path, rows: np.ndarray | None = None) -> SlideFeatures:
+def read_slide_features(
+    path: str | Path, rows: np.ndarray | Callable[[np.ndarray], np.ndarray] | None = None
+) -> SlideFeatures:
     """Read the patch tokens of one slide, all of them or some rows.
 
     Args:
         path: a feature file of ours (`.h5`, `.zarr.zip`, `.pt`), TRIDENT, CLAM (`.h5`, or `.pt`: a bare tensor),
             WSI-LLaVA or HistoGPT.
-        rows: sorted row indices to read, e.g. of `choose_patches`; None reads all. Memory follows the rows asked for.
+        rows: sorted row indices to read, e.g. of `choose_patches`, or a function that chooses them by all positions
+            (N, 2), so that the file is opened once; None reads all. Memory follows the rows asked for.
 
     Returns:
         The features as stored (float64 and bfloat16 become float32). A bare tensor takes its positions from
@@ -292,6 +295,7 @@ def read_slide_features(path: str | Path, rows: np.ndarray | None = None) -> Sli
     if format_of(path) == "pt":
         features = read_tensor(path)
         coords, on_coords = _positions_beside(path, len(features))
+        rows = rows(coords) if callable(rows) else rows
         about, rows = on_coords | read_attributes(path), slice(None) if rows is None else rows
         features, coords = np.array(features[rows]), coords[rows]
         _check(path, features, coords)
@@ -299,6 +303,7 @@ def read_slide_features(path: str | Path, rows: np.ndarray | None = None) -> Sli
     with open_arrays(path) as file:
         dataset = _find(path, file, FEATURE_KEYS)
         coords = _positions(path, file, num_tiles=_without_batch_axis(path, dataset)[0])
+        rows = rows(coords) if callable(rows) else rows
         features = _float(_read_rows(path, dataset, rows))
         if rows is not None:
             coords = coords[rows]

@@ -14,13 +14,15 @@ class Prompt:
     """The text around an image, a question and an answer, as literal strings that ``vlm.json`` keeps.
 
     ``before_image`` <image> ``after_image`` (with ``{question}``) answer ``after_answer``, and for each later turn
-    ``next_question`` (with ``{question}``) answer ``after_answer``
+    ``next_question`` (with ``{question}``) answer ``after_answer``. A case of several slides or images has
+    <image> ``between_images`` <image> … there.
     """
 
     before_image: str
     after_image: str
     after_answer: str
     next_question: str = "\n{question}\n"
+    between_images: str = "\n"
 
     @classmethod
     def for_tokenizer(cls, tokenizer) -> "Prompt":
@@ -45,14 +47,18 @@ class Prompt:
         before_next, after_next = on.split(answer)[1].removeprefix(after_answer).split(question)
         return cls(before_image, after_image, after_answer, _escape(before_next) + "{question}" + _escape(after_next))
 
-    def question_ids(self, tokenizer, question: str, max_question_tokens: int) -> list[int]:
-        """Ids up to the answer, with :data:`IMAGE_MARKER` for the image; a long question loses its end."""
+    def question_ids(self, tokenizer, question: str, max_question_tokens: int, num_images: int = 1) -> list[int]:
+        """Ids up to the answer, an :data:`IMAGE_MARKER` for each slide or image; a long question loses its end."""
         ids = tokenizer(question, add_special_tokens=False)["input_ids"]
         if len(ids) > max_question_tokens:
             question = tokenizer.decode(ids[:max_question_tokens])
         before = tokenizer(self.before_image, add_special_tokens=False)["input_ids"]
         after = tokenizer(self.after_image.format(question=question), add_special_tokens=False)["input_ids"]
-        return [*before, IMAGE_MARKER, *after]
+        images = [IMAGE_MARKER]
+        if num_images > 1:
+            between = tokenizer(self.between_images, add_special_tokens=False)["input_ids"]
+            images += [*between, IMAGE_MARKER] * (num_images - 1)
+        return [*before, *images, *after]
 
     def next_question_ids(self, tokenizer, question: str, max_question_tokens: int) -> list[int]:
         """Ids from the end of an answer up to the next one; a long question loses its end."""
