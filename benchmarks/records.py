@@ -5,11 +5,13 @@ r"""How long a million records take to the first batch, and how much memory; rea
     million   a REG-style annotation file of a million records on 10,000 slides: seconds from the start of the process
               to the first batch of training, imports included, and its peak resident memory.
     rows      reading 256 of 20,000 patch tokens of width 1536, drawn at random: times faster than reading all and
-              choosing then. Higher is better.
-    loader    batches of 8 cases of 256 patch tokens a second, against a model that takes 1 ms a sample: the share of
-              its time that it waits. Lower is better.
+              choosing then, in CPU time. Higher is better.
+    loader    batches of 8 cases of 256 patch tokens a second by 2 workers, against a model that takes 1 ms a sample:
+              the share of its time that it waits, and the CPU time of the workers for a sample, which must stay below
+              2 ms for that share to be small. Lower is better.
 
-Each figure is the median of the repetitions, and files are read from the page cache.
+Each figure is the median of the repetitions. Files are read from the page cache, so reading is CPU time, which other
+work on the machine disturbs less than it does seconds.
 """
 
 import argparse
@@ -110,10 +112,11 @@ def loader(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     records = [
         Record(str(i), (write_case(folder / f"case_{i}.h5", 5_000, 1536),), "", REPORT, str(i)) for i in range(16)
     ]
-    records *= 16
+    records *= 64
     data = ReportDataset(records, bytes_tokenizer(), Prompt("", "{question}", ""), "?", num_patches=256, seed=0)
-    shares, speeds = [], []
+    shares, speeds, costs = [], [], []
     for _ in range(args.repeats):
+        cpu_before = cpu_seconds_of_children()
         batches = iter(make_loader(data, RecordBatches(len(data), 8, shuffle=True), num_workers=2))
         next(batches)
         waited, began, samples = 0.0, time.perf_counter(), 0
@@ -126,15 +129,26 @@ def loader(folder: Path, args: argparse.Namespace) -> dict[str, float]:
             samples += len(batch["labels"])
             time.sleep(SECONDS_PER_SAMPLE * len(batch["labels"]))
         whole = time.perf_counter() - began
+        del batches  # its workers end
+        costs.append((cpu_seconds_of_children() - cpu_before) / len(data))
         shares.append(waited / whole)
         speeds.append(samples / whole)
-    return {"waiting_share": statistics.median(shares), "samples_per_s": statistics.median(speeds)}
+    return {
+        "waiting_share": statistics.median(shares),
+        "samples_per_s": statistics.median(speeds),
+        "worker_cpu_ms": 1000 * statistics.median(costs),
+    }
 
 
 def timed(work) -> float:
-    began = time.perf_counter()
+    began = time.process_time()
     work()
-    return time.perf_counter() - began
+    return time.process_time() - began
+
+
+def cpu_seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def write_case(path: Path, num_patches: int, width: int) -> Path:

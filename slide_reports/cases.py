@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slide_features import SlideFeatures, choose_patches, raster_order, read_slide_features, read_slide_positions
+from slide_features import SlideFeatures, choose_patches, raster_order, read_patches, read_slide_positions
 from slide_reports.inputs import check_making
 
 
@@ -39,9 +39,8 @@ def read_case(
     sizes = [len(read_slide_positions(path)) for path in paths] if len(paths) > 1 else [num_patches]
     slides = []
     for path, share in zip(paths, share_budget(min(num_patches, sum(sizes)), sizes), strict=True):
-        slide = read_slide_features(path, rows=lambda coords, share=share: _choose_rows(coords, share, rng))
-        check_making(path, slide, expected or {})
-        slides.append(slide)
+        slides.append(read_patches(path, rows=lambda coords, share=share: _choose_rows(coords, share, rng)))
+        check_making(path, expected or {})
     return _as_case(slides, share_budget(num_visual_tokens, sizes))
 
 
@@ -51,7 +50,7 @@ def case_of_slides(slides: Sequence[SlideFeatures], num_patches: int, num_visual
     chosen = []
     for slide, share in zip(slides, share_budget(min(num_patches, sum(sizes)), sizes), strict=True):
         rows = _choose_rows(slide.coords, share, None)
-        chosen.append(SlideFeatures(slide.features[rows], slide.coords[rows]))
+        chosen.append((slide.features[rows], slide.coords[rows]))
     return _as_case(chosen, share_budget(num_visual_tokens, sizes))
 
 
@@ -129,11 +128,10 @@ def _choose_rows(coords: np.ndarray, budget: int, rng: np.random.Generator | Non
     return np.sort(order[choose_patches(len(order), budget, rng)])
 
 
-def _as_case(slides: Sequence[SlideFeatures], budgets: list[int]) -> dict[str, Any]:
-    orders = [raster_order(slide.coords) for slide in slides]
-    pairs = list(zip(slides, orders, strict=True))
-    return {
-        "patch_tokens": [torch.from_numpy(slide.features[order]) for slide, order in pairs],
-        "coords": [torch.from_numpy(slide.coords[order].astype(np.int64)) for slide, order in pairs],
-        "visual_budgets": torch.tensor(budgets),
-    }
+def _as_case(slides: Sequence[tuple[np.ndarray, np.ndarray]], budgets: list[int]) -> dict[str, Any]:
+    case = {"patch_tokens": [], "coords": [], "visual_budgets": torch.tensor(budgets)}
+    for features, coords in slides:
+        order = raster_order(coords)
+        case["patch_tokens"].append(torch.from_numpy(features[order]))
+        case["coords"].append(torch.from_numpy(coords[order].astype(np.int64)))
+    return case

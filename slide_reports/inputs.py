@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from tqdm import tqdm
 from slide_features import (
     FEATURE_SUFFIXES,
     MAKING_FACTS,
-    SlideFeatures,
     read_slide_features,
     with_unsaid,
     worth_saying,
@@ -86,9 +86,8 @@ def check_input(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     if path.name.endswith(FEATURE_SUFFIXES):
-        slide = read_slide_features(path, rows=np.array([0]))
-        check_making(path, slide, expected)
-        return making_of_slide(slide)
+        check_making(path, expected)
+        return making_of_file(path)
     try:
         Image.open(path).close()
     except UnidentifiedImageError as error:
@@ -96,8 +95,19 @@ def check_input(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def making_of_slide(slide: SlideFeatures) -> dict[str, Any]:
+def making_of_file(path: Path) -> dict[str, Any]:
     """How a feature file was made, as far as it says and others must agree."""
+    stored = path.stat()
+    return _making_of_version(str(path), stored.st_mtime_ns, stored.st_size)
+
+
+@lru_cache(maxsize=2**15)
+def _making_of_version(path: str, modified_ns: int, num_bytes: int) -> dict[str, Any]:
+    """The same, read once of each version of a file: to read it takes as long as to read 256 patch tokens.
+
+    What is known before training begins is known to the processes that load records, which are copies of this one.
+    """
+    slide = read_slide_features(path, rows=np.array([0]))
     return {
         "patch_width": slide.features.shape[1],
         "encoder": slide.encoder,
@@ -111,14 +121,16 @@ def facts_to_agree_on(making: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in with_unsaid(making).items() if MAKING_FACTS[name].must_agree}
 
 
-def check_making(path: Path, slide: SlideFeatures, expected: dict[str, Any]) -> None:
+def check_making(path: Path, expected: dict[str, Any]) -> None:
     """Refuse patch tokens of another width or encoder, or of tiles made otherwise, than the others'.
 
     Raises:
         ValueError: names both values. What one side does not say is not compared, nor are the names of two encoders
             with fingerprints: a folder may have moved.
     """
-    found = making_of_slide(slide)
+    if not expected:
+        return
+    found = dict(making_of_file(path))
     if found["encoder_fingerprint"] and expected.get("encoder_fingerprint"):
         found["encoder"] = None
     for name, value in found.items():

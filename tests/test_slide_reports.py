@@ -266,6 +266,15 @@ def test_width_that_does_not_fit_the_model_is_named(tmp_path):
         read_case((path,), 10, 10, expected={"patch_width": 8})
 
 
+def test_a_file_that_is_made_anew_otherwise_is_noticed(tmp_path):
+    path = write_features(tmp_path / "a.h5", 5)
+    expected = {"patch_width": 4}
+    read_case((path,), 10, 10, expected=expected)
+    write_features(path, 6, width=8)
+    with pytest.raises(ValueError, match="a.h5 was made with patch_width 8, not 4"):
+        read_case((path,), 10, 10, expected=expected)
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 7), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.integers(0, 3))
 def test_every_record_comes_once_on_equally_many_batches(n, batch_size, processes, accumulation, shuffle, epoch):
