@@ -19,7 +19,7 @@ from slide_features import atomic_path
 from slide_reports.findings import LEFT_OUT, WRONG, Finding, find_all
 from slide_reports.record import Record
 from slide_reports.records import add_data_arguments, read_splits_of_training
-from slide_reports.table import column
+from slide_reports.table import column, fields
 
 PERCENTILES = (50, 95, 100)
 
@@ -85,7 +85,7 @@ def text_lengths(splits: dict[str, Sequence[Record]], llm_name: str | None) -> d
 
     lengths = {}
     for split, records in splits.items():
-        turns = [turn for of_record in column(records, "turns") for turn in of_record]
+        turns = [turn for (of_record,) in fields(records, "turns") for turn in of_record]
         texts = {"question": [q for q, _ in turns if q], "answer": [a for _, a in turns if a]}
         lengths[split] = {
             name: np.percentile(count(held), PERCENTILES).tolist() if held else [0.0] * len(PERCENTILES)
@@ -98,7 +98,7 @@ def print_table(splits: dict[str, Sequence[Record]], findings: list[Finding], le
     print()
     print(f"{'split':<12}{'records':>9}{'patients':>9}{'texts':>9}   answer {unit}: median, 95 %, longest")
     for split, records in splits.items():
-        texts = {turns[0][1] for turns in column(records, "turns")}
+        texts = {turns[0][1] for (turns,) in fields(records, "turns")}
         answer = ", ".join(f"{length:g}" for length in lengths[split]["answer"])
         print(f"{split:<12}{len(records):>9}{len(set(column(records, 'group'))):>9}{len(texts):>9}   {answer}")
     counts: Counter[tuple[str, str]] = Counter()

@@ -9,7 +9,7 @@ from pathlib import Path
 from slide_features import FEATURE_SUFFIXES, read_slide_features
 from slide_reports.inputs import input_faults
 from slide_reports.record import Record
-from slide_reports.table import column
+from slide_reports.table import column, fields
 
 WRONG, LEFT_OUT, ODD = "wrong", "left out", "odd"
 NAMED = 5  # examples in one line
@@ -56,7 +56,7 @@ def find_all(splits: dict[str, Sequence[Record]], features_dir: Path | None) -> 
 def repeated_questions(records: Sequence[Record], split: str) -> Iterator[Finding]:
     """One case and question with several answers; and the same record several times."""
     answers: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
-    for name, turns in zip(column(records, "id"), column(records, "turns"), strict=True):
+    for name, turns in fields(records, "id", "turns"):
         *before, (question, answer) = turns
         answers[name, *(text for turn in before for text in turn), question][answer] += 1
     torn = [key[0] for key, found in answers.items() if len(found) > 1]
@@ -70,7 +70,7 @@ def repeated_questions(records: Sequence[Record], split: str) -> Iterator[Findin
 
 def empty_answers(records: Sequence[Record], split: str) -> Iterator[Finding]:
     """Records without an answer, which training leaves out."""
-    rows = zip(column(records, "id"), column(records, "turns"), strict=True)
+    rows = fields(records, "id", "turns")
     empty = [name for name, turns in rows if not any(answer for _, answer in turns)]
     if empty:
         yield Finding(LEFT_OUT, "empty reports", f"{split}: {_named(empty)} without a report", len(empty))
@@ -79,7 +79,7 @@ def empty_answers(records: Sequence[Record], split: str) -> Iterator[Finding]:
 def odd_characters(records: Sequence[Record], split: str) -> Iterator[Finding]:
     """Characters that no keyboard made: control characters, and those of a wrongly decoded text."""
     found: dict[str, list[str]] = defaultdict(list)
-    for name, turns in zip(column(records, "id"), column(records, "turns"), strict=True):
+    for name, turns in fields(records, "id", "turns"):
         text = "".join(text for turn in turns for text in turn)
         if not text.isascii() or not text.isprintable():
             for character in {character for character in text if _is_odd(character)}:
@@ -103,7 +103,7 @@ def shared_patients(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
 
 def repeated_texts(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
     """Texts of one split that occur word for word in another: a model that learnt them by heart knows them."""
-    texts = {split: [turns[0][1] for turns in column(records, "turns")] for split, records in splits.items()}
+    texts = {split: [turns[0][1] for (turns,) in fields(records, "turns")] for split, records in splits.items()}
     for first, second in _pairs(texts):
         known = set(texts[first]) - {""}
         if repeated := sum(text in known for text in texts[second]):

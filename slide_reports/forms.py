@@ -19,6 +19,7 @@ Fields that any of them may have: ``split``, ``patient_id``, ``case_id``.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from slide_reports.annotation_files import Row, split_of
@@ -58,14 +59,23 @@ def read_drafts(row: Row) -> list[Draft]:
     Raises:
         ValueError: the form is unknown, or a field is missing or no text; names the file, the record and the field.
     """
-    for fields, form in FORMS:
-        if all(any(name in row.values for name in alternatives) for alternatives in fields):
-            return form(row)
+    form = _form_of(tuple(row.values))
+    if form is not None:
+        return form(row)
     found = ", ".join(sorted(map(str, row.values)))[:200] or "none"
     raise ValueError(
         f"{row.where} is of an unknown form, with the fields {found}; expected id and report, image and caption, "
         "image, problem and normal_caption, conversations, or another form that the documentation lists"
     )
+
+
+@lru_cache(maxsize=256)
+def _form_of(names: tuple[str, ...]) -> Callable[[Row], list[Draft]] | None:
+    """What reads a row with fields of these names; the rows of a file are much alike."""
+    for fields, form in FORMS:
+        if all(any(name in names for name in alternatives) for alternatives in fields):
+            return form
+    return None
 
 
 def _report(row: Row) -> list[Draft]:

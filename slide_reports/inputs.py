@@ -19,9 +19,9 @@ from slide_features import (
     worth_saying,
 )
 from slide_reports.record import Record
-from slide_reports.table import column, select
+from slide_reports.table import column, fields, select
 
-MAX_OPENED = 20_000  # files opened before training: a few seconds. Of more, as many are tried, evenly spaced
+MAX_OPENED = 10_000  # files opened before training: some ten seconds. Of more, as many are tried, evenly spaced
 MAX_PROBLEMS = 1_000  # lines kept
 
 
@@ -33,10 +33,11 @@ def with_inputs(
     Feature files must be made as ``expected`` says, or else as the first good one. All inputs must be there; of more
     than `MAX_OPENED` different ones only so many are opened, and the others when they are read.
     """
-    inputs, turns = column(records, "inputs"), column(records, "turns")
-    faults = input_faults(list(dict.fromkeys(path for paths in inputs for path in paths)), expected)
+    faults = input_faults(
+        list(dict.fromkeys(path for (paths,) in fields(records, "inputs") for path in paths)), expected
+    )
     problems, usable = [], np.zeros(len(records), dtype=bool)
-    for position, (paths, of_record) in enumerate(zip(inputs, turns, strict=True)):
+    for position, (paths, of_record) in enumerate(fields(records, "inputs", "turns")):
         fault = next((faults[path] for path in paths if path in faults), None)
         if not any(answer for _, answer in of_record):
             fault = "its report is empty"

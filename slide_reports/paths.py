@@ -1,7 +1,7 @@
 """Names in annotation files to files: found under a root, and refused when they leave it."""
 
 import os
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from slide_features import FEATURE_SUFFIXES
@@ -23,6 +23,7 @@ class Folders:
         self.free = free
         self._listing = cache(_list_folder)
         self._resolved = cache(os.path.realpath)
+        self._find_plain = lru_cache(maxsize=2**16)(self._lookup)  # many records may be about one slide
 
     def locate(self, where: str, kind: str, name: str) -> Path:
         """The file that a record names.
@@ -35,6 +36,9 @@ class Folders:
         Raises:
             ValueError: the folder for this kind was not given, or the name leads out of it, also through links.
         """
+        known = self._find_plain(kind, name)
+        if known is not None:
+            return known
         is_image = kind == "image"
         root = self.image_root if is_image else self.features_dir
         if root is None and is_image and self.free is not None and Path(name).is_relative_to(self.free):
@@ -49,6 +53,17 @@ class Folders:
         stems = dict.fromkeys([slide_id_of(name), Path(name).stem, name])
         candidates = [self._inside(where, root, stem + suffix) for stem in stems for suffix in FEATURE_SUFFIXES]
         return next((path for path in candidates if self._exists(path)), candidates[0])
+
+    def _lookup(self, kind: str, name: str) -> Path | None:
+        """The file of a name that is there, in the folder itself and no link: nothing else about it needs a look."""
+        root = self.image_root if kind == "image" else self.features_dir
+        if root is None or "/" in name or os.sep in name:
+            return None
+        stem = slide_id_of(name)
+        files = [stem + suffix for suffix in FEATURE_SUFFIXES] if kind == "slide" else [name]
+        listing = self._listing(str(root))
+        found = next((file for file in files if file in listing), None)
+        return None if found is None or listing[found] else root / found
 
     def _inside(self, where: str, root: Path, name: str) -> Path:
         path = root / name

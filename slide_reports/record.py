@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+EXTENSION = re.compile(r"[A-Za-z][A-Za-z0-9]{1,6}")
 REG_PATIENT = re.compile(r"^(PIT_\d+_\d+)_\d+$")
 TCGA_PATIENT = re.compile(r"^(TCGA-[A-Z0-9]{2}-[A-Z0-9]{4})")
 
@@ -39,7 +40,7 @@ class Record:
 def slide_id_of(name: str) -> str:
     """The file name of a slide without its last extension, where it has one that is not part of the identifier."""
     stem, dot, extension = name.rpartition(".")
-    return stem if dot and stem and re.fullmatch(r"[A-Za-z][A-Za-z0-9]{1,6}", extension) else name
+    return stem if dot and stem and EXTENSION.fullmatch(extension) else name
 
 
 def patient_of(slide_id: str, pattern: str | None = None) -> str:

@@ -15,7 +15,7 @@ from slide_reports.inputs import check_input, with_inputs
 from slide_reports.paths import Folders
 from slide_reports.record import Record, patient_of, slide_id_of
 from slide_reports.splits import read_splits, split_by_patient, splits_of
-from slide_reports.table import RecordTable, column, select
+from slide_reports.table import RecordTable, column, fields, select
 
 META_FIELDS = {"root", "annotation"}
 
@@ -71,7 +71,7 @@ def _records(
         rows = tqdm(read_rows(source), desc=f"reading {source.name}", unit="record", delay=5, leave=False)
         for row in rows:
             for draft in read_drafts(row):
-                if draft.id in left_out or slide_id_of(draft.id) in left_out:
+                if left_out and (draft.id in left_out or slide_id_of(draft.id) in left_out):
                     continue
                 record = _record(row.where, draft, in_folders, group_pattern, revised)
                 for _ in range(times):
@@ -86,7 +86,7 @@ def _record(
     if not group:
         group = patient_of(slide_id_of(draft.id) if draft.kind != "image" else Path(draft.names[0]).stem, group_pattern)
     (question, answer), *later = draft.turns
-    if not later:
+    if revised and not later:
         answer = revised.get(draft.id, revised.get(slide_id_of(draft.id), answer))
     return Record(draft.id, inputs, question, answer, group, draft.split, tuple(later))
 
@@ -181,7 +181,7 @@ def read_revisions(path: str | Path) -> dict[str, str]:
 def records_digest(records: Sequence[Record]) -> str:
     """SHA-256 of ids, questions and answers, in order: tells a changed annotation file."""
     digest = hashlib.sha256()
-    for name, turns in zip(column(records, "id"), column(records, "turns"), strict=True):
+    for name, turns in fields(records, "id", "turns"):
         texts = (text for turn in turns for text in turn)
         digest.update("\0".join((name, *texts, "")).encode())
     return digest.hexdigest()

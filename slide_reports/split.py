@@ -13,7 +13,7 @@ from collections import Counter
 from command_line import DONE, make_parser, run
 from slide_reports.records import read_records
 from slide_reports.splits import assign_splits, fold_of, read_splits, share_seen, strata_by, write_splits
-from slide_reports.table import column
+from slide_reports.table import column, fields
 
 ORGAN = r"^\s*([^,;\n]+)"
 
@@ -47,7 +47,7 @@ def main() -> int:
     assigned = assign_splits(groups, shares, args.seed, strata, earlier)
     folds = {group: fold_of(group, args.num_folds, args.seed) for group in assigned}
     write_splits(args.output, assigned, folds)
-    report(groups, [turns[0][1] for turns in column(records, "turns")], assigned, strata)
+    report(groups, [turns[0][1] for (turns,) in fields(records, "turns")], assigned, strata)
     return DONE
 
 

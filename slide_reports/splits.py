@@ -11,7 +11,7 @@ import numpy as np
 from slide_features import atomic_path
 from slide_reports.annotation_files import split_of
 from slide_reports.record import Record
-from slide_reports.table import column, select
+from slide_reports.table import column, fields, select
 
 
 def split_by_patient(
@@ -91,7 +91,7 @@ def share_seen(train: Sequence[str], test: Sequence[str]) -> float:
 
 def strata_by(records: Sequence[Record], field: Callable[[str], str]) -> list[str]:
     """Stratum of each record: a field of its first answer, e.g. the organ of a report."""
-    return [field(turns[0][1]) for turns in column(records, "turns")]
+    return [field(turns[0][1]) for (turns,) in fields(records, "turns")]
 
 
 def write_splits(path: str | Path, assigned: dict[str, str], folds: dict[str, int]) -> None:

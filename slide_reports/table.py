@@ -3,7 +3,7 @@
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -73,10 +73,10 @@ class RecordTable(Sequence[Record]):
         """The records at some positions, in that order; one may come more than once."""
         return RecordTable(self._dataset, self._rows[np.asarray(positions, dtype=np.int64)])
 
-    def column(self, name: str) -> list[Any]:
-        """One field of all records, as `column` gives it, without making the records."""
-        values = [value for chunk in self._chunks([name]) for value in chunk.column(name).to_pylist()]
-        return values if name != "turns" else [_turns(of_record) for of_record in values]
+    def fields(self, *names: str) -> Iterator[tuple[Any, ...]]:
+        """Some fields of every record, as `fields` gives them, without making the records."""
+        for chunk in self._chunks(list(names)):
+            yield from zip(*(_values(chunk.column(name), name) for name in names), strict=True)
 
     def _chunks(self, names: list[str]) -> Iterator[pa.Table]:
         table = self._dataset.data.table.select(names)
@@ -84,13 +84,24 @@ class RecordTable(Sequence[Record]):
             yield table.take(pa.array(self._rows[start : start + ROWS_PER_CHUNK]))
 
 
-def column(records: Sequence[Record], name: str) -> list[Any]:
-    """One field of records, of a table or a list; `inputs` as lists of texts, `turns` as tuples of pairs."""
+def fields(records: Sequence[Record], *names: str) -> Iterator[tuple[Any, ...]]:
+    """Some fields of every record, of a table or a list; `inputs` as lists of texts, `turns` as tuples of pairs.
+
+    They come one record after the other, so that those of a million records do not stand in memory together.
+    """
     if isinstance(records, RecordTable):
-        return records.column(name)
-    if name == "inputs":
-        return [[str(path) for path in record.inputs] for record in records]
-    return [getattr(record, name) for record in records]
+        yield from records.fields(*names)
+        return
+    for record in records:
+        yield tuple([*map(str, record.inputs)] if name == "inputs" else getattr(record, name) for name in names)
+
+
+def column(records: Sequence[Record], name: str) -> list[Any]:
+    """One field of all records, as `fields` gives it; equal texts are one object."""
+    known: dict[Any, Any] = {}
+    if name in ("id", "group", "split"):
+        return [known.setdefault(value, value) for (value,) in fields(records, name)]
+    return [value for (value,) in fields(records, name)]
 
 
 def select(records: Sequence[Record], positions: Sequence[int] | np.ndarray) -> Sequence[Record]:
@@ -129,6 +140,20 @@ def _record(values: dict[str, Any]) -> Record:
     (question, answer), *later = _turns(values["turns"])
     inputs = tuple(Path(path) for path in values["inputs"])
     return Record(values["id"], inputs, question, answer, values["group"], values["split"], tuple(later))
+
+
+def _values(values: pa.ChunkedArray, name: str) -> list[Any]:
+    if name != "turns":
+        return values.to_pylist()
+    return [turns for part in values.chunks for turns in _turns_of(part)]
+
+
+def _turns_of(stored: pa.ListArray) -> Iterator[tuple[tuple[str, str], ...]]:
+    """Turns of records by whole columns of texts, without a dictionary for each turn."""
+    questions, answers = (stored.flatten().field(name).to_pylist() for name in ("question", "answer"))
+    pairs = list(zip(questions, answers, strict=True))
+    offsets = stored.offsets.to_numpy() - stored.offsets[0].as_py()
+    return (tuple(pairs[start:end]) for start, end in pairwise(offsets.tolist()))
 
 
 def _turns(stored: list[dict[str, str]]) -> tuple[tuple[str, str], ...]:

@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from slide_reports import RecordTable, read_records
+from slide_reports.paths import Folders
 from slide_reports.record import Record, patient_of
 from slide_reports.records import read_ids
+from slide_reports.table import column, fields
 from tests.conftest import ROOT
 
 IU_XRAY = ROOT.parent / "shared" / "data" / "reports" / "iu_xray_annotation.json"
@@ -119,7 +121,7 @@ def test_r2gen_names_two_images_and_its_splits(tmp_path, roots):
 @pytest.mark.skipif(not IU_XRAY.exists(), reason="../shared/data/reports is not here")
 def test_the_iu_xray_file_reads_whole(tmp_path):
     records = read_records(IU_XRAY, image_root=tmp_path)
-    assert [records.column("split").count(split) for split in ("train", "val", "test")] == [3062, 382, 382]
+    assert [column(records, "split").count(split) for split in ("train", "val", "test")] == [3062, 382, 382]
 
 
 def test_wsi_vqa_shows_the_choices(tmp_path, roots):
@@ -202,8 +204,31 @@ def test_table_of_records_reads_like_a_list(tmp_path):
     assert list(table) == records and table[4] == records[4] and table[-1] == records[-1]
     assert list(table.select([5, 1, 5])) == [records[5], records[1], records[5]]
     assert list(table[2:7]) == records[2:7] and len(table[2:7]) == 5
-    assert table.column("turns") == [record.turns for record in records]
-    assert table.column("inputs") == [[str(path) for path in record.inputs] for record in records]
+    for part, of_part in ((table, records), (table.select([5, 1, 5]), [records[i] for i in (5, 1, 5)])):
+        for name in ("id", "inputs", "turns", "group", "split"):
+            assert column(part, name) == column(of_part, name)
+        assert list(fields(part, "inputs", "turns")) == list(fields(of_part, "inputs", "turns"))
+    assert column(table, "turns") == [record.turns for record in records]
+    assert column(table, "inputs") == [[str(path) for path in record.inputs] for record in records]
+
+
+def test_a_slide_is_found_whichever_way_it_is_stored(tmp_path):
+    root = tmp_path / "f"
+    root.mkdir()
+    (tmp_path / "secret.h5").touch()
+    for name in ("a.h5", "a.pt", "b.pt", "d.pt"):
+        (root / name).touch()
+    (root / "c.h5").symlink_to(root / "a.h5")
+    (root / "d.h5").symlink_to(tmp_path / "secret.h5")
+    folders = Folders(root, None)
+    names = {"a": "a.h5", "a.tiff": "a.h5", "b": "b.pt", "c": "c.h5", "none": "none.h5"}
+    for _ in range(2):  # the second time from what is remembered
+        for name, file in names.items():
+            assert folders.locate("record 0", "slide", name) == root / file
+        with pytest.raises(ValueError, match="outside"):
+            folders.locate("record 1", "slide", "d")  # a link that leads out, though d.pt does not
+        with pytest.raises(ValueError, match="--image_root"):
+            folders.locate("record 2", "image", "a.h5")
 
 
 # Broken files
