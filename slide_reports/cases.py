@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slide_features import SlideFeatures, choose_patches, raster_order, read_patches, read_slide_positions
+from slide_features import SlideFeatures, choose_patches, count_tiles, raster_order, read_patches
 from slide_reports.inputs import check_making
 
 
@@ -36,7 +36,7 @@ def read_case(
         ValueError: a slide without patches, or made otherwise than ``expected``; or more slides than visual tokens.
     """
     # Of a single slide nothing needs to be known beforehand, and its file is opened once.
-    sizes = [len(read_slide_positions(path)) for path in paths] if len(paths) > 1 else [num_patches]
+    sizes = [count_tiles(path) for path in paths] if len(paths) > 1 else [num_patches]
     slides = []
     for path, share in zip(paths, share_budget(min(num_patches, sum(sizes)), sizes), strict=True):
         slides.append(read_patches(path, rows=lambda coords, share=share: _choose_rows(coords, share, rng)))
