@@ -4,7 +4,8 @@ r"""Write the report of one slide (or answer a question about one image); the re
   python inference/generate.py --model runs/stage2/final_model --features OUT/features/X.h5 --question "Which grade?"
   python inference/generate.py --model runs/stage2/final_model --image X.png
 
-A slide is tiled and encoded as the slides were that the model was trained on.
+A slide is tiled and encoded as the slides were that the model was trained on. Several slides or images are one
+case, in the order given.
 """
 
 import json
