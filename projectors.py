@@ -1,8 +1,9 @@
 """Token reducers and projectors: patch tokens to visual tokens. Knows torch, nothing of ours.
 
-A reducer is ``reducer(patch_tokens_BNE, coords_BN2, patch_mask_BN) -> (tokens_BKE, token_mask_BK)``; a projector is
-``projector(tokens_BKE) -> visual_tokens_BKH``. Masks are boolean, True at real tokens. Real tokens come first in each
-row, in a fixed order: they stand in front of a causal language model, to which order is an input.
+A reducer is ``reducer(patch_tokens_BNE, coords_BN2, patch_mask_BN, budgets_B) -> (tokens_BKE, token_mask_BK)``; a
+projector is ``projector(tokens_BKE) -> visual_tokens_BKH``. Masks are boolean, True at real tokens. Real tokens come
+first in each row, in a fixed order: they stand in front of a causal language model, to which order is an input. A row
+is one slide or image and may have a budget of its own, its share of what its case has; None gives each row all of it.
 
 Shapes: B batch, N patches, K visual tokens, E patch token width, H language model width.
 """
@@ -85,17 +86,19 @@ class EvenlySpaced(nn.Module):
         super().__init__()
         self.num_tokens = num_tokens
 
-    def forward(self, patch_tokens: Tensor, coords: Tensor, patch_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, E), (B, N, 2), (B, N) to (B, min(N, K), E), (B, min(N, K))."""
-        if patch_tokens.shape[1] <= self.num_tokens:
+    def forward(
+        self, patch_tokens: Tensor, coords: Tensor, patch_mask: Tensor, budgets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, N, E), (B, N, 2), (B, N), (B,) to (B, min(N, K), E), (B, min(N, K))."""
+        counts, budgets = patch_mask.sum(1, keepdim=True), _column(budgets, self.num_tokens, patch_mask)
+        if patch_tokens.shape[1] <= self.num_tokens and not (counts > budgets).any():
             return patch_tokens, patch_mask
         patch_tokens, patch_mask = _real_first(patch_tokens, patch_mask)
-        counts = patch_mask.sum(1, keepdim=True)
-        slots = torch.arange(self.num_tokens, device=patch_mask.device)
+        slots = torch.arange(min(self.num_tokens, patch_tokens.shape[1]), device=patch_mask.device)
         # The middle of each of K equal stretches; a row within the budget keeps its tokens one to one.
-        spread = ((2 * slots + 1) * counts) // (2 * self.num_tokens)
-        chosen = torch.where(counts > self.num_tokens, spread, slots.expand(len(counts), -1))
-        return _gather_rows(patch_tokens, chosen), slots < counts
+        spread = ((2 * slots + 1) * counts) // (2 * budgets)
+        chosen = torch.where(counts > budgets, spread, slots.expand(len(counts), -1))
+        return _gather_rows(patch_tokens, chosen.clamp(max=patch_tokens.shape[1] - 1)), slots < counts.minimum(budgets)
 
 
 class GridPool(nn.Module):
@@ -109,9 +112,11 @@ class GridPool(nn.Module):
         super().__init__()
         self.num_tokens = num_tokens
 
-    def forward(self, patch_tokens: Tensor, coords: Tensor, patch_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, E), (B, N, 2) integer (x, y), (B, N) to (B, K, E), (B, K)."""
-        cells = self._cells(coords.long(), patch_mask)
+    def forward(
+        self, patch_tokens: Tensor, coords: Tensor, patch_mask: Tensor, budgets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, N, E), (B, N, 2) integer (x, y), (B, N), (B,) to (B, K, E), (B, K)."""
+        cells = self._cells(coords.long(), patch_mask, _column(budgets, self.num_tokens, patch_mask))
         cells = torch.where(patch_mask, cells, self.num_tokens)  # padding goes to a cell of its own, cut off below
         batch, _, width = patch_tokens.shape
         sums = patch_tokens.new_zeros(batch, self.num_tokens + 1, width, dtype=torch.float32)
@@ -121,21 +126,21 @@ class GridPool(nn.Module):
         means = (sums / counts.clamp(min=1).unsqueeze(-1)).to(patch_tokens.dtype)
         return _real_first(means[:, :-1], counts[:, :-1] > 0)
 
-    def _cells(self, coords: Tensor, patch_mask: Tensor) -> Tensor:
-        """Cell of each patch, (B, N) int64 in [0, K), row by row over the grid."""
+    def _cells(self, coords: Tensor, patch_mask: Tensor, budgets: Tensor) -> Tensor:
+        """Cell of each patch, (B, N) int64 from 0 up to the budget (B, 1), row by row over the grid."""
         far = torch.iinfo(torch.int64).max
         low = coords.masked_fill(~patch_mask.unsqueeze(-1), far).amin(1, keepdim=True)
         high = coords.masked_fill(~patch_mask.unsqueeze(-1), -far).amax(1, keepdim=True)
         extent = (high - low + 1).clamp(min=1)  # (B, 1, 2), in the units of the coordinates
         aspect = extent[..., 0].double() / extent[..., 1]
-        columns = (self.num_tokens * aspect).sqrt().round().long().clamp(1, self.num_tokens)
-        rows = self.num_tokens // columns
+        columns = (budgets * aspect).sqrt().round().long().clamp(min=1).minimum(budgets)
+        rows = budgets // columns
         offset = torch.where(patch_mask.unsqueeze(-1), coords - low, 0)
         column = offset[..., 0] * columns // extent[..., 0]
         row = offset[..., 1] * rows // extent[..., 1]
         in_grid = row * columns + column
         own_slot = patch_mask.long().cumsum(1) - 1
-        fits = patch_mask.sum(1, keepdim=True) <= self.num_tokens
+        fits = patch_mask.sum(1, keepdim=True) <= budgets
         return torch.where(fits, own_slot, in_grid)
 
 
@@ -143,7 +148,8 @@ class Perceiver(nn.Module):
     """``perceiver``: learned latents that read all patch tokens through cross-attention.
 
     The resampler of Flamingo (Alayrac et al. 2022) without its time embeddings: latents attend to patch tokens and to
-    themselves, then pass a feed-forward layer, ``depth`` times. Always gives ``num_tokens`` real tokens.
+    themselves, then pass a feed-forward layer, ``depth`` times. Always gives as many real tokens as its budget; a row
+    with a smaller budget than others has the first of the latents.
     """
 
     def __init__(self, width: int, num_tokens: int, depth: int = 2):
@@ -154,11 +160,14 @@ class Perceiver(nn.Module):
         self.blocks = nn.ModuleList(_PerceiverBlock(width, num_heads) for _ in range(depth))
         self.output_norm = nn.LayerNorm(width)
 
-    def forward(self, patch_tokens: Tensor, coords: Tensor, patch_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, E), (B, N, 2), (B, N) to (B, K, E), (B, K)."""
+    def forward(
+        self, patch_tokens: Tensor, coords: Tensor, patch_mask: Tensor, budgets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, N, E), (B, N, 2), (B, N), (B,) to (B, K, E), (B, K)."""
         patch_tokens = self.input_norm(patch_tokens.to(self.input_norm.weight.dtype))
         latents = self.latents.expand(len(patch_tokens), -1, -1)
-        token_mask = patch_mask.new_ones(latents.shape[:2])
+        budgets = _column(budgets, len(self.latents), patch_mask)
+        token_mask = torch.arange(len(self.latents), device=patch_mask.device) < budgets
         for block in self.blocks:
             latents = block(latents, patch_tokens, torch.cat([patch_mask, token_mask], dim=1))
         return self.output_norm(latents), token_mask
@@ -185,6 +194,13 @@ class _PerceiverBlock(nn.Module):
         read = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask[:, None, None, :])
         latents = latents + self.attention_output(read.transpose(1, 2).flatten(-2))
         return latents + self.feed_forward(latents)
+
+
+def _column(budgets: Tensor | None, num_tokens: int, patch_mask: Tensor) -> Tensor:
+    """Budget of each row, (B, 1) int64, at most ``num_tokens``."""
+    if budgets is None:
+        return torch.full((len(patch_mask), 1), num_tokens, device=patch_mask.device)
+    return budgets.unsqueeze(1).clamp(max=num_tokens)
 
 
 def _real_first(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,8 @@ Patch tokens become visual tokens, which take the place of the placeholder in th
 causal language model works; the one way in which Gemma-3n differs (its per-layer embeddings) is in
 :meth:`SlideVLM.embed_text`.
 
-Shapes: B batch, N patches, E patch token width, K visual tokens, H language model width, T text tokens, L tokens of the
-whole sequence, S supervised tokens, V vocabulary.
+Shapes: B batch of cases, I inputs (slides or images) of all cases, N patches, E patch token width, K visual tokens, H
+language model width, T text tokens, L tokens of the whole sequence, S supervised tokens, V vocabulary.
 """
 
 import json
@@ -30,7 +30,7 @@ from projectors import build_projector, build_reducer
 
 FORMAT_VERSION = 1
 IGNORED_LABEL = -100
-IMAGE_MARKER = -200  # stands in a batch's input_ids for the whole image; no tokenizer gives a negative id
+IMAGE_MARKER = -200  # stands in a batch's input_ids for a whole slide or image; no tokenizer gives a negative id
 LOGIT_CHUNK = 512  # supervised positions whose logits exist at one time: 0.5 GB in float32 at a vocabulary of 262,400
 
 
@@ -93,10 +93,12 @@ class VLMSettings:
 class SlideVLM(nn.Module):
     """The whole model as the one module that is prepared for distributed training; ``forward`` does everything.
 
-    A batch is a dictionary: ``input_ids``, ``attention_mask`` and optionally ``labels`` (B, T) int64 with one
-    :data:`IMAGE_MARKER` per sample, and either ``patch_tokens`` (B, N, E) with ``coords`` (B, N, 2) int64 and
-    ``patch_mask`` (B, N) bool, or ``pixel_values`` (B, M, 3, height, width) with ``image_mask`` (B, M) bool for the
-    encoder, M images a sample; ``chosen_patches`` (B, N) int64, padded with -1, keeps some of their patch tokens.
+    A batch is a dictionary: ``input_ids``, ``attention_mask`` and optionally ``labels`` (B, T) int64 with an
+    :data:`IMAGE_MARKER` for each input of a case, one or several slides or images. The inputs of all cases follow one
+    another in the order of their markers: either ``patch_tokens`` (I, N, E) with ``coords`` (I, N, 2) int64 and
+    ``patch_mask`` (I, N) bool, or ``pixel_values`` (I, 3, height, width) for the encoder; ``chosen_patches`` (I, N)
+    int64, padded with -1, keeps some of their patch tokens. ``visual_budgets`` (I,) int64 is the share of each input in
+    its case's visual tokens; without, each has them all.
     """
 
     def __init__(
@@ -136,9 +138,12 @@ class SlideVLM(nn.Module):
         return self._answer_nll(hidden.last_hidden_state[supervised], targets[supervised])
 
     def visual_tokens(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Visual tokens (B, K, H) in the projector's dtype and their mask (B, K), real tokens first."""
+        """Visual tokens (I, K, H) in the projector's dtype and their mask (I, K), real tokens first.
+
+        Inputs are reduced one by one, so no visual token mixes two slides.
+        """
         if "pixel_values" in batch:
-            patch_tokens, coords, patch_mask = self._encode_images(batch["pixel_values"], batch["image_mask"])
+            patch_tokens, coords, patch_mask = self._encode_images(batch["pixel_values"])
             if "chosen_patches" in batch:
                 rows = batch["chosen_patches"].clamp(min=0).unsqueeze(-1)
                 patch_tokens = patch_tokens.gather(1, rows.expand(-1, -1, patch_tokens.shape[-1]))
@@ -146,21 +151,18 @@ class SlideVLM(nn.Module):
         else:
             patch_tokens, coords, patch_mask = batch["patch_tokens"], batch["coords"], batch["patch_mask"]
         weight = next(self.projector.parameters())
-        tokens, token_mask = self.reducer(patch_tokens.to(weight.dtype), coords, patch_mask)
+        budgets = batch.get("visual_budgets")
+        tokens, token_mask = self.reducer(patch_tokens.to(weight.dtype), coords, patch_mask, budgets)
         return self.projector(tokens.to(weight.dtype)), token_mask
 
-    def _encode_images(self, pixel_values: Tensor, image_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Patch tokens (B, N, E) of a sample's M images side by side, their coordinates in patches and their mask."""
-        batch, num_images = image_mask.shape
-        patch_tokens = self.encoder.encode_patches(pixel_values.flatten(0, 1))
+    def _encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Patch tokens (I, N, E) of images, their coordinates in patches and their mask."""
+        patch_tokens = self.encoder.encode_patches(pixel_values)
         per_image = patch_tokens.shape[1]
         columns = self.encoder.patch_grid[1] if self.encoder.patch_grid else max(1, round(per_image**0.5))
         index = torch.arange(per_image, device=patch_tokens.device)
-        image = torch.arange(num_images, device=patch_tokens.device).unsqueeze(1)
-        x = index % columns + image * columns
-        coords = torch.stack([x, (index // columns).expand_as(x)], dim=-1).flatten(0, 1)
-        patch_mask = image_mask.repeat_interleave(per_image, dim=1)
-        return patch_tokens.unflatten(0, (batch, num_images)).flatten(1, 2), coords.expand(batch, -1, -1), patch_mask
+        coords = torch.stack([index % columns, index // columns], dim=-1).expand(len(patch_tokens), -1, -1)
+        return patch_tokens, coords, torch.ones_like(coords[..., 0], dtype=torch.bool)
 
     def embed_text(self, input_ids: Tensor) -> dict[str, Tensor]:
         """Arguments with which the language model reads ``input_ids`` (B, L) as embeddings instead of ids.
@@ -176,7 +178,7 @@ class SlideVLM(nn.Module):
         return conditioning
 
     def embed(self, batch: dict[str, Tensor], padding_side: str = "right") -> dict[str, Any]:
-        """Put the visual tokens in the place of each sample's image marker.
+        """Put the visual tokens of each slide or image in the place of its marker.
 
         Returns:
             ``conditioning`` (arguments of the decoder: embeddings (B, L, H) and, for Gemma-3n, per-layer inputs),
@@ -184,7 +186,10 @@ class SlideVLM(nn.Module):
         """
         has_image = "pixel_values" in batch or "patch_tokens" in batch
         visual, visual_mask = self.visual_tokens(batch) if has_image else (None, None)
-        counts = visual_mask.sum(1) if has_image else torch.ones_like(batch["input_ids"][:, 0])
+        if has_image:
+            counts = visual_mask.sum(1)
+        else:  # a marker without an image stays one placeholder
+            counts = torch.ones_like(batch["input_ids"][batch["input_ids"] == IMAGE_MARKER])
         expanded = expand_image_markers(batch, counts, padding_side)
         places = expanded["input_ids"] == IMAGE_MARKER
         expanded["input_ids"] = expanded["input_ids"].masked_fill(places, self.settings.placeholder_id)
@@ -319,12 +324,11 @@ class SlideVLM(nn.Module):
 
 
 def expand_image_markers(batch: dict[str, Tensor], counts: Tensor, padding_side: str = "right") -> dict[str, Tensor]:
-    """Repeat the image marker of row i ``counts[i]`` times and pad all rows anew.
+    """Repeat each image marker as often as it has visual tokens, and pad all rows anew.
 
     Args:
-        batch: ``input_ids``, ``attention_mask`` (B, T) right-padded, and optionally ``labels`` (B, T); at most one
-            marker in a row.
-        counts: visual tokens of each row, (B,) int64.
+        batch: ``input_ids``, ``attention_mask`` (B, T) right-padded, and optionally ``labels`` (B, T).
+        counts: visual tokens of each marker, (I,) int64, at least 1, row by row in reading order.
         padding_side: ``right`` in training, ``left`` for generation.
 
     Returns:
@@ -332,16 +336,17 @@ def expand_image_markers(batch: dict[str, Tensor], counts: Tensor, padding_side:
     """
     input_ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     labels = batch.get("labels", torch.full_like(input_ids, IGNORED_LABEL))
+    widths = mask.long()
     is_marker = (input_ids == IMAGE_MARKER) & mask
-    extra = (counts.unsqueeze(1) - 1) * is_marker.any(1, keepdim=True)
-    after_marker = is_marker.cumsum(1) - is_marker.long()
-    target = torch.arange(input_ids.shape[1], device=input_ids.device) + extra * after_marker
-    lengths = mask.sum(1, keepdim=True) + extra
+    assert int(is_marker.sum()) == len(counts), "a marker for each slide or image, and none besides"
+    widths[is_marker] = counts
+    ends = widths.cumsum(1)
+    target, lengths = ends - widths, ends[:, -1:]
     longest = int(lengths.max())
 
     positions = torch.arange(longest, device=input_ids.device).expand(len(input_ids), -1)
     expanded_mask = positions < lengths
-    # What no text token overwrites below lies between the text before and after the image. Padding is 0, and masked.
+    # What no token overwrites below belongs to the marker before it. Padding is 0, and masked.
     expanded_ids = torch.where(expanded_mask, IMAGE_MARKER, 0)
     expanded_labels = torch.full_like(expanded_ids, IGNORED_LABEL)
     rows = torch.arange(len(input_ids), device=input_ids.device).unsqueeze(1).expand_as(target)

@@ -4,10 +4,12 @@ r"""Write the report of one slide (or answer a question about one image); the re
   python inference/generate.py --model runs/stage2/final_model --features OUT/features/X.h5 --question "Which grade?"
   python inference/generate.py --model runs/stage2/final_model --image X.png
 
-A slide is tiled and encoded as the slides were that the model was trained on.
+A slide is tiled and encoded as the slides were that the model was trained on. Several slides or images are one
+case, in the order given.
 """
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -22,8 +24,8 @@ def parse_arguments():
     parser = make_parser(__doc__)
     group = parser.add_argument_group("What to report on")
     group.add_argument("--model", required=True, help="final_model folder of stage 1 or 2")
-    group.add_argument("--slide", default=None, help="whole-slide image")
-    group.add_argument("--features", default=None, help="feature file of stage 0, instead of a slide")
+    group.add_argument("--slide", nargs="+", default=None, help="whole-slide image, or several of one case")
+    group.add_argument("--features", nargs="+", default=None, help="feature files of stage 0, instead of slides")
     group.add_argument("--image", nargs="+", default=None, help="image or images of one case, for a model of images")
     group.add_argument("--question", default=None, help="default: the question that the model was trained with")
     group.add_argument(
@@ -53,18 +55,20 @@ def main() -> int:
     check_input(args, settings)
     model, tokenizer = open_model(args)
     question = args.question or settings.question
-    prompt_ids = Prompt(**settings.prompt).question_ids(tokenizer, question, settings.max_question_tokens)
+    paths = args.slide or args.features or args.image
+    prompt = Prompt(**settings.prompt)
+    prompt_ids = prompt.question_ids(tokenizer, question, settings.max_question_tokens, num_images=len(paths))
     case = read_case_of(args, model)
     sample = {"input_ids": prompt_ids, "labels": [IGNORED_LABEL] * len(prompt_ids), **case}
     decoding = {name: getattr(args, name) for name in ("num_beams", "max_new_tokens", "length_penalty")}
     ((report, score),) = answer_samples(model, tokenizer, [sample], **decoding)
     if args.json:
         details = {
-            "id": Path(args.slide or args.features or args.image[0]).name,
+            "id": ", ".join(Path(path).name for path in paths),
             "report": report,
             "question": question,
             "beam_score": score,
-            "num_patches": len(case.get("coords", [])) or None,
+            "num_patches": sum(map(len, case.get("coords", []))) or None,
             "seconds": round(time.perf_counter() - began, 3),
         }
         print(json.dumps(details, indent=1))
@@ -75,8 +79,8 @@ def main() -> int:
 
 def check_input(args, settings) -> None:
     """Refuse an input that does not exist or is not of the kind that the model takes, before anything is loaded."""
-    for path in [args.slide, args.features, *(args.image or [])]:
-        if path is not None and not Path(path).is_file():
+    for path in args.slide or args.features or args.image:
+        if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file")
     if args.assume_mpp is not None:
         from stage0_tiling.slide_list import check_mpp
@@ -90,15 +94,17 @@ def check_input(args, settings) -> None:
 
 def read_case_of(args, model) -> dict:
     """Patch tokens with coordinates, or pixels, of what the flags name."""
-    import torch
+    from slide_reports import case_of_slides, making_of, patch_budget, read_case, read_images
 
-    from slide_reports import case_of_slide, making_of, patch_budget, read_case, read_image
-
-    if args.image:
-        return {"pixel_values": torch.stack([read_image(Path(path), model.encoder.transform) for path in args.image])}
     settings = model.settings
+    budgets = {"num_patches": patch_budget(settings), "num_visual_tokens": settings.num_visual_tokens}
+    if args.image:
+        grid = model.encoder.patch_grid
+        per_image = math.prod(grid) if grid else None
+        paths = [Path(path) for path in args.image]
+        return read_images(paths, model.encoder.transform, **budgets, patches_per_image=per_image)
     if args.features:
-        return read_case((Path(args.features),), patch_budget(settings), expected=making_of(settings))
+        return read_case([Path(path) for path in args.features], **budgets, expected=making_of(settings))
 
     from encoders import load_encoder
     from slide_features import MAKING_FACTS
@@ -116,16 +122,19 @@ def read_case_of(args, model) -> dict:
         raise ValueError(f"{args.model} was trained on tiles with {', '.join(sorted(unknown))}; update SlideScribe")
     encoder = load_encoder(name).to(model.device)
     check_encoder(encoder, settings)
-    slide = encode_slide(
-        args.slide,
-        encoder,
-        **tiling,
-        assume_mpp=args.assume_mpp,
-        batch_size=args.tile_batch_size,
-        num_workers=args.num_workers,
-    )
-    print(f"{Path(args.slide).name}: {len(slide.coords)} tiles", file=sys.stderr)
-    return case_of_slide(slide, patch_budget(settings))
+    slides = []
+    for path in args.slide:
+        slide = encode_slide(
+            path,
+            encoder,
+            **tiling,
+            assume_mpp=args.assume_mpp,
+            batch_size=args.tile_batch_size,
+            num_workers=args.num_workers,
+        )
+        print(f"{Path(path).name}: {len(slide.coords)} tiles", file=sys.stderr)
+        slides.append(slide)
+    return case_of_slides(slides, **budgets)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,8 @@ def answer_batch(
     model: SlideVLM, tokenizer: Any, batch: list[tuple[int, Record]], decoding: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[int, str]]:
     """Answers to numbered records, and an error for each number whose record could not be read."""
-    dataset = ReportDataset.for_model(model, tokenizer, [replace(record, answer="") for _, record in batch])
+    asked = [replace(record, answer="", later_turns=()) for _, record in batch]
+    dataset = ReportDataset.for_model(model, tokenizer, asked)
     samples, failed = {}, {}
     for position, (index, _) in enumerate(batch):
         try:
@@ -125,8 +126,8 @@ def answer_batch(
     answers = []
     for position, (text, score) in zip(samples, texts, strict=True):
         index, record = batch[position]
-        asked = record.question or model.settings.question
-        answer = {"index": index, "id": record.id, "report": text, "question": asked}
+        question = record.question or model.settings.question
+        answer = {"index": index, "id": record.id, "report": text, "question": question}
         answers.append(answer | {"beam_score": score, "seconds": seconds})
     return answers, failed
 

@@ -7,7 +7,6 @@ from slide_reports.batches import (
     RecordBatches,
     ReportDataset,
     SampleKey,
-    case_of_slide,
     check_input_kind,
     collate,
     default_num_visual_tokens,
@@ -16,25 +15,17 @@ from slide_reports.batches import (
     make_loaders,
     making_of,
     patch_budget,
-    read_case,
-    read_image,
 )
+from slide_reports.cases import case_of_slides, read_case, read_images, share_budget
+from slide_reports.inputs import describe_features, with_inputs
 from slide_reports.prompt import (
     DEFAULT_QUESTIONS,
     Prompt,
 )
-from slide_reports.records import (
-    Record,
-    add_data_arguments,
-    describe_features,
-    patient_of,
-    read_records,
-    read_training_records,
-    records_digest,
-    slide_id_of,
-    split_by_patient,
-    with_inputs,
-)
+from slide_reports.record import Record, patient_of, slide_id_of
+from slide_reports.records import add_data_arguments, read_records, read_training_records, records_digest
+from slide_reports.splits import split_by_patient
+from slide_reports.table import RecordTable
 
 __all__ = [
     "check_input_kind",
@@ -44,10 +35,11 @@ __all__ = [
     "Prompt",
     "Record",
     "RecordBatches",
+    "RecordTable",
     "ReportDataset",
     "SampleKey",
     "add_data_arguments",
-    "case_of_slide",
+    "case_of_slides",
     "collate",
     "describe_encoder",
     "describe_features",
@@ -56,10 +48,11 @@ __all__ = [
     "patch_budget",
     "patient_of",
     "read_case",
-    "read_image",
+    "read_images",
     "read_records",
     "read_training_records",
     "records_digest",
+    "share_budget",
     "slide_id_of",
     "split_by_patient",
     "with_inputs",

@@ -2,10 +2,9 @@
 
 import math
 import sys
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from encoders import ImageEncoder
-from slide_features import SlideFeatures, choose_patches, raster_order, read_slide_features, read_slide_positions
+from slide_reports.cases import read_case, read_images
+from slide_reports.inputs import facts_to_agree_on
 from slide_reports.prompt import Prompt
-from slide_reports.records import Record, check_making, facts_to_agree_on
+from slide_reports.record import Record
 from slide_vlm import IGNORED_LABEL, SlideVLM, VLMSettings
 
 MAX_PATCHES = 16384  # read of one slide when a reducer other than `none` follows; 50 MB at width 1536
@@ -43,10 +43,11 @@ class ReportDataset(Dataset):
         image_transform: ``PIL.Image -> (3, height, width)`` tensor where inputs are images, else None.
         expected: how feature files must have been made, as :func:`making_of` says it of the model's.
         patches_per_image: patch tokens that the encoder gives of an image; None where that is unknown.
+        num_visual_tokens: shared by the slides or images of a case; None for as many as ``num_patches``.
         skip_bad_inputs: put a filler in the place of a record whose input cannot be read, and say so; else raise.
     """
 
-    records: list[Record]
+    records: Sequence[Record]
     tokenizer: Any
     prompt: Prompt
     question: str
@@ -57,6 +58,7 @@ class ReportDataset(Dataset):
     image_transform: Any = None
     expected: dict[str, Any] | None = None
     patches_per_image: int | None = None
+    num_visual_tokens: int | None = None
     skip_bad_inputs: bool = False
 
     @classmethod
@@ -64,7 +66,7 @@ class ReportDataset(Dataset):
         cls,
         model: SlideVLM,
         tokenizer: Any,
-        records: list[Record],
+        records: Sequence[Record],
         *,
         seed: int | None = None,
         skip_bad_inputs: bool = False,
@@ -84,6 +86,7 @@ class ReportDataset(Dataset):
             image_transform=model.encoder.transform if model.encoder is not None else None,
             expected=making_of(settings),
             patches_per_image=math.prod(model.encoder.patch_grid) if has_grid else None,
+            num_visual_tokens=settings.num_visual_tokens,
             skip_bad_inputs=skip_bad_inputs,
         )
 
@@ -91,15 +94,16 @@ class ReportDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """Token ids and labels (T,), and ``pixel_values`` (M, 3, height, width) or what :func:`read_case` gives.
+        """Token ids and labels (T,), and what :func:`read_case` or :func:`read_images` gives.
 
         Raises:
             ValueError: the input cannot be read; with ``skip_bad_inputs``, no input can.
         """
         for tried in range(len(self)):
-            record = self.records[(key.index + tried) % len(self)]
+            index = (key.index + tried) % len(self)
+            record = self.records[index]
             try:
-                inputs = self._inputs(record, key.epoch)
+                inputs = self._inputs(record, index, key.epoch)
             except (ValueError, OSError) as error:
                 if not self.skip_bad_inputs:
                     raise
@@ -109,22 +113,28 @@ class ReportDataset(Dataset):
         raise ValueError("no record's input can be read; see the messages above")
 
     def _text(self, record: Record, *, supervised: bool) -> dict[str, list[int]]:
-        question = self.prompt.question_ids(self.tokenizer, record.question or self.question, self.max_question_tokens)
-        answer = self.prompt.answer_ids(self.tokenizer, record.answer, self.max_answer_tokens) if record.answer else []
-        targets = answer if supervised else [IGNORED_LABEL] * len(answer)
-        return {"input_ids": question + answer, "labels": [IGNORED_LABEL] * len(question) + targets}
+        """Ids and labels of all turns; every answer is supervised, whichever turn it is of."""
+        question = record.question or self.question
+        ids = self.prompt.question_ids(self.tokenizer, question, self.max_question_tokens, len(record.inputs))
+        labels = [IGNORED_LABEL] * len(ids)
+        for number, (question, text) in enumerate(record.turns):
+            if number:
+                asked = self.prompt.next_question_ids(self.tokenizer, question, self.max_question_tokens)
+                ids, labels = ids + asked, labels + [IGNORED_LABEL] * len(asked)
+            if text:
+                answer = self.prompt.answer_ids(self.tokenizer, text, self.max_answer_tokens)
+                ids, labels = ids + answer, labels + (answer if supervised else [IGNORED_LABEL] * len(answer))
+        return {"input_ids": ids, "labels": labels}
 
-    def _inputs(self, record: Record, epoch: int) -> dict[str, Any]:
-        rng = None
-        if self.seed is not None:
-            rng = np.random.default_rng([self.seed, epoch, zlib.crc32(record.id.encode())])
+    def _inputs(self, record: Record, index: int, epoch: int) -> dict[str, Any]:
+        """What is drawn depends on seed, epoch and the record's place alone, whichever process and worker reads it."""
+        rng = None if self.seed is None else np.random.default_rng([self.seed, epoch, index])
+        budgets = {"num_patches": self.num_patches, "num_visual_tokens": self.num_visual_tokens or self.num_patches}
         if self.image_transform is None:
-            return read_case(record.inputs, self.num_patches, rng, self.expected)
-        inputs = {"pixel_values": torch.stack([read_image(path, self.image_transform) for path in record.inputs])}
-        if self.patches_per_image:
-            total = self.patches_per_image * len(record.inputs)
-            inputs["chosen_patches"] = torch.from_numpy(choose_patches(total, self.num_patches, rng))
-        return inputs
+            return read_case(record.inputs, **budgets, rng=rng, expected=self.expected)
+        return read_images(
+            record.inputs, self.image_transform, **budgets, rng=rng, patches_per_image=self.patches_per_image
+        )
 
 
 def making_of(settings: VLMSettings) -> dict[str, Any]:
@@ -149,46 +159,6 @@ def patch_budget(settings: VLMSettings) -> int:
     return settings.num_visual_tokens if settings.token_reducer == "none" else MAX_PATCHES
 
 
-def read_case(
-    paths: tuple[Path, ...],
-    num_patches: int,
-    rng: np.random.Generator | None = None,
-    expected: dict[str, Any] | None = None,
-) -> dict[str, Tensor]:
-    """Patch tokens of a case's slides, side by side, in raster order: ``patch_tokens`` (N, E), ``coords`` (N, 2) int64.
-
-    The budget is shared equally by the slides; ``rng`` chooses patches at random, None evenly spaced.
-
-    Raises:
-        ValueError: a slide without patches, or made otherwise than ``expected``.
-    """
-    tokens, coords, offset = [], [], 0
-    for path in paths:
-        order = raster_order(read_slide_positions(path))
-        chosen = order[choose_patches(len(order), max(1, num_patches // len(paths)), rng)]
-        by_row = np.argsort(chosen, kind="stable")  # files are read in rising row order, and put in raster order after
-        part = read_slide_features(path, rows=chosen[by_row])
-        check_making(path, part, expected or {})
-        back = np.argsort(by_row, kind="stable")
-        tokens.append(part.features[back])
-        coords.append(part.coords[back] + [offset, 0])
-        offset = int(coords[-1][:, 0].max()) + 1
-    return {
-        "patch_tokens": torch.from_numpy(np.concatenate(tokens).astype(np.float32)),
-        "coords": torch.from_numpy(np.concatenate(coords).astype(np.int64)),
-    }
-
-
-def case_of_slide(slide: SlideFeatures, num_patches: int) -> dict[str, Tensor]:
-    """The same from a slide's features in memory, its patches chosen evenly spaced."""
-    order = raster_order(slide.coords)
-    chosen = order[choose_patches(len(order), num_patches)]
-    return {
-        "patch_tokens": torch.from_numpy(slide.features[chosen].astype(np.float32)),
-        "coords": torch.from_numpy(slide.coords[chosen].astype(np.int64)),
-    }
-
-
 def default_num_visual_tokens(encoder: ImageEncoder | None) -> int:
     """All patch tokens of an image; 256 of a slide."""
     return math.prod(encoder.patch_grid) if encoder is not None and encoder.patch_grid else 256
@@ -202,21 +172,6 @@ def describe_encoder(encoder: ImageEncoder) -> dict[str, Any]:
         "encoder": encoder.name,
         "encoder_fingerprint": encoder.fingerprint(),
     }
-
-
-def read_image(path: Path, transform: Any) -> Tensor:
-    """Open an image file and apply the encoder's transform: (3, height, width) float32.
-
-    Raises:
-        ValueError: the file does not open as an image.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return transform(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: does not open as an image ({error}); replace it or leave the record out") from error
 
 
 class RecordBatches(Sampler[list[SampleKey]]):
@@ -286,17 +241,19 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     batch["input_ids"] = pad(ids, batch_first=True, padding_value=0)
     batch["labels"] = pad(labels, batch_first=True, padding_value=IGNORED_LABEL)
     batch["attention_mask"] = pad([torch.ones_like(row) for row in ids], batch_first=True, padding_value=0)
+    # The slides or images of all cases follow one another, in the order of their markers.
+    batch["visual_budgets"] = torch.cat([sample["visual_budgets"] for sample in samples])
     if "pixel_values" in samples[0]:
-        images = [sample["pixel_values"] for sample in samples]
-        batch["pixel_values"] = pad(images, batch_first=True)
-        batch["image_mask"] = pad([torch.ones(len(row), dtype=torch.bool) for row in images], batch_first=True)
+        batch["pixel_values"] = torch.cat([sample["pixel_values"] for sample in samples])
         if "chosen_patches" in samples[0]:
-            chosen = [sample["chosen_patches"] for sample in samples]
+            chosen = [rows for sample in samples for rows in sample["chosen_patches"]]
             batch["chosen_patches"] = pad(chosen, batch_first=True, padding_value=-1)
         return batch
     for name in ("patch_tokens", "coords"):
-        batch[name] = pad([sample[name] for sample in samples], batch_first=True)
-    masks = [torch.ones(len(sample["coords"]), dtype=torch.bool) for sample in samples]
+        parts = [part for sample in samples for part in sample[name]]
+        widest = reduce(torch.promote_types, {part.dtype for part in parts})
+        batch[name] = pad([part.to(widest) for part in parts], batch_first=True)
+    masks = [torch.ones(len(part), dtype=torch.bool) for sample in samples for part in sample["coords"]]
     batch["patch_mask"] = pad(masks, batch_first=True, padding_value=False)
     return batch
 
@@ -304,8 +261,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
 def make_loaders(
     model: SlideVLM,
     tokenizer: Any,
-    train_records: list[Record],
-    val_records: list[Record],
+    train_records: Sequence[Record],
+    val_records: Sequence[Record],
     *,
     batch_size: int,
     gradient_accumulation_steps: int,

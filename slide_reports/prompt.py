@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import jinja2
+
 from slide_vlm import IMAGE_MARKER
 
 DEFAULT_QUESTIONS = {"features": "Write the pathology report of this slide.", "images": "Describe this image."}
@@ -11,12 +13,16 @@ DEFAULT_QUESTIONS = {"features": "Write the pathology report of this slide.", "i
 class Prompt:
     """The text around an image, a question and an answer, as literal strings that ``vlm.json`` keeps.
 
-    ``before_image`` <image> ``after_image`` (with ``{question}``) answer ``after_answer``
+    ``before_image`` <image> ``after_image`` (with ``{question}``) answer ``after_answer``, and for each later turn
+    ``next_question`` (with ``{question}``) answer ``after_answer``. A case of several slides or images has
+    <image> ``between_images`` <image> … there.
     """
 
     before_image: str
     after_image: str
     after_answer: str
+    next_question: str = "\n{question}\n"
+    between_images: str = "\n"
 
     @classmethod
     def for_tokenizer(cls, tokenizer) -> "Prompt":
@@ -32,16 +38,34 @@ class Prompt:
         before_question, after_question = rest.split(question)
         after_image = _escape(before_question) + "{question}" + _escape(after_question)
         # Templates end with a newline that no model needs to be taught.
-        return cls(before_image, after_image, told.split(answer)[1].rstrip() or eos)
+        after_answer = told.split(answer)[1].rstrip() or eos
+        turns = [*turn, {"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+        try:
+            on = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except jinja2.TemplateError:  # a template of one turn only
+            return cls(before_image, after_image, after_answer)
+        before_next, after_next = on.split(answer)[1].removeprefix(after_answer).split(question)
+        return cls(before_image, after_image, after_answer, _escape(before_next) + "{question}" + _escape(after_next))
 
-    def question_ids(self, tokenizer, question: str, max_question_tokens: int) -> list[int]:
-        """Ids up to the answer, with :data:`IMAGE_MARKER` for the image; a long question loses its end."""
+    def question_ids(self, tokenizer, question: str, max_question_tokens: int, num_images: int = 1) -> list[int]:
+        """Ids up to the answer, an :data:`IMAGE_MARKER` for each slide or image; a long question loses its end."""
         ids = tokenizer(question, add_special_tokens=False)["input_ids"]
         if len(ids) > max_question_tokens:
             question = tokenizer.decode(ids[:max_question_tokens])
         before = tokenizer(self.before_image, add_special_tokens=False)["input_ids"]
         after = tokenizer(self.after_image.format(question=question), add_special_tokens=False)["input_ids"]
-        return [*before, IMAGE_MARKER, *after]
+        images = [IMAGE_MARKER]
+        if num_images > 1:
+            between = tokenizer(self.between_images, add_special_tokens=False)["input_ids"]
+            images += [*between, IMAGE_MARKER] * (num_images - 1)
+        return [*before, *images, *after]
+
+    def next_question_ids(self, tokenizer, question: str, max_question_tokens: int) -> list[int]:
+        """Ids from the end of an answer up to the next one; a long question loses its end."""
+        ids = tokenizer(question, add_special_tokens=False)["input_ids"]
+        if len(ids) > max_question_tokens:
+            question = tokenizer.decode(ids[:max_question_tokens])
+        return tokenizer(self.next_question.format(question=question), add_special_tokens=False)["input_ids"]
 
     def answer_ids(self, tokenizer, answer: str, max_answer_tokens: int) -> list[int]:
         """Ids of the answer and its end; a long answer loses its end, and then has no end token to learn."""

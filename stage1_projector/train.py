@@ -96,10 +96,14 @@ def main() -> int:
     train_records, val_records, problems = read_training_records(
         args.train_json,
         args.val_json,
-        features_dir=args.features_dir,
-        image_root=args.image_root,
         val_fraction=args.val_fraction,
         seed=args.seed,
+        splits=args.splits,
+        features_dir=args.features_dir,
+        image_root=args.image_root,
+        group_pattern=args.group_pattern,
+        exclude=args.exclude,
+        revise=args.revise,
     )
     if args.image_root and not args.vision_model_name:
         raise ValueError("--image_root needs an image encoder; name it with --vision_model_name")
@@ -203,7 +207,7 @@ def main() -> int:
             progress.set_postfix(loss=f"{result.loss:.4f}")
             if state.step % args.save_steps == 0 and state.step % steps_per_epoch != 0:
                 save_checkpoint(accelerator, run_dir, state, scheduler, identity, args.keep_checkpoints)
-        if val_records:
+        if len(val_records):
             val_loss = evaluation_loss(accelerator, model, val_loader)
             log.evaluation(state.step, epoch + 1, val_loss)
             if val_loss < state.best_loss:

@@ -89,10 +89,14 @@ def main() -> int:
     train_records, val_records, problems = read_training_records(
         args.train_json,
         args.val_json,
-        features_dir=args.features_dir,
-        image_root=args.image_root,
         val_fraction=args.val_fraction,
         seed=args.seed,
+        splits=args.splits,
+        features_dir=args.features_dir,
+        image_root=args.image_root,
+        group_pattern=args.group_pattern,
+        exclude=args.exclude,
+        revise=args.revise,
         expected=making_of(settings),
     )
     if args.train_ve_first_epoch and settings.input_kind == "features":
@@ -206,7 +210,7 @@ def main() -> int:
             progress.set_postfix(loss=f"{result.loss:.4f}")
             if state.step % args.save_steps == 0 and state.step % steps_per_epoch != 0:
                 save_checkpoint(accelerator, run_dir, state, scheduler, identity, args.keep_checkpoints)
-        if val_records:
+        if len(val_records):
             val_loss = evaluation_loss(accelerator, model, val_loader)
             log.evaluation(state.step, epoch + 1, val_loss)
             if val_loss < state.best_loss:

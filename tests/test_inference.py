@@ -159,6 +159,8 @@ def test_a_slide_its_features_and_its_record_give_the_same_report(corpus, tmp_pa
     slide = run_command(GENERATE, *shared, "--slide", tmp_path / "slides" / "one.tiff").stdout
     assert len(slide) > 1
     assert run_command(GENERATE, *shared, "--features", features).stdout == slide
+    two = run_command(GENERATE, *shared, "--slide", *[tmp_path / "slides" / "one.tiff"] * 2).stdout
+    assert run_command(GENERATE, *shared, "--features", features, features).stdout == two
     predict = [*shared, "--test_json", tmp_path / "t.json", "--features_dir", out / "features"]
     run_command(PREDICT, *predict, "--output", tmp_path / "p.json")
     assert json.loads((tmp_path / "p.json").read_text())[0]["report"] + "\n" == slide

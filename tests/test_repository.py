@@ -14,7 +14,15 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 STAGES = {"stage0_tiling", "stage1_projector", "stage2_finetune", "inference", "evaluation", "demo"}
 # A module may import those on lower floors only.
 FLOORS = [
-    {"command_line", "encoder_presets", "encoder_backbones", "feature_containers", "hub_access", "longnet"},
+    {
+        "command_line",
+        "encoder_presets",
+        "encoder_backbones",
+        "feature_containers",
+        "hdf5_rows",
+        "hub_access",
+        "longnet",
+    },
     {"projectors", "encoders", "slide_encoders", "language_model", "accelerator_setup", "run_log", "slide_features"},
     {"slide_vlm"},
     {"slide_reports", "report_loss", "offline_kit"},

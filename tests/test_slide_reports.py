@@ -71,9 +71,9 @@ def test_image_captions_and_questions(tmp_path):
         ("[]", "at least one record"),
         ('["text"]', "record 0 is a str"),
         ('[{"name": "x"}]', "unknown form"),
-        ('[{"id": 3, "report": "x"}]', "record 0 .* has 3 under 'id'"),
+        ('[{"id": 3, "report": "x"}]', "record 0 has 3 under 'id'"),
         ('[{"id": "a", "report": "x"}, {"id": "b", "report": ["x"]}]', "record 1 \\(b\\)"),
-        ('[{"id": "a", "report": NaN}]', "has nan under 'report'"),
+        ('[{"id": "a", "report": NaN}]', "record 0 holds NaN"),
         ('[{"id": "../secret", "report": "x"}]', "outside"),
         ('[{"id": "/etc/passwd", "report": "x"}]', "outside"),
         ('[{"image": "../../etc/passwd", "caption": "x"}]', "outside"),
@@ -172,6 +172,24 @@ def test_prompt_and_answer_make_the_chat_template(chat):
         assert text == "<bos><|image|>\nWhich organ? {x}\nBreast<eos>"
 
 
+def test_a_conversation_makes_the_chat_template_and_teaches_every_answer(tmp_path):
+    tokenizer = make_tokenizer()
+    prompt = Prompt.for_tokenizer(tokenizer)
+    inputs = (write_features(tmp_path / "a.h5", 5),)
+    record = Record("a", inputs, "Organ?", "Breast", "a", later_turns=(("Benign?", "Yes"), ("Sure?", "Yes")))
+    data = ReportDataset([record], tokenizer, prompt, "?", num_patches=10)
+    sample = data[SampleKey(0, 0, True)]
+    roles = ("user", "assistant", "user", "assistant", "user", "assistant")
+    texts = ("<|image|>\nOrgan?", "Breast", "Benign?", "Yes", "Sure?", "Yes")
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    at = sample["input_ids"].index(IMAGE_MARKER)
+    text = tokenizer.decode(sample["input_ids"][:at]) + "<|image|>" + tokenizer.decode(sample["input_ids"][at + 1 :])
+    assert text == tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
+    taught = tokenizer.decode([label for label in sample["labels"] if label != IGNORED_LABEL])
+    assert taught == "Breast<end_of_turn>Yes<end_of_turn>Yes<end_of_turn>"
+    assert len(sample["labels"]) == len(sample["input_ids"])
+
+
 def test_long_texts_are_cut():
     tokenizer = make_tokenizer()
     prompt = Prompt.for_tokenizer(tokenizer)
@@ -206,16 +224,9 @@ def write_features(path, num_patches, seed=0, width=4):
 
 
 def test_patches_come_in_raster_order_whatever_the_order_of_the_file(tmp_path):
-    case = read_case((write_features(tmp_path / "s.h5", 40),), 100)
-    assert case["patch_tokens"][:, 0].tolist() == list(range(40))
-    assert case["coords"].dtype == torch.int64
-
-
-def test_slides_of_a_case_lie_side_by_side(tmp_path):
-    paths = (write_features(tmp_path / "a.h5", 10), write_features(tmp_path / "b.h5", 12))
-    case = read_case(paths, 100)
-    assert case["patch_tokens"][:, 0].tolist() == [*range(10), *range(12)]
-    assert case["coords"][10:, 0].min() > case["coords"][:10, 0].max()
+    case = read_case((write_features(tmp_path / "s.h5", 40),), 100, 100)
+    assert case["patch_tokens"][0][:, 0].tolist() == list(range(40))
+    assert case["coords"][0].dtype == torch.int64
 
 
 def test_patches_are_drawn_by_seed_epoch_and_record_and_evenly_without_seed(tmp_path):
@@ -224,7 +235,7 @@ def test_patches_are_drawn_by_seed_epoch_and_record_and_evenly_without_seed(tmp_
     data = ReportDataset(records, tokenizer, Prompt.for_tokenizer(tokenizer), "?", num_patches=10, seed=3)
 
     def drawn(key, data=data):
-        return tuple(data[key]["patch_tokens"][:, 0].int().tolist())
+        return tuple(data[key]["patch_tokens"][0][:, 0].int().tolist())
 
     first = drawn(SampleKey(0, 0, True))
     assert len(set(first)) == 10 and list(first) == sorted(first)
@@ -252,7 +263,16 @@ def test_loss_is_on_the_answer_only_and_a_filler_has_none(tmp_path):
 def test_width_that_does_not_fit_the_model_is_named(tmp_path):
     path = write_features(tmp_path / "a.h5", 5)
     with pytest.raises(ValueError, match="a.h5 was made with patch_width 4, not 8"):
-        read_case((path,), 10, expected={"patch_width": 8})
+        read_case((path,), 10, 10, expected={"patch_width": 8})
+
+
+def test_a_file_that_is_made_anew_otherwise_is_noticed(tmp_path):
+    path = write_features(tmp_path / "a.h5", 5)
+    expected = {"patch_width": 4}
+    read_case((path,), 10, 10, expected=expected)
+    write_features(path, 6, width=8)
+    with pytest.raises(ValueError, match="a.h5 was made with patch_width 8, not 4"):
+        read_case((path,), 10, 10, expected=expected)
 
 
 @settings(max_examples=80, deadline=None)
@@ -284,17 +304,18 @@ def test_every_record_comes_once_on_equally_many_batches(n, batch_size, processe
 
 
 def test_batches_are_padded_to_their_own_longest():
-    def sample(length, patches):
+    def sample(length, patches, dtype):
         return {
             "input_ids": [5] * length,
             "labels": [6] * length,
-            "patch_tokens": torch.ones(patches, 3),
-            "coords": torch.ones(patches, 2, dtype=torch.long),
+            "patch_tokens": [torch.ones(patches, 3, dtype=dtype)],
+            "coords": [torch.ones(patches, 2, dtype=torch.long)],
+            "visual_budgets": torch.tensor([5]),
         }
 
-    batch = collate([sample(4, 2), sample(2, 5)])
+    batch = collate([sample(4, 2, torch.float16), sample(2, 5, torch.float32)])
     assert batch["input_ids"].tolist() == [[5] * 4, [5, 5, 0, 0]]
     assert batch["labels"].tolist() == [[6] * 4, [6, 6, IGNORED_LABEL, IGNORED_LABEL]]
     assert batch["attention_mask"].sum(1).tolist() == [4, 2]
     assert batch["patch_mask"].sum(1).tolist() == [2, 5]
-    assert batch["patch_tokens"].shape == (2, 5, 3)
+    assert batch["patch_tokens"].shape == (2, 5, 3) and batch["patch_tokens"].dtype == torch.float32

@@ -333,7 +333,7 @@ def test_chosen_patches_of_an_image_are_the_only_ones_that_count(corpus):
     image = corpus.images / "0.png"
     records = [Record("0", (image,), "", "Breast", "0")]
     drawn = ReportDataset.for_model(model, tokenizer, records, seed=1)
-    chosen = [drawn[SampleKey(0, epoch, True)]["chosen_patches"].tolist() for epoch in (0, 0, 1)]
+    chosen = [drawn[SampleKey(0, epoch, True)]["chosen_patches"][0].tolist() for epoch in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2] and len(chosen[0]) == 5
     sample = drawn[SampleKey(0, 0, True)]
     patches = model.encoder.encode_patches(sample["pixel_values"])

@@ -147,8 +147,9 @@ def make_sample(tokenizer, answer: str, num_patches: int, seed: int = 0, questio
     return {
         "input_ids": asked + told,
         "labels": [-100] * len(asked) + told,
-        "patch_tokens": torch.randn(num_patches, PATCH_WIDTH, generator=generator),
-        "coords": torch.stack([index % side, index // side], dim=-1) * 256,
+        "patch_tokens": [torch.randn(num_patches, PATCH_WIDTH, generator=generator)],
+        "coords": [torch.stack([index % side, index // side], dim=-1) * 256],
+        "visual_budgets": torch.tensor([512]),  # all that the model has
     }
 
 

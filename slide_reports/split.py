@@ -1,0 +1,78 @@
+r"""Split records by patient into training, validation and test, and into folds.
+
+    python slide_reports/split.py --train_json reports.json --output splits.csv --stratify organ
+
+writes a table of patients with columns group, split and fold, which training takes as --splits. Without --stratify a
+patient's split depends on its name and the seed alone. With it, every stratum gets the stated shares; to add records
+later and keep every patient where it is, name the first table with --earlier.
+"""
+
+import re
+from collections import Counter
+
+from command_line import DONE, make_parser, run
+from slide_reports.records import read_records
+from slide_reports.splits import assign_splits, fold_of, read_splits, share_seen, strata_by, write_splits
+from slide_reports.table import column, fields
+
+ORGAN = r"^\s*([^,;\n]+)"
+
+
+def parse_arguments():
+    parser = make_parser(__doc__)
+    parser.add_argument("--train_json", required=True, help="all records, in any form that docs/records.md lists")
+    parser.add_argument("--output", required=True, help="CSV to write: group (the patient), split, fold")
+    parser.add_argument("--shares", nargs=3, type=float, default=[0.8, 0.1, 0.1], help="of records: train, val, test")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of patients")
+    parser.add_argument("--num_folds", type=int, default=5, help="for cross-validation; independent of the split")
+    parser.add_argument(
+        "--stratify",
+        default=None,
+        help="organ (a report up to its first comma), or a regular expression searched in the answer, whose first "
+        "group is the stratum; default: no strata",
+    )
+    parser.add_argument("--earlier", default=None, help="table of an earlier split whose patients keep their places")
+    parser.add_argument("--group_pattern", default=None, help="regular expression that finds the patient in an id")
+    parser.add_argument("--exclude", default=None, help="CSV, text or annotation file with ids to leave out")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_arguments()
+    records = read_records(args.train_json, group_pattern=args.group_pattern, exclude=args.exclude, locate_inputs=False)
+    groups = column(records, "group")
+    strata = strata_by(records, lambda answer: stratum_of(answer, args.stratify)) if args.stratify else None
+    earlier = read_splits(args.earlier) if args.earlier else None
+    shares = dict(zip(("train", "val", "test"), args.shares, strict=True))
+    assigned = assign_splits(groups, shares, args.seed, strata, earlier)
+    folds = {group: fold_of(group, args.num_folds, args.seed) for group in assigned}
+    write_splits(args.output, assigned, folds)
+    report(groups, [turns[0][1] for (turns,) in fields(records, "turns")], assigned, strata)
+    return DONE
+
+
+def stratum_of(answer: str, stratify: str) -> str:
+    """The stratum of an answer, lower-cased; empty where the expression is not found."""
+    match = re.search(ORGAN if stratify == "organ" else stratify, answer)
+    return "" if match is None else (match.group(1) if match.re.groups else match.group()).strip().lower()
+
+
+def report(groups: list[str], texts: list[str], assigned: dict[str, str], strata: list[str] | None) -> None:
+    """Print what fell where, and how many texts of each split occur in training."""
+    by_split = {split: [] for split in ("train", "val", "test")}
+    for group, text in zip(groups, texts, strict=True):
+        by_split[assigned[group]].append(text)
+    patients = Counter(assigned.values())
+    for split, held in by_split.items():
+        seen = share_seen(by_split["train"], held)
+        also = "" if split == "train" else f", {seen:.1%} of its texts occur word for word in train"
+        print(f"{split:<6}{len(held):>8} records ({len(held) / len(groups):.1%}), {patients[split]} patients{also}")
+    if strata:
+        for stratum, count in Counter(strata).most_common():
+            where = Counter(assigned[group] for group, of in zip(groups, strata, strict=True) if of == stratum)
+            shares = ", ".join(f"{split} {where[split] / count:.1%}" for split in by_split)
+            print(f"  {stratum or '(none)':<24}{count:>6}: {shares}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,170 @@
+"""Records to splits. A patient is never in two; the split of a patient does not depend on who else is there."""
+
+import csv
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from slide_features import atomic_path
+from slide_reports.annotation_files import split_of
+from slide_reports.record import Record
+from slide_reports.table import column, fields, select
+
+
+def split_by_patient(
+    records: Sequence[Record], fraction: float, seed: int
+) -> tuple[Sequence[Record], Sequence[Record]]:
+    """Split off about ``fraction`` of the patients: (the others, those split off).
+
+    A patient's side depends on its name and the seed alone, so it stays when records are added.
+    """
+    groups = column(records, "group")
+    distinct = set(groups)
+    held_out = {group for group in distinct if position_of(group, seed) < fraction}
+    if not held_out and fraction > 0 and len(distinct) > 1:  # a small corpus gets a validation loss all the same
+        held_out = {min(distinct, key=lambda group: position_of(group, seed))}
+    is_held_out = np.array([group in held_out for group in groups], dtype=bool)
+    return select(records, np.nonzero(~is_held_out)[0]), select(records, np.nonzero(is_held_out)[0])
+
+
+def assign_splits(
+    groups: Sequence[str],
+    shares: dict[str, float],
+    seed: int,
+    strata: Sequence[str] | None = None,
+    earlier: dict[str, str] | None = None,
+) -> dict[str, str]:
+    """Give every patient a split.
+
+    Without strata, a patient's split depends on its name and the seed alone. With strata, each patient counts to the
+    commonest stratum of its records, the patients of a stratum are ordered by name and seed, and the shares are cut off
+    that order by number of records, so that every stratum has the stated shares; a patient that `earlier` knows stays
+    where it was, and new ones fill up what is short.
+
+    Args:
+        groups: the patient of each record.
+        shares: of records for each split, e.g. ``{"train": 0.8, "val": 0.1, "test": 0.1}``; they add up to 1.
+        seed: of the order of patients.
+        strata: of each record, e.g. its organ; None does without.
+        earlier: splits of patients that were assigned before, and stay.
+
+    Returns:
+        Split of each patient.
+
+    Raises:
+        ValueError: the shares do not add up to 1.
+    """
+    if any(share < 0 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
+        raise ValueError(f"shares {shares} of the splits must not be negative and must add up to 1")
+    earlier = {group: split for group, split in (earlier or {}).items() if split in shares}
+    if strata is None:
+        ends = np.cumsum(list(shares.values()))
+        names = list(shares)
+        free = {group for group in set(groups) if group not in earlier}
+        drawn = {g: names[min(int(np.searchsorted(ends, position_of(g, seed), "right")), len(names) - 1)] for g in free}
+        return drawn | {group: earlier[group] for group in set(groups) if group in earlier}
+    sizes = Counter(groups)
+    assigned = {}
+    for members in _by_stratum(groups, strata).values():
+        assigned |= _fill_up(sorted(members, key=lambda g: position_of(g, seed)), sizes, shares, earlier)
+    return assigned
+
+
+def fold_of(group: str, num_folds: int, seed: int) -> int:
+    """Fold of a patient for cross-validation, 0 to ``num_folds`` - 1, by its name and the seed alone."""
+    return int(position_of(group, seed) * num_folds)
+
+
+def position_of(group: str, seed: int) -> float:
+    """A patient's place in [0, 1), the same on every machine."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{group}".encode()).digest()[:8], "big") / 2**64
+
+
+def share_seen(train: Sequence[str], test: Sequence[str]) -> float:
+    """Share of test texts that occur verbatim among the training texts; 0 where there is no test text."""
+    known = {text.strip() for text in train}
+    return sum(text.strip() in known for text in test) / len(test) if test else 0.0
+
+
+def strata_by(records: Sequence[Record], field: Callable[[str], str]) -> list[str]:
+    """Stratum of each record: a field of its first answer, e.g. the organ of a report."""
+    return [field(turns[0][1]) for (turns,) in fields(records, "turns")]
+
+
+def write_splits(path: str | Path, assigned: dict[str, str], folds: dict[str, int]) -> None:
+    """Write a CSV of patients, sorted by name: columns `group`, `split`, `fold`; atomically."""
+    with atomic_path(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["group", "split", "fold"])
+        writer.writerows([group, split, folds.get(group, "")] for group, split in sorted(assigned.items()))
+
+
+def read_splits(path: str | Path) -> dict[str, str]:
+    """Read the split of each patient from a table that `write_splits` wrote, or any CSV with `group` and `split`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a column is missing, a split unknown, or a patient is in two; names the file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--splits {path}: no such file; slide_reports/split.py makes it")
+    assigned: dict[str, str] = {}
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        if not {"group", "split"} <= set(reader.fieldnames or []):
+            raise ValueError(f"--splits {path}: expected the columns group and split, found {reader.fieldnames}")
+        for row in reader:
+            where = f"--splits {path}: line {reader.line_num}"
+            try:
+                split = split_of(row["split"])
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+            if assigned.setdefault(row["group"], split) != split:
+                raise ValueError(f"{where}: {row['group']} is in two splits; keep one line of it")
+    return assigned
+
+
+def splits_of(records: Sequence[Record], assigned: dict[str, str], table: str | Path) -> list[str]:
+    """The split of each record by its patient.
+
+    Raises:
+        ValueError: a patient is not in the table.
+    """
+    groups = column(records, "group")
+    if missing := sorted(set(groups) - assigned.keys()):
+        raise ValueError(
+            f"--splits {table} lacks {len(missing)} patients, {missing[0]} among them; add them with "
+            "slide_reports/split.py --earlier"
+        )
+    return [assigned[group] for group in groups]
+
+
+def _by_stratum(groups: Sequence[str], strata: Sequence[str]) -> dict[str, list[str]]:
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for group, stratum in zip(groups, strata, strict=True):
+        counts[group][stratum] += 1
+    members: dict[str, list[str]] = defaultdict(list)
+    for group, of_group in counts.items():
+        members[max(sorted(of_group), key=of_group.__getitem__)].append(group)
+    return dict(sorted(members.items()))
+
+
+def _fill_up(
+    ordered: list[str], sizes: Counter[str], shares: dict[str, float], earlier: dict[str, str]
+) -> dict[str, str]:
+    """Give each patient of a stratum, in order, to the split that is shortest of its share."""
+    total = sum(sizes[group] for group in ordered)
+    held = dict.fromkeys(shares, 0)
+    assigned = {group: earlier[group] for group in ordered if group in earlier}
+    for group, split in assigned.items():
+        held[split] += sizes[group]
+    for group in ordered:
+        if group not in assigned:
+            split = max(shares, key=lambda name: shares[name] * total - held[name])
+            assigned[group] = split
+            held[split] += sizes[group]
+    return assigned

@@ -1,0 +1,177 @@
+"""Splits by patient: exact shares, no leak, the same again, and the commands that make and check them."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from slide_features import write_slide_features
+from slide_reports import read_records, read_training_records
+from slide_reports.findings import find_all
+from slide_reports.splits import assign_splits, fold_of, read_splits, share_seen
+from tests.conftest import ROOT, run_command
+
+SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
+REG_TRAIN = ROOT.parent / "shared" / "data" / "reports" / "reg2025_train.json"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 40), st.sampled_from("abc")), min_size=1, max_size=120), st.integers(0, 3))
+def test_every_patient_has_one_split_and_strata_have_their_shares(records, seed):
+    groups, strata = [f"P{patient}" for patient, _ in records], [stratum for _, stratum in records]
+    assigned = assign_splits(groups, SHARES, seed, strata)
+    assert assigned.keys() == set(groups) and set(assigned.values()) <= SHARES.keys()
+    assert assign_splits(list(reversed(groups)), SHARES, seed, list(reversed(strata))) == assigned
+    largest = max(groups.count(group) for group in set(groups))
+    held = sum(assigned[group] == "test" for group in groups)
+    assert abs(held - 0.1 * len(groups)) <= len(set(strata)) * largest  # no stratum misses by more than a patient
+
+
+def test_splits_stay_when_records_are_added():
+    few, many = ([f"P{i}" for i in range(n)] for n in (300, 600))
+    before, after = assign_splits(few, SHARES, 1), assign_splits(many, SHARES, 1)
+    assert all(after[group] == split for group, split in before.items())
+    strata = ["ab"[i % 2] for i in range(600)]
+    before = assign_splits(few, SHARES, 1, strata[:300])
+    after = assign_splits(many, SHARES, 1, strata, earlier=before)
+    assert all(after[group] == split for group, split in before.items())
+    for stratum in "ab":
+        of = [group for group, other in zip(many, strata, strict=True) if other == stratum]
+        assert sum(after[group] == "val" for group in of) == pytest.approx(30, abs=1)
+
+
+def test_shares_must_add_up():
+    with pytest.raises(ValueError, match="must add up to 1"):
+        assign_splits(["a"], {"train": 0.8, "val": 0.3}, 0)
+
+
+def test_folds_are_even_and_stay():
+    folds = [fold_of(f"P{i}", 5, 0) for i in range(2000)]
+    assert set(folds) == set(range(5)) and min(np.bincount(folds)) > 320
+    assert folds[:10] == [fold_of(f"P{i}", 5, 0) for i in range(10)]
+
+
+def test_share_seen():
+    assert share_seen(["a ", "b"], ["a", "c", "c", "b\n"]) == 0.5 and share_seen(["a"], []) == 0.0
+
+
+@pytest.mark.skipif(not REG_TRAIN.exists(), reason="../shared/data/reports is not here")
+def test_reg_2025_splits_by_patient_with_the_stated_shares_of_every_organ(tmp_path):
+    done = run_command(
+        "slide_reports/split.py", "--train_json", REG_TRAIN, "--output", tmp_path / "s.csv", "--stratify", "organ"
+    )
+    assigned = read_splits(tmp_path / "s.csv")
+    ids = [row["id"] for row in json.loads(REG_TRAIN.read_text())]
+    splits = np.array([assigned["_".join(name.split("_")[:3])] for name in ids])
+    for split, share in SHARES.items():
+        assert abs((splits == split).mean() - share) < 0.01
+    assert "breast" in done.stdout and "occur word for word in train" in done.stdout
+
+
+@pytest.fixture
+def corpus_of_8(tmp_path):
+    """Eight slides of four patients with reports; their feature files."""
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        write_features(tmp_path / "f" / f"PIT_01_{i // 2:05d}_{i % 2:02d}.h5", rng.normal(size=(6, 4)))
+    rows = [{"id": f"PIT_01_{i // 2:05d}_{i % 2:02d}.tiff", "report": f"Breast, biopsy;\n  Kind {i}"} for i in range(8)]
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def write_features(path, features, **options):
+    facts = {"name": path.stem, "encoder": "e", "mpp": 0.5, "tile_size": 256, "overlap": 0, "patch_size_level0": 256}
+    coords = np.stack([np.arange(len(features)), np.zeros(len(features), np.int64)], axis=1) * 256
+    write_slide_features(path, features.astype(np.float16), coords, **(facts | options))
+
+
+def check(folder, *flags, status):
+    command = ["slide_reports/check.py", "--train_json", folder / "r.json", "--features_dir", folder / "f"]
+    return run_command(*command, "--json", folder / "found.json", *flags, status=status)
+
+
+def test_check_finds_nothing_in_a_good_corpus(corpus_of_8):
+    done = check(corpus_of_8, status=0)
+    assert "nothing found" in done.stdout and json.loads((corpus_of_8 / "found.json").read_text())["findings"] == []
+
+
+def test_check_names_everything_that_is_wrong(corpus_of_8, corpus):
+    folder, rows = corpus_of_8, json.loads((corpus_of_8 / "r.json").read_text())
+    write_features(folder / "f" / "PIT_01_00001_00.h5", np.ones((5, 7)))  # another width
+    write_features(folder / "f" / "PIT_01_00001_01.h5", np.ones((5, 4)), encoder="other")
+    import h5py
+
+    with h5py.File(folder / "f" / "PIT_01_00002_00.h5", "r+") as file:
+        file["features"][2, 1] = np.nan
+    (folder / "f" / "PIT_01_00002_01.h5").write_bytes(b"cut short")
+    (folder / "f" / "PIT_01_00003_00.h5").unlink()
+    write_features(folder / "f" / "stranger.h5", np.ones((5, 4)))
+    rows[0]["report"] += "\N{REPLACEMENT CHARACTER} \N{ZERO WIDTH SPACE}"
+    rows[1]["report"] = " "
+    rows += [rows[7], rows[6] | {"report": "Another text"}]
+    (folder / "r.json").write_text(json.dumps(rows))
+    (folder / "val.json").write_text(json.dumps([rows[7]]))
+    done = check(folder, "--val_json", folder / "val.json", "--llm_name", corpus.llm, status=2)
+    assert "Traceback" not in done.stderr
+    found = json.loads((folder / "found.json").read_text())
+    kinds = {(finding["severity"], finding["kind"]): finding["count"] for finding in found["findings"]}
+    assert kinds[("wrong", "shared patients")] == 1
+    assert sum(finding["kind"] == "bad inputs" for finding in found["findings"]) == 4
+    assert kinds[("left out", "missing inputs")] == 1 and kinds[("left out", "empty reports")] == 1
+    assert kinds[("odd", "extra features")] == 1 and kinds[("odd", "several answers")] == 1
+    assert kinds[("odd", "repeated records")] == 1 and kinds[("odd", "repeated texts")] == 1
+    for words in (
+        "patch_width 7, not 4",
+        "encoder other",
+        "PIT_01_00002_00.h5",
+        "U+FFFD",
+        "U+200B",
+        "stranger.h5",
+    ):
+        assert words in done.stdout, words
+    assert found["lengths"]["train"]["answer"][0] > 3
+
+
+def test_check_opens_images(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "good.png")
+    whole = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    rows = [{"image": name, "caption": name} for name in ("good.png", "cut.png", "gone.png")]
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    records = read_records(tmp_path / "r.json", image_root=tmp_path)
+    found = [(finding.severity, finding.what) for finding in find_all({"train": records}, None)]
+    assert len(found) == 2
+    assert found[0][0] == "left out" and "gone.png missing" in found[0][1]
+    assert found[1][0] == "wrong" and "cut.png does not open" in found[1][1]
+
+
+def test_training_refuses_a_patient_on_both_sides_and_takes_a_table_of_splits(corpus_of_8):
+    folder = corpus_of_8
+    reading = {"val_fraction": 0.25, "seed": 0, "features_dir": str(folder / "f"), "image_root": None}
+    (folder / "val.json").write_text(json.dumps(json.loads((folder / "r.json").read_text())[:1]))
+    with pytest.raises(ValueError, match="PIT_01_00000 of training also in validation"):
+        read_training_records(str(folder / "r.json"), str(folder / "val.json"), **reading)
+    lines = [f"PIT_01_{i:05d},{'val' if i == 2 else 'train'}" for i in range(4)]
+    (folder / "s.csv").write_text("\n".join(["group,split", *lines]))
+    train, val, problems = read_training_records(str(folder / "r.json"), None, splits=folder / "s.csv", **reading)
+    assert (len(train), {record.group for record in val}, problems) == (6, {"PIT_01_00002"}, [])
+    (folder / "s.csv").write_text("group,split\nPIT_01_00000,train\n")
+    with pytest.raises(ValueError, match="lacks 3 patients, PIT_01_00001 among them"):
+        read_training_records(str(folder / "r.json"), None, splits=folder / "s.csv", **reading)
+
+
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        ("id,split\na,train\n", "expected the columns group and split"),
+        ("group,split\na,holdout\n", "line 2: 'holdout' is no split"),
+        ("group,split\na,train\na,val\n", "a is in two splits"),
+    ],
+)
+def test_broken_tables_of_splits(tmp_path, table, message):
+    (tmp_path / "s.csv").write_text(table)
+    with pytest.raises(ValueError, match=message):
+        read_splits(tmp_path / "s.csv")
