@@ -91,6 +91,13 @@ def _entries_of(source: Path) -> list[SlideEntry]:
 
 
 def _entries_of_csv(source: Path) -> list[SlideEntry]:
+    try:
+        return _read_csv(source)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"--slides {source}: is no CSV in UTF-8 ({error}): save it as one") from error
+
+
+def _read_csv(source: Path) -> list[SlideEntry]:
     with source.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         column = next((name for name in PATH_COLUMNS if name in (reader.fieldnames or [])), None)

@@ -91,6 +91,14 @@ def test_lists_that_cannot_be_used_are_refused(tmp_path):
         (tmp_path / "a.csv").write_text(content)
         with pytest.raises(ValueError, match=complaint):
             find_slides([str(tmp_path / "a.csv")])
+    for content in (
+        "path\nM\u00fcller.svs\n".encode("latin-1"),
+        "path\na.svs\n".encode("utf-16"),
+        b"path\n" + b"a" * 140_000,
+    ):
+        (tmp_path / "a.csv").write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.csv: is no CSV in UTF-8"):
+            find_slides([str(tmp_path / "a.csv")])
     touch(tmp_path, "a.svs", "b/a.tiff")
     with pytest.raises(ValueError, match="share the name a"):
         find_slides([str(tmp_path)])
