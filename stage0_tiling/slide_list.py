@@ -42,13 +42,17 @@ def find_slides(sources: list[str]) -> list[SlideEntry]:
 
     Raises:
         FileNotFoundError: if a source does not exist.
-        ValueError: if nothing is found, a CSV lacks its column, two slides share a slide_id, or a name is not fit for
+        ValueError: if nothing is found, a CSV lacks its column, two slides share a slide_id, one slide is
+            given twice with different names or um/px, or a name is not fit for
             the files that are called after it.
     """
     entries: dict[Path, SlideEntry] = {}
     for source in sources:
         for entry in _entries_of(Path(source).expanduser()):
-            entries.setdefault(entry.path, entry)
+            if (other := entries.setdefault(entry.path, entry)) != entry:
+                raise ValueError(
+                    f"--slides: {entry.path} is given twice, as {_told(other)} and as {_told(entry)}: give it once"
+                )
     by_id: dict[str, SlideEntry] = {}
     for entry in entries.values():
         _check_names(entry)
@@ -66,6 +70,11 @@ def check_mpp(mpp: float) -> float:
     if not PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
         raise ValueError(f"expected {PLAUSIBLE_MPP[0]} to {PLAUSIBLE_MPP[1]:g} um/px")
     return mpp
+
+
+def _told(entry: SlideEntry) -> str:
+    said = {"mpp": entry.mpp, "assume_mpp": entry.assume_mpp}
+    return ", ".join([entry.slide_id, *(f"{name} {value:g}" for name, value in said.items() if value is not None)])
 
 
 def _check_names(entry: SlideEntry) -> None:

@@ -106,6 +106,18 @@ def test_lists_that_cannot_be_used_are_refused(tmp_path):
     assert ids(tmp_path / "a.csv") == {"a", "a-2"}
 
 
+def test_a_slide_given_twice_must_be_given_alike(tmp_path):
+    touch(tmp_path, "a.svs")
+    (tmp_path / "list.csv").write_text("path,slide_id\na.svs,a\na.svs,b\n")
+    with pytest.raises(ValueError, match=r"a\.svs is given twice, as a and as b"):
+        find_slides([str(tmp_path / "list.csv")])
+    (tmp_path / "list.csv").write_text("path,mpp\na.svs,0.25\n")
+    with pytest.raises(ValueError, match=r"as a and as a, mpp 0\.25"):
+        find_slides([str(tmp_path), str(tmp_path / "list.csv")])
+    (tmp_path / "list.csv").write_text("path,mpp\na.svs,\na.svs,\n")
+    assert ids(tmp_path, tmp_path / "list.csv") == {"a"}
+
+
 @pytest.mark.parametrize(("name", "told"), [(b"L" * 240, "longer than 200 bytes"), (b"M\xfcller", "not in UTF-8")])
 def test_names_that_no_record_can_have_are_refused_before_any_work(tmp_path, name, told):
     touch(tmp_path, "good.svs")
