@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from huggingface_hub import errors as hub_errors
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from encoder_presets import EncoderPreset, find_preset, preset_names
@@ -267,7 +268,10 @@ def _load_folder(folder: Path, pretrained: bool, model_args: dict[str, Any]) -> 
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise FileNotFoundError(f"no config.json in encoder folder {folder}: save one with timm or transformers")
-    config = json.loads(config_path.read_text())
+    try:
+        config = json.loads(config_path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{config_path} is no JSON ({error}): copy or save the encoder again") from error
     token_pooling = config.get("token_pooling")
     if "architecture" in config:
         return _build_timm(f"local-dir:{folder}", str(folder), pretrained, model_args, token_pooling)
@@ -348,7 +352,7 @@ def _build_timm(
     headless = {} if token_pooling == "projection" else {"num_classes": 0}
     try:
         model = timm.create_model(source, pretrained=pretrained, **{**headless, **model_args})
-    except (RuntimeError, TypeError, pickle.UnpicklingError) as error:
+    except (RuntimeError, TypeError, pickle.UnpicklingError, SafetensorError) as error:
         if isinstance(error, hub_errors.HfHubHTTPError):
             raise
         raise ValueError(f"encoder {name} cannot be built: {str(error).splitlines()[0]}") from error

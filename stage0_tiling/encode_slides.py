@@ -42,7 +42,7 @@ logger = logging.getLogger("stage0_tiling")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
     group = parser.add_argument_group("Features")
-    group.add_argument("--features_dir", required=True, help="folder of feature files (.h5 or .pt) of tiles")
+    group.add_argument("--features_dir", required=True, help="folder of feature files (.h5, .pt or .zarr.zip) of tiles")
     group.add_argument("--output_dir", required=True, help="folder for slide_features_<encoder>/; made when missing")
     group.add_argument("--overwrite", action="store_true", help="make files anew that earlier runs have made")
     group.add_argument("--tile_size", type=int, default=256, help="side of a tile in pixels, for files that don't say")

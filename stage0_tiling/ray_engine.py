@@ -7,6 +7,7 @@ machine dies, its slides go to others; a slide whose worker died twice is record
 import importlib.util
 import logging
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 CPUS_PER_ACTOR = 2  # on a cluster without GPUs
 AHEAD = 2  # slides in work or tiled, beside those that are encoded
 PATIENCE_S = 60.0
+CONNECT_S = 10.0  # for a cluster to accept a connection
 RESTART_S = 1.0
 
 logger = logging.getLogger("stage0_tiling")
@@ -75,6 +77,7 @@ def encode_on_ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
+    _check_reachable(address or os.environ.get("RAY_ADDRESS"))
     try:
         logging.getLogger("ray").setLevel(logging.WARNING)
         ray.init(address, include_dashboard=False, configure_logging=False)
@@ -95,6 +98,17 @@ def encode_on_ray(
                 pass
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Refuse an address at which nothing listens: Ray itself tries again and again for many minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if "/" in host or not (host and port.isdecimal()):
+        return  # auto, local, ray://host:port, or nothing: Ray knows
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--ray_address {address}: no Ray cluster answers there ({error})") from error
 
 
 class EncoderActor:

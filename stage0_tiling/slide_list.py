@@ -9,6 +9,7 @@ from stage0_tiling.pixel_size import PLAUSIBLE_MPP
 from stage0_tiling.slide_files import IMAGE_SUFFIXES, WHOLE_SLIDE_SUFFIXES, slides_below
 
 PATH_COLUMNS = ("path", "slide_path", "slide", "filename", "file")
+MAX_NAME_BYTES = 200  # file systems allow 255, of which half-written files, claims and suffixes take some
 READ_FROM_SLIDE = ("slide", "objective")  # mpp_source of a value that a table of ours repeats
 
 
@@ -41,14 +42,20 @@ def find_slides(sources: list[str]) -> list[SlideEntry]:
 
     Raises:
         FileNotFoundError: if a source does not exist.
-        ValueError: if nothing is found, a CSV lacks its column, or two slides share a slide_id.
+        ValueError: if nothing is found, a CSV lacks its column, two slides share a slide_id, one slide is
+            given twice with different names or um/px, or a name is not fit for
+            the files that are called after it.
     """
     entries: dict[Path, SlideEntry] = {}
     for source in sources:
         for entry in _entries_of(Path(source).expanduser()):
-            entries.setdefault(entry.path, entry)
+            if (other := entries.setdefault(entry.path, entry)) != entry:
+                raise ValueError(
+                    f"--slides: {entry.path} is given twice, as {_told(other)} and as {_told(entry)}: give it once"
+                )
     by_id: dict[str, SlideEntry] = {}
     for entry in entries.values():
+        _check_names(entry)
         other = by_id.setdefault(entry.slide_id, entry)
         if other is not entry:
             raise ValueError(
@@ -65,6 +72,21 @@ def check_mpp(mpp: float) -> float:
     return mpp
 
 
+def _told(entry: SlideEntry) -> str:
+    said = {"mpp": entry.mpp, "assume_mpp": entry.assume_mpp}
+    return ", ".join([entry.slide_id, *(f"{name} {value:g}" for name, value in said.items() if value is not None)])
+
+
+def _check_names(entry: SlideEntry) -> None:
+    """Refuse what would end the run later: a slide whose failure cannot even be recorded under its name."""
+    shown = str(entry.path).encode(errors="surrogateescape").decode(errors="backslashreplace")
+    mend = "rename it, or list it in a CSV with a column slide_id"
+    if shown != str(entry.path):
+        raise ValueError(f"--slides: the path {shown} is not in UTF-8: rename it")
+    if len(entry.slide_id.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"--slides: the name of {shown} is longer than {MAX_NAME_BYTES} bytes: {mend}")
+
+
 def _entries_of(source: Path) -> list[SlideEntry]:
     if not source.exists():
         raise FileNotFoundError(f"--slides {source}: no such file or folder")
@@ -78,6 +100,13 @@ def _entries_of(source: Path) -> list[SlideEntry]:
 
 
 def _entries_of_csv(source: Path) -> list[SlideEntry]:
+    try:
+        return _read_csv(source)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"--slides {source}: is no CSV in UTF-8 ({error}): save it as one") from error
+
+
+def _read_csv(source: Path) -> list[SlideEntry]:
     with source.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         column = next((name for name in PATH_COLUMNS if name in (reader.fieldnames or [])), None)
@@ -97,8 +126,11 @@ def _entries_of_row(source: Path, line: int, row: dict[str, str | None], column:
         return
     path = (source.parent / Path(named).expanduser()).absolute()
     slide_id = (row.get("slide_id") or "").strip()
-    if slide_id != Path(slide_id).name:
-        raise ValueError(f"--slides {source}: line {line}, slide_id {slide_id}: a name without / is expected")
+    if slide_id != Path(slide_id).name or slide_id == ".." or not slide_id.isprintable():
+        told = slide_id.encode("unicode_escape").decode()
+        raise ValueError(
+            f"--slides {source}: line {line}, slide_id {told}: a name of printable characters without / is expected"
+        )
     mpp, assume_mpp = (_mpp(source, line, name, row.get(name)) for name in ("mpp", "assume_mpp"))
     match (row.get("mpp_source") or "").strip():
         case "assumed":

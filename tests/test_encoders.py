@@ -135,6 +135,17 @@ def test_gradients_reach_the_encoder():
     assert all(p.grad is not None for p in encoder.backbone.patch_embed.parameters())
 
 
+@pytest.mark.parametrize(
+    ("file", "told"), [("model.safetensors", r"broken cannot be built: "), ("config.json", r"config\.json is no JSON")]
+)
+def test_a_truncated_file_of_an_encoder_is_told_by_its_folder(file, told, tmp_path):
+    folder = tmp_path / "broken"
+    load_encoder("resnet10t", pretrained=False).save_pretrained(folder)
+    (folder / file).write_bytes((folder / file).read_bytes()[:20])
+    with pytest.raises(ValueError, match=told):
+        load_encoder(str(folder))
+
+
 def test_unknown_encoders_are_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"unknown encoder resnet55: did you mean .*resnet50"):
         load_encoder("resnet55")

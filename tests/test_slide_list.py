@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -82,16 +84,47 @@ def test_lists_that_cannot_be_used_are_refused(tmp_path):
         ("path,mpp\nx.svs,\ny.svs,352\n", "line 3, mpp 352: expected 0.05 to 20 um/px"),
         ("path,assume_mpp\nx.svs,0\n", "line 2, assume_mpp 0"),
         ("path,slide_id\nx.svs,../x\n", "line 2, slide_id ../x"),
+        ("path,slide_id\nx.svs,..\n", r"line 2, slide_id \.\.: a name of printable"),
+        ("path,slide_id\nx.svs,a\0b\n", r"line 2, slide_id a\\x00b: a name of printable"),
         ("path\n.\n", r"line 2, \. is a folder of 0 slides"),
     ):
         (tmp_path / "a.csv").write_text(content)
         with pytest.raises(ValueError, match=complaint):
+            find_slides([str(tmp_path / "a.csv")])
+    for content in (
+        "path\nM\u00fcller.svs\n".encode("latin-1"),
+        "path\na.svs\n".encode("utf-16"),
+        b"path\n" + b"a" * 140_000,
+    ):
+        (tmp_path / "a.csv").write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.csv: is no CSV in UTF-8"):
             find_slides([str(tmp_path / "a.csv")])
     touch(tmp_path, "a.svs", "b/a.tiff")
     with pytest.raises(ValueError, match="share the name a"):
         find_slides([str(tmp_path)])
     (tmp_path / "a.csv").write_text("path,slide_id\na.svs,\nb/a.tiff,a-2\n")
     assert ids(tmp_path / "a.csv") == {"a", "a-2"}
+
+
+def test_a_slide_given_twice_must_be_given_alike(tmp_path):
+    touch(tmp_path, "a.svs")
+    (tmp_path / "list.csv").write_text("path,slide_id\na.svs,a\na.svs,b\n")
+    with pytest.raises(ValueError, match=r"a\.svs is given twice, as a and as b"):
+        find_slides([str(tmp_path / "list.csv")])
+    (tmp_path / "list.csv").write_text("path,mpp\na.svs,0.25\n")
+    with pytest.raises(ValueError, match=r"as a and as a, mpp 0\.25"):
+        find_slides([str(tmp_path), str(tmp_path / "list.csv")])
+    (tmp_path / "list.csv").write_text("path,mpp\na.svs,\na.svs,\n")
+    assert ids(tmp_path, tmp_path / "list.csv") == {"a"}
+
+
+@pytest.mark.parametrize(("name", "told"), [(b"L" * 240, "longer than 200 bytes"), (b"M\xfcller", "not in UTF-8")])
+def test_names_that_no_record_can_have_are_refused_before_any_work(tmp_path, name, told):
+    touch(tmp_path, "good.svs")
+    (tmp_path / os.fsdecode(name + b".svs")).write_bytes(b"1")
+    with pytest.raises(ValueError, match=told) as refusal:
+        find_slides([str(tmp_path)])
+    str(refusal.value).encode()  # can be printed
 
 
 def test_parts_of_slides_are_no_slides(tmp_path):

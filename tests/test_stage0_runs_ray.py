@@ -111,3 +111,10 @@ def test_without_ray_the_message_says_how_to_install_it(slides, encoder, tmp_pat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install -e '.\[ray\]'"):
         stage0_encode.main(flags(slides, tmp_path / "out", encoder, "--engine", "ray"))
+
+
+def test_an_address_without_a_cluster_is_refused_at_once(slides, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray would try for many minutes"))
+    more = ("--engine", "ray", "--ray_address", "127.0.0.1:1")
+    with pytest.raises(ValueError, match=r"--ray_address 127\.0\.0\.1:1: no Ray cluster answers there"):
+        stage0_encode.main(flags(slides, tmp_path, encoder, *more))
