@@ -130,16 +130,24 @@ def make_environment(peer: Peer, folder: Path) -> Path:
     python = environment / "bin" / "python"
     if mark.is_file() and mark.read_text() == requirements:
         return python
+    base = find_python(peer.python)
     if environment.exists():
         shutil.rmtree(environment)
     print(f"installing {peer.name} in {environment}", file=sys.stderr)
-    base = shutil.which(f"python{peer.python}") if peer.python else sys.executable
-    if base is None:
-        raise Skipped(f"needs python{peer.python} on the PATH")
     run_or_skip([base, "-m", "venv", environment])
     run_or_skip([python, "-m", "pip", "install", "--prefer-binary", *peer.requirements])
     mark.write_text(requirements)
     return python
+
+
+def find_python(version: str | None) -> str:
+    """A Python of that version; one on the PATH must start, since pyenv puts commands there that stand for none."""
+    if version is None:
+        return sys.executable
+    found = shutil.which(f"python{version}")
+    if found is None or subprocess.run([found, "-c", ""], capture_output=True).returncode:
+        raise Skipped(f"needs python{version} on the PATH")
+    return found
 
 
 def run_or_skip(command: list[str | Path]) -> None:

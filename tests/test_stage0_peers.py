@@ -1,6 +1,7 @@
 """The benchmark against other tools: they take turns, and what cannot be measured is skipped with the reason."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -69,8 +70,17 @@ def test_an_environment_is_made_once(tmp_path, monkeypatch):
     assert python == make_environment(Peer("p", ("tool==1",)), tmp_path) and not commands
     make_environment(Peer("p", ("tool==2",)), tmp_path)
     assert commands == [tmp_path / "p"]
-    with pytest.raises(Skipped, match=r"needs python3\.1 on the PATH"):
-        make_environment(Peer("q", (), "3.1"), tmp_path)
+
+
+def test_a_python_that_is_absent_or_does_not_start_is_the_reason(tmp_path, monkeypatch):
+    shim = tmp_path / "python3.1"
+    shim.write_text("#!/bin/sh\nexit 127\n")
+    for mode in (0o644, 0o755):
+        shim.chmod(mode)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        with pytest.raises(Skipped, match=r"needs python3\.1 on the PATH"):
+            make_environment(Peer("q", (), "3.1"), tmp_path)
+    assert not (tmp_path / "q").exists()
 
 
 def test_what_pip_says_last_is_the_reason():
