@@ -9,11 +9,12 @@ decoded to RGB.
     a   slide at 0.5 um/px
     b   slide at 0.25 um/px, no level at 0.5
 
-Each tool gets a virtual environment of its own, made in WORK_DIR/venvs by the first run (15 GB and many minutes) and
-used again, and is run there by benchmarks/peers/<name>_tiles.py with the fastest settings that it documents. One that
-cannot be installed or fails is skipped, with the reason. Every repetition measures all of them one after the other; the
-ratio is the median of the repetitions' ratios of tiles/s. Tools find slightly different tissue. Imports are not
-measured.
+Each tool gets a virtual environment of its own, made in WORK_DIR/venvs by the first run (17 GB and many minutes) and
+used again, and is run there by benchmarks/peers/<name>_tiles.py with the fastest settings that it documents. slideflow
+is measured in two ways, both on cuCIM: "slideflow" is installed as its documentation says, with the tile filters that
+it has switched on; "slideflow-tuned" is the fastest that we found, without them. One that cannot be installed or fails
+is skipped, with the reason. Every repetition measures all of them one after the other; the ratio is the median of the
+repetitions' ratios of tiles/s. Tools find slightly different tissue. Imports are not measured.
 """
 
 import argparse
@@ -44,20 +45,27 @@ class Peer:
     """A tool to compare with.
 
     Attributes:
-        name: of the tool and of its script.
+        name: of the tool, or of a way to use it, and of the script.
         requirements: what pip installs; what is not pinned here is chosen by the tool, or by PIP_CONSTRAINT.
         python: version that has wheels of all of them, found on the PATH; None is the one that runs this.
+        shares: name of the peer whose virtual environment it uses; None is its own.
     """
 
     name: str
     requirements: tuple[str, ...]
     python: str | None = None
+    shares: str | None = None
 
+
+# What its documentation has pip install, and the setuptools that it still imports from. It reads with cuCIM where CuPy
+# is installed, GPU or not; otherwise with libvips, a system library that pip does not bring.
+SLIDEFLOW = ("slideflow[cucim]==3.0.2", "cupy-cuda11x==13.6.0", "torch", "torchvision", "setuptools<81")
 
 PEERS = (
     Peer("lazyslide", ("lazyslide==0.13.0",)),
     Peer("tiatoolbox", ("tiatoolbox==2.1.3",)),
-    Peer("slideflow", ("slideflow==3.0.2", "cucim==23.10.0", "torch", "torchvision", "setuptools<81"), "3.10"),
+    Peer("slideflow", SLIDEFLOW, "3.10"),
+    Peer("slideflow-tuned", SLIDEFLOW, "3.10", shares="slideflow"),
     Peer("histolab", ("histolab==0.7.0", "openslide-bin==4.0.1.2"), "3.10"),
 )
 
@@ -125,21 +133,29 @@ def make_environment(peer: Peer, folder: Path) -> Path:
     Raises:
         Skipped: if a Python or a package cannot be had.
     """
-    environment, requirements = folder / peer.name, "\n".join(peer.requirements)
+    environment, requirements = folder / (peer.shares or peer.name), "\n".join(peer.requirements)
     mark = environment / "requirements.txt"
     python = environment / "bin" / "python"
     if mark.is_file() and mark.read_text() == requirements:
         return python
+    base = find_python(peer.python)
     if environment.exists():
         shutil.rmtree(environment)
     print(f"installing {peer.name} in {environment}", file=sys.stderr)
-    base = shutil.which(f"python{peer.python}") if peer.python else sys.executable
-    if base is None:
-        raise Skipped(f"needs python{peer.python} on the PATH")
     run_or_skip([base, "-m", "venv", environment])
     run_or_skip([python, "-m", "pip", "install", "--prefer-binary", *peer.requirements])
     mark.write_text(requirements)
     return python
+
+
+def find_python(version: str | None) -> str:
+    """A Python of that version; one on the PATH must start, since pyenv puts commands there that stand for none."""
+    if version is None:
+        return sys.executable
+    found = shutil.which(f"python{version}")
+    if found is None or subprocess.run([found, "-c", ""], capture_output=True).returncode:
+        raise Skipped(f"needs python{version} on the PATH")
+    return found
 
 
 def run_or_skip(command: list[str | Path]) -> None:
@@ -152,7 +168,7 @@ def start(peer: Peer, python: Path, num_workers: int, timeout: float) -> Running
     """Start a peer's script and wait until its tool is imported."""
     errors = tempfile.TemporaryFile("w+")
     process = subprocess.Popen(
-        [python, SCRIPTS / f"{peer.name}_tiles.py", str(num_workers)],
+        [python, SCRIPTS / f"{peer.name.replace('-', '_')}_tiles.py", str(num_workers)],
         cwd=python.parents[1],  # some leave logs where they run
         env=clean_environment(),
         stdin=subprocess.PIPE,
@@ -243,7 +259,7 @@ def report(figures: dict) -> None:
     for name in MPP:
         for tool, found in figures[name].items():
             times = "" if tool == "ours" else f", ours is {found['ratio']:.1f} x"
-            print(f"{name}  {tool:<11}{found['tiles']:>6} tiles {found['tiles_per_s']:>7.0f} tiles/s{times}")
+            print(f"{name}  {tool:<16}{found['tiles']:>6} tiles {found['tiles_per_s']:>7.0f} tiles/s{times}")
         ratios = {tool: found["ratio"] for tool, found in figures[name].items() if tool != "ours"}
         if ratios:
             fastest = min(ratios, key=ratios.get)

@@ -1,6 +1,7 @@
 """The benchmark against other tools: they take turns, and what cannot be measured is skipped with the reason."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def scripts(tmp_path, monkeypatch):
 
     def write(name, body="return int(path[-1])", first=""):
         text = f"{first}\nfrom serve import serve\ndef work(path, num_workers):\n    {body}\nserve(work)\n"
-        (tmp_path / f"{name}_tiles.py").write_text(text)
+        (tmp_path / f"{name.replace('-', '_')}_tiles.py").write_text(text)
         return Peer(name, ())
 
     return write
@@ -30,7 +31,7 @@ def start_here(peer, timeout=30):
 
 
 def test_a_peer_is_asked_again_and_again_and_may_print(scripts):
-    running = start_here(scripts("chatty", "print('noise'); return num_workers * int(path[-1])"))
+    running = start_here(scripts("chatty-tool", "print('noise'); return num_workers * int(path[-1])"))
     assert [ask(running, f"slide {i}", 30)[0] for i in (1, 4)] == [2, 8]
     assert ask(running, "slide 1", 30)[1] >= 0
     running.process.kill()
@@ -69,8 +70,19 @@ def test_an_environment_is_made_once(tmp_path, monkeypatch):
     assert python == make_environment(Peer("p", ("tool==1",)), tmp_path) and not commands
     make_environment(Peer("p", ("tool==2",)), tmp_path)
     assert commands == [tmp_path / "p"]
-    with pytest.raises(Skipped, match=r"needs python3\.1 on the PATH"):
-        make_environment(Peer("q", (), "3.1"), tmp_path)
+    assert python == make_environment(Peer("p-tuned", ("tool==2",), shares="p"), tmp_path)
+    assert commands == [tmp_path / "p"] and not (tmp_path / "p-tuned").exists()
+
+
+def test_a_python_that_is_absent_or_does_not_start_is_the_reason(tmp_path, monkeypatch):
+    shim = tmp_path / "python3.1"
+    shim.write_text("#!/bin/sh\nexit 127\n")
+    for mode in (0o644, 0o755):
+        shim.chmod(mode)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        with pytest.raises(Skipped, match=r"needs python3\.1 on the PATH"):
+            make_environment(Peer("q", (), "3.1"), tmp_path)
+    assert not (tmp_path / "q").exists()
 
 
 def test_what_pip_says_last_is_the_reason():
