@@ -3,12 +3,14 @@ r"""Copy a collection of slides to another place through little disk space; kill
     python stage0_tiling/mirror.py --source ftp://host/slides --target hf://datasets/org/name \
         --scratch_dir /scratch/mirror --max_disk 19GB --include "*.svs"
 
-Sources: ftp:// file:// s3:// hf://datasets/... or a local folder. Targets: the same without FTP. Every file is
-checked by size and SHA-256 and noted in SCRATCH_DIR/manifest.jsonl. The same command run again sends only what is
-missing, and continues downloads where they stopped.
+Sources: ftp:// file:// s3:// hf://datasets/... kaggle://owner/name or a local folder. Targets: the same without FTP;
+Kaggle gets datasets name-1, name-2, ... Every file is checked by size and SHA-256 (what Kaggle holds: by size) and
+noted in SCRATCH_DIR/manifest.jsonl. The same command run again sends only what is missing, and continues downloads
+where they stopped.
 
-Passwords: FTP from the URL, FTP_USER and FTP_PASSWORD, or ~/.netrc; S3 as boto finds them; the hub's from HF_TOKEN. A
-password in the URL can be seen by other users of the machine while the command runs; none is logged or stored.
+Passwords: FTP from the URL, FTP_USER and FTP_PASSWORD, or ~/.netrc; S3 as boto finds them; the hub's from HF_TOKEN;
+Kaggle's as its client finds them. A password in the URL can be seen by other users of the machine while the command
+runs; none is logged or stored.
 """
 
 import ftplib
@@ -38,7 +40,9 @@ logger = logging.getLogger("stage0_tiling")
 def add_arguments(parser) -> None:
     group = parser.add_argument_group("Places")
     group.add_argument("--source", required=True, help="URL of the collection, or a local folder")
-    group.add_argument("--target", required=True, help="URL to copy it to, or a local folder; a data set must exist")
+    group.add_argument(
+        "--target", required=True, help="URL to copy it to, or a local folder; a data set of the hub must exist"
+    )
     group.add_argument("--include", nargs="+", default=[], help='patterns of the files to take, such as "*.svs"; all')
     group.add_argument("--exclude", nargs="+", default=[], help="patterns of the files to leave")
     group.add_argument(
@@ -72,10 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Places
     max_bytes = check(args)
     check_apart(args)
-    source = open_source(args.source)
-    target = open_target(args.target, batch_files=args.batch_files, batch_bytes=max_bytes // 2)
-    if args.delete_source and source.name.startswith("hf://"):
-        raise ValueError("--delete_source: a data set keeps deleted files in its history; delete them there by hand")
+    folder = Path(args.scratch_dir)
+    work_dir = folder / "clients"
+    source = open_source(args.source, work_dir)
+    target = open_target(args.target, batch_files=args.batch_files, batch_bytes=max_bytes // 2, work_dir=work_dir)
+    if args.delete_source:
+        check_deletion(source.name, target.name)
 
     # Data
     listed = choose(list_source(source), args.include, args.exclude)
@@ -87,14 +93,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     items = [item for item in listed if item.path not in faults]
 
     # Move
-    folder = Path(args.scratch_dir)
     with nullcontext() if args.dry_run else lock_folder(folder):
         manifest = Manifest(folder / "manifest.jsonl", source.name, target.name)
         there, todo = split(items, manifest, target)
         if args.dry_run:
             return print_plan(todo, faults)
         manifest.compact()
-        scratch = Scratch(folder / "parts", max_bytes)
+        shutil.rmtree(work_dir, ignore_errors=True)  # what a kill left
+        scratch = Scratch(folder / "parts", max_bytes, source.copies)
         warn_of_little_space(folder, scratch)
         mover = Mover(
             source, target, scratch, manifest, args.num_workers, args.retries, args.retry_wait, args.delete_source
@@ -135,6 +141,15 @@ def check(args: Any) -> int:
         return parse_bytes(args.max_disk)
     except ValueError as error:
         raise ValueError(f"--max_disk {error}") from error
+
+
+def check_deletion(source: str, target: str) -> None:
+    if source.startswith(("hf://", "kaggle://")):
+        raise ValueError("--delete_source: a data set keeps deleted files in its history; delete them there by hand")
+    if target.startswith("kaggle://"):
+        raise ValueError(
+            "--delete_source: Kaggle tells no checksums of what arrived; delete by hand when you have looked"
+        )
 
 
 def check_apart(args: Any) -> None:

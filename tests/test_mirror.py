@@ -188,7 +188,6 @@ def test_bad_flags_and_shared_scratch_folders_are_refused(tmp_path):
         ((f"file://{source}", target, source / "scratch"), "lies in --source"),
         ((tmp_path / "nowhere", target, scratch), "nowhere cannot be listed"),
         ((tmp_path / "empty", target, scratch), "holds no file"),
-        ((source, "kaggle://datasets/me/slides", scratch), "kaggle:// is no target"),
         ((source, "ftp://host/slides", scratch), "source only"),
         (("gopher://host/slides", target, scratch), "gopher"),
     ):

@@ -11,6 +11,7 @@ import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from moto.server import ThreadedMotoServer
 
 from stage0_tiling.transfer import targets
 from tests.conftest import ROOT, command
@@ -137,12 +138,10 @@ def test_etag_is_that_of_its_definition(pieces, part_bytes):
 @pytest.fixture
 def s3(monkeypatch):
     """URL of a bucket of a stand-in for S3, spoken to by the real client."""
-    pytest.importorskip("s3fs", reason="s3:// needs the extra: pip install -e .[s3]")
-    moto = pytest.importorskip("moto.server", reason="this test needs moto[server]")
     for name, value in (("ACCESS_KEY_ID", "me"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
         monkeypatch.setenv(f"AWS_{name}", value)
     fsspec.get_filesystem_class("s3").clear_instance_cache()  # which knows an earlier server
-    server = moto.ThreadedMotoServer("127.0.0.1", port=0)
+    server = ThreadedMotoServer("127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")

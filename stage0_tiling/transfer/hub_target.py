@@ -24,6 +24,8 @@ PATHS_PER_REQUEST = 500
 class HubTarget:
     """The data set of a URL hf://datasets/org/name[@branch][/folder], which must exist."""
 
+    splits_batches = True
+
     def __init__(self, url: str, *, batch_files: int, batch_bytes: int) -> None:
         """Look up the data set and list its files.
 

@@ -19,6 +19,7 @@ from stage0_tiling.transfer.download import Download, boot_id
 from stage0_tiling.transfer.listing import Item, without_secrets
 from stage0_tiling.transfer.manifest import DONE, FAILED, STARTED, Manifest
 from stage0_tiling.transfer.scratch import Scratch, Stopped
+from stage0_tiling.transfer.targets import RefusedError
 
 LONGEST_WAIT_SECONDS = 60.0
 PATIENCE_SECONDS = 5.0  # with threads that an interrupt is to end
@@ -174,22 +175,32 @@ class Mover:
         return bool(batch)
 
     def _send(self, batch: list[tuple[Item, dict[str, str]]], retries: int) -> None:
-        """Commit a batch; if that fails, each of its files alone, so that a bad one costs only itself."""
+        """Commit a batch; if that fails, each file alone where the target can, so that a bad one costs only itself."""
         paths = [item.path for item, _ in batch]
         try:
             self._try(lambda: self.target.commit(paths), f"commit of {len(paths)} files", retries)
         except Stopped:
             raise
         except Exception as error:
-            if len(batch) > 1:
+            if len(batch) > 1 and self.target.splits_batches:
                 for one in batch:
                     self._send([one], retries=0)
             else:
-                self._note_failed(batch[0][0], one_line(error))
-                self.scratch.give_up(paths[0])
+                self._settle_failed(batch, error)
             return
         for item, sums in batch:
             self._finish(item, sums)
+
+    def _settle_failed(self, batch: list[tuple[Item, dict[str, str]]], error: Exception) -> None:
+        """Note what a failed commit has brought there nevertheless, and that the rest of it failed."""
+        reasons = error.reasons if isinstance(error, RefusedError) else dict.fromkeys((i.path for i, _ in batch), error)
+        for item, sums in batch:
+            if self.target.holds(item.path, item.size, sums, careful=True):
+                self._finish(item, sums)
+            else:
+                reason = reasons.get(item.path, f"not sent, since another file of its batch failed: {error}")
+                self._note_failed(item, one_line(reason))
+                self.scratch.give_up(item.path)
 
     def _finish(self, item: Item, sums: dict[str, str]) -> None:
         self._note_done(item, sums)
@@ -232,6 +243,8 @@ class Mover:
         while True:
             try:
                 return work()
+            except RefusedError:
+                raise
             except Exception as error:
                 tries += 1
                 self._wait(tries, retries, error, name)
@@ -260,7 +273,7 @@ def is_there(item: Item, manifest: Manifest, target: Any, target_sizes: dict[str
     return "sha256" in item.sums and target.holds(item.path, item.size, dict(item.sums), careful=True)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     """The first line of an error, without secrets."""
     lines = str(error).strip().splitlines()
     return without_secrets(lines[0] if lines else type(error).__name__)

@@ -20,11 +20,15 @@ class Stopped(Exception):  # noqa: N818 (no error: the user interrupted)
 
 
 class Scratch:
-    """The folder of downloads, `max_bytes` in all; safe to use from several threads."""
+    """The folder of downloads, `max_bytes` in all; safe to use from several threads.
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    copies: how often a file lies on the disk while it arrives: twice, where a source's client has to download it first
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, copies: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.max_bytes = max_bytes
+        self._copies = copies
         self._folder = folder
         self._taken: dict[str, int] = {}
         self._given_up: set[str] = set()  # parts of failed files, kept for the next run while there is space
@@ -58,8 +62,9 @@ class Scratch:
             ValueError: if the file is bigger than all the space.
             Stopped: if `stop` was set meanwhile.
         """
-        if _in_blocks(size) > self.max_bytes:
-            raise ValueError(f"its {size} bytes are more than --max_disk, {self.max_bytes} bytes")
+        if self._space(size) > self.max_bytes:
+            times = f" times {self._copies}" if self._copies > 1 else ""
+            raise ValueError(f"its {size} bytes{times} are more than --max_disk, {self.max_bytes} bytes")
         while not self._take(path, size):
             if stop.is_set():
                 raise Stopped
@@ -97,10 +102,13 @@ class Scratch:
         with self._changed:
             self._given_up.discard(path)
             if path not in self._taken:
-                if sum(self._taken.values()) + _in_blocks(size) > self.max_bytes:
+                if sum(self._taken.values()) + self._space(size) > self.max_bytes:
                     return False
-                self._taken[path] = _in_blocks(size)
+                self._taken[path] = self._space(size)
             return True
+
+    def _space(self, size: int) -> int:
+        return _in_blocks(size) * self._copies
 
     def _evict(self) -> bool:
         with self._changed:

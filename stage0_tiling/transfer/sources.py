@@ -1,7 +1,7 @@
 """Where files come from: FTP through ftplib, whose REST continues a download, and all else through fsspec.
 
-A source has `name` (its URL without secrets), `list_items()`, `read(item, offset)`, which yields blocks of bytes, and
-`delete(item)`. `open_source` chooses one by the URL.
+A source has `name` (its URL without secrets), `list_items()`, `read(item, offset)`, which yields blocks of bytes,
+`delete(item)`, and `copies`, how often a file lies on the disk while it arrives. `open_source` chooses one by the URL.
 """
 
 import ftplib
@@ -9,6 +9,8 @@ import netrc
 import os
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import fsspec
@@ -26,13 +28,19 @@ class ResumeRefusedError(Exception):
     """The server cannot send a file from its middle."""
 
 
-def open_source(url: str) -> "FtpSource | FsspecSource":
+def open_source(url: str, work_dir: Path) -> Any:
     """The source of a URL, or of a local folder.
+
+    work_dir: folder for what a source's client downloads before it can be read
 
     Raises:
         ValueError: if the URL's scheme is none that can be read from.
     """
     scheme = urlsplit(url).scheme
+    if scheme == "kaggle":
+        from stage0_tiling.transfer.kaggle_source import KaggleSource
+
+        return KaggleSource(url, work_dir)
     return FtpSource(url) if scheme == "ftp" else FsspecSource(url)
 
 
@@ -50,6 +58,8 @@ def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 class FsspecSource:
     """A folder, bucket or data set that fsspec reads; several threads may read at once."""
+
+    copies = 1
 
     def __init__(self, url: str) -> None:
         self.name = public_url(url)
@@ -83,6 +93,8 @@ class FtpSource:
 
     Name and password come from the URL, else FTP_USER and FTP_PASSWORD, else ~/.netrc, else anonymous.
     """
+
+    copies = 1
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)

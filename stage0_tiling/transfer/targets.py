@@ -1,6 +1,7 @@
-"""Where files go: local folders, S3 and whatever else fsspec writes; the Hugging Face hub is in hub_target.py.
+"""Where files go: local folders, S3 and whatever else fsspec writes; the others are in hub_target.py, kaggle_target.py.
 
-A target has `name`; `batch_files` and `batch_bytes`, how much is committed at once; `sizes()`, bytes by path of what it
+A target has `name`; `batch_files` and `batch_bytes`, how much is committed at once; `splits_batches`, whether the files
+of a commit that failed may be committed one by one; `sizes()`, bytes by path of what it
 holds; `hashers(size)`, the checksums that it can tell besides SHA-256; `holds(path, size, sums, careful)`, whether this
 very content lies there; `upload(path, file, sums)`, called from several threads; and `commit(paths)`, after which what
 was uploaded is there. `sums` are hexadecimal, by name, always with "sha256".
@@ -21,18 +22,27 @@ S3_PART_BYTES = 32 << 20
 S3_PARTS_IN_FLIGHT = 4  # per file; each is held in memory
 
 
-def open_target(url: str, *, batch_files: int, batch_bytes: int) -> Any:
+class RefusedError(OSError):
+    """Files of a commit that the target does not take, with the reasons by path; another try would change nothing."""
+
+    def __init__(self, reasons: dict[str, str]) -> None:
+        super().__init__(next(iter(reasons.values())))
+        self.reasons = reasons
+
+
+def open_target(url: str, *, batch_files: int, batch_bytes: int, work_dir: Path) -> Any:
     """The target of a URL, or of a local folder.
+
+    work_dir: folder for what a target's client needs beside the files
 
     Raises:
         ValueError: if nothing can be written there.
     """
     scheme = urlsplit(url).scheme
     if scheme == "kaggle":
-        raise ValueError(
-            "kaggle:// is no target: its client makes a version only of a folder that holds the whole collection, "
-            "which cannot be done in bounded disk space, and tells no checksums; send to hf:// or s3://"
-        )
+        from stage0_tiling.transfer.kaggle_target import KaggleTarget
+
+        return KaggleTarget(url, batch_files=batch_files, batch_bytes=batch_bytes, work_dir=work_dir)
     if scheme == "ftp":
         raise ValueError("ftp:// can be a source only, since its servers tell no checksum of what arrived")
     if scheme == "hf":
@@ -47,7 +57,7 @@ def open_target(url: str, *, batch_files: int, batch_bytes: int) -> Any:
 class FolderTarget:
     """A local folder. A file gets its name when it was read back whole; where it can be, it is linked, not copied."""
 
-    batch_files, batch_bytes = 1, 0
+    batch_files, batch_bytes, splits_batches = 1, 0, True
 
     def __init__(self, url: str) -> None:
         self.name = public_url(url)
@@ -91,7 +101,7 @@ class FolderTarget:
 class FsspecTarget:
     """A place that fsspec writes to. It is checked by reading back."""
 
-    batch_files, batch_bytes = 1, 0
+    batch_files, batch_bytes, splits_batches = 1, 0, True
 
     def __init__(self, url: str) -> None:
         self.name = public_url(url)
