@@ -107,12 +107,13 @@ def encode_tiled(
     state = replace(state, encoded=state.encoded | made_by)
     if not state.row.n_tiles:
         return replace(state, row=replace(state.row, status="empty", error=None))
-    with Slide(entry.path, reader) as slide:
-        opened_by = slide.reader
     planned = read_slide_coords(folder.path("coords", entry.slide_id))
     todo = [encoders[name] for name in missing]
-    about = {"assume_mpp": entry.assume_mpp, "slide_mpp": entry.mpp}
-    results = encode(entry.path, todo, coords=planned.coords, **about) if todo else []
+    results = []
+    if todo:
+        with Slide(entry.path, reader, icc=settings.icc, mpp=entry.mpp) as slide:
+            results = encode(slide, todo, settings, planned.coords, assume_mpp=entry.assume_mpp)
+            state = replace(state, reader=slide.reader)
     for name, result in zip(missing, results, strict=True):
         write_slide_features(
             folder.features_path(name, entry.slide_id, suffix),
@@ -131,7 +132,7 @@ def encode_tiled(
             level0_height=planned.level0_height,
             more_making=result.more_making,
         )
-    return replace(state, row=replace(state.row, status="done", error=None), reader=opened_by)
+    return replace(state, row=replace(state.row, status="done", error=None))
 
 
 def _describe(entry: SlideEntry, slide: Slide, plan: TilePlan) -> SlideRow:
