@@ -397,6 +397,15 @@ def test_tokens_of_a_longnet(tmp_path):
     np.testing.assert_array_equal(made.coords, coords[raster])
 
 
+def test_slide_tokens_say_how_their_tiles_were_made(tmp_path):
+    making = {"icc": True, "stain_normalizer": "macenko", "tissue_method": "hsv", "max_pen": 0.2}
+    write_tiles(tmp_path / "features", "a", more_making=making)
+    encode(tmp_path)
+    made = read_slide_features(tmp_path / "slide_features_mean" / "a.h5")
+    assert made.making == read_slide_features(tmp_path / "features" / "a.h5").making
+    assert {name: made.making[name] for name in making} == making
+
+
 def test_a_second_run_does_what_is_missing_broken_or_older_than_its_tiles(tmp_path):
     for slide_id in "abcd":
         write_tiles(tmp_path / "features", slide_id)
