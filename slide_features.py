@@ -15,6 +15,7 @@ HistoGPT (`feats`) are read as well.
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -161,11 +162,12 @@ def worth_saying(making: Mapping[str, Any]) -> dict[str, Any]:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it becomes `path` when the block ends well and is removed when it does not.
 
-    A process that is killed in the block leaves a hidden `.<name>.<pid>.partial` and never a half-written `path`.
+    A process that is killed in the block leaves a hidden `.<name>.<random>.partial` and never a half-written `path`.
+    Processes of several machines may write the same path; their numbers may be the same, in containers they often are.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
         with partial.open("rb") as written:

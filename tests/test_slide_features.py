@@ -272,3 +272,13 @@ except OSError as error:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "File too large\n", "")
     assert {path.name for path in tmp_path.iterdir()} <= {"s.pt.json"}
+
+
+def test_two_machines_with_equal_process_numbers_write_one_file_without_harm(tmp_path):
+    """In containers every process may be number 1."""
+    with atomic_path(tmp_path / "table") as one:
+        one.write_text("of one")
+        with atomic_path(tmp_path / "table") as other:
+            other.write_text("of the other")
+        assert (tmp_path / "table").read_text() == "of the other"
+    assert (tmp_path / "table").read_text() == "of one" and len(list(tmp_path.iterdir())) == 1
