@@ -19,7 +19,8 @@ IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp".split())
 UNREADABLE_SUFFIXES = frozenset(".vsi .zvi .lif .kfb .sdpc .tmap .qptiff".split())  # slides all the same
 INDEX_SUFFIXES = frozenset((".vms", ".vmu"))  # text that names the files with pixels, and one with a macro image
 MIRAX_INDEX = "slidedat.ini"
-RUN_PICTURES = frozenset(("overlays", "thumbnails"))  # folders beside the folder `state` of a run
+RUN_PICTURES = frozenset(("overlays", "thumbnails"))  # folders of a run, which is known by those below
+RUN_RECORDS = frozenset(("claims", "state"))  # the former is made first, the latter with the first slide that is done
 SURVEY_FOLDER, SURVEY_PICTURES = "survey_slides", "survey*"  # of survey.py: a folder, and pictures beside it
 DICOM_SLIDE_CLASS = "1.2.840.10008.5.1.4.1.1.77.1.6"  # VL Whole Slide Microscopy Image Storage
 DICOM_LABELS = frozenset(("LABEL", "OVERVIEW"))  # types of images that may show a patient's name
@@ -83,7 +84,7 @@ def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
             below.clear()  # a link in a circle, or the parts of a MIRAX slide
             continue
         seen.add(real)
-        ours = {SURVEY_FOLDER} | (RUN_PICTURES if "state" in below else frozenset())
+        ours = {SURVEY_FOLDER} | (frozenset() if RUN_RECORDS.isdisjoint(below) else RUN_PICTURES)
         below[:] = sorted(name for name in below if not name.startswith(".") and name not in ours)
         yield here, sorted(names)
 

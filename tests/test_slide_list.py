@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -116,6 +118,8 @@ def test_what_stage_0_wrote_beside_the_slides_is_no_slide(tmp_path):
     touch(tmp_path, "survey.csv", "survey.png", "survey_thumbnails_01.jpg", "survey_slides/a.jpg")
     assert ids(tmp_path) == {"a"}
     assert tile.main(flags) == 0
+    shutil.rmtree(tmp_path / "state")  # another process has begun, and is at its first slide
+    assert (tmp_path / "claims").is_dir() and ids(tmp_path) == {"a"}
 
 
 @pytest.fixture(scope="module")
