@@ -179,3 +179,12 @@ def test_dicom_slides_through_the_command_without_their_label(dicom, tmp_path, m
         assert len(read_slide_coords(tmp_path / "coords" / f"{name}.h5").coords) == row.n_tiles > 20
         overlay = np.asarray(Image.open(tmp_path / "overlays" / f"{name}.jpg")).astype(int)
         assert not ((overlay[..., 0] > 220) & (overlay[..., 1:].max(axis=2) < 60)).any(), "red is the label"
+
+
+def test_an_assumed_mpp_of_many_digits_is_known_again(tmp_path):
+    DrawnSlide(width=512, height=512, num_levels=1, mpp=None).write(tmp_path / "a.tiff")
+    flags = ["--slides", str(tmp_path / "a.tiff"), "--output_dir", str(tmp_path / "out"), "--tile_size", "64"]
+    assert tile.main([*flags, "--assume_mpp", "0.4651162790697674"]) == 0
+    assert tile.main([*flags, "--assume_mpp", "0.4651162790697674"]) == 0
+    with pytest.raises(ValueError, match="--assume_mpp 0.465116, not --assume_mpp 0.47"):
+        tile.main([*flags, "--assume_mpp", "0.47"])
