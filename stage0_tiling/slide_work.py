@@ -89,6 +89,7 @@ def encode_tiled(
     encoders: "dict[str, TileEncoder]",
     encode: Callable[..., list[SlideFeatures]],
     reader: str = "auto",
+    state: SlideState | None = None,
 ) -> SlideState:
     """Encode one tiled slide with the encoders that have not, write its feature files, return what to record of it.
 
@@ -101,8 +102,9 @@ def encode_tiled(
         encoders: by the same.
         encode: `encode_slide_with`.
         reader: `auto`, `openslide` or `tiff`, see `Slide`.
+        state: what is recorded of the slide; None reads it from the folder.
     """
-    state = folder.read_state(entry.slide_id)
+    state = state or folder.read_state(entry.slide_id)
     missing = [name for name in encoders if not folder.is_encoded(state, name, suffix)]
     state = replace(state, encoded=state.encoded | made_by)
     if not state.row.n_tiles:
