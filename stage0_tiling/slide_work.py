@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from slide_features import SlideFeatures, read_slide_coords, write_slide_coords, write_slide_features
 from stage0_tiling.geojson import write_tiles_geojson, write_tissue_geojson
 from stage0_tiling.overlay import write_overlay, write_thumbnail
@@ -63,8 +65,25 @@ def tile_slide(
 
 
 def tile_if_missing(entry: SlideEntry, folder: RunFolder, settings: TilingSettings, **how: Any) -> SlideState | None:
-    """Tile a slide unless it is tiled; None if it is."""
-    return tile_slide(entry, folder, settings, **how) if folder.needs_tiling(entry, settings) else None
+    """Tile a slide unless it is tiled; None if it is.
+
+    One that failed later is tiled again, as its file may have been mended. Where that gives the same tiles, the
+    features that it has stay good: with several encoders, one that fails shall not cost the work of the others.
+    """
+    if not folder.needs_tiling(entry, settings):
+        return None
+    known, before = folder.read_state(entry.slide_id), _tiles_of(folder, entry)
+    state = tile_slide(entry, folder, settings, **how)
+    if known and known.tiling == settings and before is not None and np.array_equal(before, _tiles_of(folder, entry)):
+        return replace(state, encoded=known.encoded)
+    return state
+
+
+def _tiles_of(folder: RunFolder, entry: SlideEntry) -> np.ndarray | None:
+    try:
+        return read_slide_coords(folder.path("coords", entry.slide_id)).coords
+    except (OSError, ValueError):
+        return None
 
 
 def write_tile_squares(

@@ -372,3 +372,24 @@ def test_a_tiled_slide_is_opened_once_and_its_reader_recorded(slide, folders, tm
     monkeypatch.setattr(Slide, "__init__", lambda self, *a, **k: opened.append(a) or init(self, *a, **k))
     assert stage0_encode.main([*common, "--encoder", str(folders[0]), "--reader", "openslide"]) == 0
     assert len(opened) == 1 and RunFolder(tmp_path).read_state("one").reader == "openslide"
+
+
+def test_an_encoder_that_fails_does_not_cost_the_work_of_the_others(slide, folders, tmp_path, monkeypatch):
+    encode(slide, tmp_path, folders[:1] + folders[2:])
+    first, third = (tmp_path / f"features_{name}" / "one.h5" for name in ("first", "third"))
+    third.unlink()
+    kept = first.stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(TileEncoder, "encode", lambda *_: 1 / 0)
+        encode(slide, tmp_path, folders[:1] + folders[2:], status=1)
+    encode(slide, tmp_path, folders[:1] + folders[2:])
+    assert third.is_file() and first.stat().st_mtime_ns == kept
+    state = RunFolder(tmp_path).read_state("one")
+    assert state.row.status == "done" and set(state.encoded) == {"features_first", "features_third"}
+
+    third.unlink()
+    coords = tmp_path / "coords" / "one.h5"
+    coords.write_bytes(b"torn")  # what the features were made of is not known any more
+    encode(slide, tmp_path, folders[:1] + folders[2:], status=1)
+    encode(slide, tmp_path, folders[:1] + folders[2:])
+    assert third.is_file() and first.stat().st_mtime_ns != kept
