@@ -15,6 +15,7 @@ HistoGPT (`feats`) are read as well.
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -161,11 +162,12 @@ def worth_saying(making: Mapping[str, Any]) -> dict[str, Any]:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it becomes `path` when the block ends well and is removed when it does not.
 
-    A process that is killed in the block leaves a hidden `.<name>.<pid>.partial` and never a half-written `path`.
+    A process that is killed in the block leaves a hidden `.<name>.<random>.partial` and never a half-written `path`.
+    Processes of several machines may write the same path; their numbers may be the same, in containers they often are.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
         with partial.open("rb") as written:
@@ -285,8 +287,8 @@ def read_slide_features(
 
     Returns:
         The features as stored (float64 and bfloat16 become float32). A bare tensor takes its positions from
-        `../coords/<slide_id>.h5` if that has as many. A file without positions gets made-up ones: a square raster grid
-        in row order, so that neighbours in the file stay neighbours.
+        `../coords/<slide_id>.h5` if that has as many. A file of others without positions gets made-up ones: a square
+        raster grid in row order, so that neighbours in the file stay neighbours.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -507,13 +509,20 @@ def _positions(path: Path, file: Any, num_tiles: int | None) -> np.ndarray:
 
 
 def _positions_beside(path: Path, num_tiles: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """Positions of a bare tensor's rows, and what their coords file says of them; made up where there is none."""
+    """Positions of a bare tensor's rows, and what their coords file says of them; made up where there is none.
+
+    Raises:
+        ValueError: if the tensor is one of ours, whose positions are known, and they are not there.
+    """
     beside = path.parent.parent / "coords" / f"{path.name.removesuffix('.pt')}.h5"
     if beside.is_file():
         with open_arrays(beside) as file:
             coords = _positions(beside, file, None)
             if len(coords) == num_tiles:
                 return coords, _known(_describe(file))
+    if attributes_path(path).is_file():
+        why = f"holds other than {num_tiles} positions" if beside.is_file() else "is missing"
+        raise ValueError(f"{path} takes its positions from {beside}, which {why}: bring that file, or encode anew")
     return _raster_grid(num_tiles), {}
 
 

@@ -33,6 +33,10 @@ def parse_arguments():
     )
     group.add_argument("--tile_size", type=PositiveInt, default=None, help="pixels; default: as in training")
     group.add_argument("--mpp", type=PositiveFloat, default=None, help="um/px of tiles; default: as in training")
+    group.add_argument(
+        "--segmenter", default=None, help="network that found the tissue of the model's slides, where one did; its file"
+    )
+    group.add_argument("--segmenter_preset", choices=("grandqc-tissue", "hest"), default=None, help="as for tile.py")
     group.add_argument("--tile_batch_size", type=PositiveInt, default=64, help="tiles per forward pass of the encoder")
     group.add_argument("--num_workers", type=PositiveInt, default=4, help="threads that read tiles")
     group.add_argument("--json", action="store_true", help="print a JSON object with question, beam score, seconds, …")
@@ -90,6 +94,16 @@ def check_input(args, settings) -> None:
         raise ValueError(f"{args.model} was trained on images; give --image")
     if settings.input_kind == "features" and args.image:
         raise ValueError(f"{args.model} was trained on slides; give --slide or --features")
+    if args.slide:
+        tissue_sources_of(args).check_segmenter(settings.tiling.get("segmenter"))
+
+
+def tissue_sources_of(args):
+    """Files that the tissue of a slide is found with."""
+    from stage0_tiling.tissue_sources import TissueSources, segmenter_file
+
+    segmenter, preset = segmenter_file(args)
+    return TissueSources(segmenter=segmenter, preset=preset)
 
 
 def read_case_of(args, model) -> dict:
@@ -128,6 +142,7 @@ def read_case_of(args, model) -> dict:
             path,
             encoder,
             **tiling,
+            sources=tissue_sources_of(args),
             assume_mpp=args.assume_mpp,
             batch_size=args.tile_batch_size,
             num_workers=args.num_workers,

@@ -156,8 +156,14 @@ class Claims:
         return stored.get("token") == claim.token and not self._path(claim.slide_id, claim.deaths + 1).exists()
 
     def settle(self, claim: Claim) -> None:
-        """Give a slide back whose state is written: its claims go, those of dead owners too."""
+        """Give a slide back whose state is written: its claims go, those of dead owners too.
+
+        Where another process has taken it over, all stay: numbers that are gone would hide that one's claim.
+        """
+        is_ours = self.is_valid(claim)
         self.give_back(claim)
+        if not is_ours:
+            return
         for number in range(claim.deaths - 1, -1, -1):
             path = self._path(claim.slide_id, number)
             if self._is_left(path):

@@ -90,9 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Tile and encode
     tile = partial(tile_if_missing, folder=folder, settings=settings, reader=args.reader, sources=sources)
     encode = partial(encode_tiled, folder=folder, settings=settings, made_by=made_by, suffix=suffix, reader=args.reader)
-    encode_tiles = partial(
-        encode_slide_with, settings=settings, **stain, num_workers=args.num_workers, reader=args.reader
-    )
+    encode_tiles = partial(encode_slide_with, **stain, num_workers=args.num_workers)
     try:
         if args.engine == "ray":
             encode = partial(encode, encode=encode_tiles)

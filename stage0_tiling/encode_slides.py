@@ -241,6 +241,7 @@ def write_tokens(path: Path, tokens: SlideFeatures, source: Path) -> None:
         patch_size_level0=tokens.patch_size_level0,
         min_tissue=tokens.min_tissue,
         encoder_fingerprint=tokens.encoder_fingerprint,
+        more_making=tokens.more_making,
         level0_mpp=about.level0_mpp,
         level0_width=about.level0_width,
         level0_height=about.level0_height,

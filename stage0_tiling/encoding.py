@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slide_features import SUFFIXES, SlideFeatures, choose_patches, worth_saying
-from stage0_tiling.plan import TilingSettings, plan_tiles
+from stage0_tiling.plan import TilingSettings, plan_tiles, why_empty
 from stage0_tiling.slide import Slide, SlideError
 from stage0_tiling.stain import NORMALIZERS, SAMPLE_TILES, Normalize, StainError, fit_stains
 from stage0_tiling.tissue import Grid, make_grid
+from stage0_tiling.tissue_sources import TissueSources
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +84,7 @@ def encode_slide(
     reader: str = "auto",
     slide_mpp: float | None = None,
     coords: np.ndarray | None = None,
+    sources: TissueSources | None = None,
     on_tiles: Callable[[int], object] | None = None,
     **tiling: Any,
 ) -> SlideFeatures:
@@ -101,6 +103,7 @@ def encode_slide(
         reader: `auto`, `openslide` or `tiff`, see `Slide`.
         slide_mpp: um per level-0 pixel, whatever the slide states.
         coords: (N, 2) positions of tiles that were planned with the same settings; None finds them.
+        sources: files that their tissue is found with; needed where `tiling` names a segmenter.
         on_tiles: called with the number of tiles after each batch.
         tiling: fields of `TilingSettings`: tile_size, mpp, overlap, min_tissue, ...
 
@@ -109,53 +112,57 @@ def encode_slide(
 
     Raises:
         SlideError: if the slide cannot be used, or no tile holds enough tissue.
+        ValueError: if the tissue is to be found by a segmenter that is not given.
     """
     from stage0_tiling.tile_encoder import TileEncoder
 
     settings = TilingSettings(**tiling)
+    sources = sources or TissueSources()
+    if coords is None:
+        sources.check_segmenter(settings.segmenter)
     encoder = encoder if device is None else encoder.to(device)
     through = TileEncoder(encoder, tile_size=settings.tile_size, batch_size=batch_size, dtype=dtype)
-    (features,) = encode_slide_with(
-        path,
-        [through],
-        settings,
-        assume_mpp=assume_mpp,
-        slide_mpp=slide_mpp,
-        stain_normalizer=stain_normalizer,
-        stain_target=stain_target,
-        num_workers=num_workers,
-        reader=reader,
-        coords=coords,
-        on_tiles=on_tiles,
-    )
+    with Slide(path, reader, icc=settings.icc, mpp=slide_mpp) as slide:
+        if coords is None:
+            plan = plan_tiles(slide, settings, assume_mpp, sources)
+            if len(plan.coords) == 0:
+                raise SlideError(f"{slide.path.name}: {why_empty(plan, settings)}")
+            coords = plan.coords
+        (features,) = encode_slide_with(
+            slide,
+            [through],
+            settings,
+            coords,
+            assume_mpp=assume_mpp,
+            stain_normalizer=stain_normalizer,
+            stain_target=stain_target,
+            num_workers=num_workers,
+            on_tiles=on_tiles,
+        )
     return features
 
 
 def encode_slide_with(
-    path: str | Path,
+    slide: Slide,
     encoders: "Sequence[TileEncoder]",
     settings: TilingSettings,
+    coords: np.ndarray,
     *,
     assume_mpp: float | None = None,
-    slide_mpp: float | None = None,
     stain_normalizer: str = "none",
     stain_target: str = "",
     num_workers: int = 4,
-    reader: str = "auto",
-    coords: np.ndarray | None = None,
     on_tiles: Callable[[int], object] | None = None,
 ) -> list[SlideFeatures]:
-    """Turn one slide into patch tokens of several encoders, reading each tile once; otherwise as `encode_slide`."""
-    with Slide(path, reader, icc=settings.icc, mpp=slide_mpp) as slide:
-        if coords is None:
-            coords = plan_tiles(slide, settings, assume_mpp).coords
-        if len(coords) == 0:
-            share = f"{settings.min_tissue:g} tissue"
-            raise SlideError(f"{slide.path.name}: no tile holds {share}; try a lower --min_tissue")
-        grid = make_grid(settings.tile_size, settings.overlap, settings.mpp, slide.pixel_size(assume_mpp))
-        read = partial(read_tiles, slide, grid=grid, tile_size=settings.tile_size)
-        normalize = _fit_stains(slide.path.name, stain_normalizer, stain_target, read, coords)
-        features = _encode(encoders, partial(_prepare, read, normalize, encoders), coords, num_workers, on_tiles)
+    """Turn tiles of an open slide into patch tokens of several encoders, reading each once; else as `encode_slide`.
+
+    Raises:
+        SlideError: if the slide cannot be read.
+    """
+    grid = make_grid(settings.tile_size, settings.overlap, settings.mpp, slide.pixel_size(assume_mpp))
+    read = partial(read_tiles, slide, grid=grid, tile_size=settings.tile_size)
+    normalize = _fit_stains(slide.path.name, stain_normalizer, stain_target, read, coords)
+    features = _encode(encoders, partial(_prepare, read, normalize, encoders), coords, num_workers, on_tiles)
     making = worth_saying(asdict(settings) | {"stain_normalizer": stain_normalizer, "stain_target": stain_target})
     own = {name: making.pop(name) for name in list(making) if name in SlideFeatures.__dataclass_fields__}
     return [

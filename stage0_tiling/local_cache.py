@@ -8,7 +8,6 @@ copy holds what the slide's files hold, so only its owner may read it.
 
 import fcntl
 import logging
-import os
 import shutil
 import tempfile
 import threading
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stage0_tiling.full_disk import is_full
+from stage0_tiling.slide_files import files_of
 
 CHUNK_BYTES = 8 << 20
 GIB = 1 << 30
@@ -73,7 +73,7 @@ class LocalCache:
             OSError: if the slide cannot be read, or the copy is not whole.
         """
         files = files_of(path)
-        size = sum(source.stat().st_size for source, _ in files)
+        size = sum(source.stat().st_size for source in files)
         free = shutil.disk_usage(self.folder).free
         if size > self.bound or size > free:
             limit = f"--local_cache_gb {self.bound / GIB:g}" if size > self.bound else f"{free / GIB:.1f} GiB free"
@@ -81,8 +81,8 @@ class LocalCache:
             return path
         folder = self._reserve(size)
         try:
-            for source, name in files:
-                self._copy(source, folder / name)
+            for source in files:
+                self._copy(source, folder / source.relative_to(path.parent))
         except BaseException as error:
             self._free(folder)
             if not is_full(error):
@@ -127,31 +127,6 @@ class LocalCache:
     def _check_stop(self) -> None:
         if self._is_stopped:
             raise KeyboardInterrupt("the run ends")  # not a failure of the slide
-
-
-def files_of(path: Path) -> list[tuple[Path, Path]]:
-    """The files of a slide: where each lies, and its place beside the slide's own file.
-
-    Companions are looked for where OpenSlide does: MRXS has a folder of its name, DICOM the other `.dcm` files of its
-    folder, VMS and VMU name theirs. Links to files are followed, links to folders within a slide are not.
-    """
-    if path.is_dir():
-        return [(file, Path(path.name) / file.relative_to(path)) for file in _files_below(path)]
-    suffix, found = path.suffix.lower(), [path]
-    if suffix == ".mrxs":
-        found += _files_below(path.with_suffix(""))
-    elif suffix == ".dcm":
-        found += [file for file in sorted(path.parent.glob("*")) if file.suffix.lower() == ".dcm" and file.is_file()]
-    elif suffix in (".vms", ".vmu"):
-        names = (line.partition("=")[2].strip() for line in path.read_text("latin-1").splitlines())
-        # plain names only: a path could lead out of the cache
-        found += [path.parent / name for name in names if name == Path(name).name and (path.parent / name).is_file()]
-    return [(file, file.relative_to(path.parent)) for file in dict.fromkeys(found)]
-
-
-def _files_below(folder: Path) -> list[Path]:
-    found = (Path(where) / name for where, _, names in os.walk(folder) for name in names)
-    return sorted(file for file in found if file.is_file())
 
 
 @contextmanager

@@ -73,10 +73,6 @@ class TilingSettings:
         """Largest fraction of a tile by artefact."""
         return {name: getattr(self, f"max_{name}") for name in ARTEFACTS}
 
-    def of_tiles(self) -> dict[str, int | float]:
-        """What `encode_slide` needs to know to read tiles that are planned."""
-        return {name: getattr(self, name) for name in ("tile_size", "mpp", "overlap", "min_tissue")}
-
 
 def tiling_settings(args: Namespace) -> TilingSettings:
     """Settings from the flags of add_tiling_arguments.

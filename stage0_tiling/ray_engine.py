@@ -11,6 +11,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -136,9 +137,12 @@ class EncoderActor:
     def wake(self) -> None:
         """Return when the encoder is loaded."""
 
-    def encode(self, entry: SlideEntry) -> SlideState:
-        """Encode a tiled slide and return what to record."""
-        return self._encode(entry)
+    def encode(self, entry: SlideEntry, state: SlideState | None) -> SlideState:
+        """Encode a tiled slide and return what to record; `state` is what tiling it has just given, if it was tiled.
+
+        A file server may tell this machine for a minute yet that the slide has no state.
+        """
+        return _timed(partial(self._encode, entry, state=state))
 
 
 class _Cluster:
@@ -149,12 +153,12 @@ class _Cluster:
 
         self._run = run
         remote = ray.remote(num_cpus=tiling_cpus, max_retries=MAX_DEATHS - 1, scheduling_strategy="SPREAD")
-        self._tile = remote(lambda entry: tile(entry)).remote  # Ray takes functions only, no partial ones
+        self._tile = remote(lambda entry: _timed(partial(tile, entry))).remote
         self._idle: list[ActorHandle] = []
         self._waking: dict[ObjectRef, ActorHandle] = {actor.wake.remote(): actor for actor in actors}
         self._tiling: dict[ObjectRef, Taken] = {}
-        self._tiled: deque[Taken] = deque()
-        self._encoding: dict[ObjectRef, tuple[Taken, ActorHandle]] = {}
+        self._tiled: deque[tuple[Taken, SlideState | None]] = deque()
+        self._encoding: dict[ObjectRef, tuple[Taken, SlideState | None, ActorHandle]] = {}
         self._deaths: dict[str, int] = {}
 
     def work(self, slides: Iterator[Taken], num_ahead: int) -> int:
@@ -170,8 +174,8 @@ class _Cluster:
                     num_taken += 1
                     self._tiling[self._tile(taken.source)] = taken
             while self._tiled and self._idle:
-                taken, actor = self._tiled.popleft(), self._idle.pop()
-                self._encoding[actor.encode.remote(taken.source)] = taken, actor
+                (taken, state), actor = self._tiled.popleft(), self._idle.pop()
+                self._encoding[actor.encode.remote(taken.source, state)] = taken, state, actor
             if not (self._tiling or self._tiled or self._encoding):
                 return num_taken
             ready, _ = ray.wait([*self._tiling, *self._encoding, *self._waking], timeout=PATIENCE_S)
@@ -184,9 +188,9 @@ class _Cluster:
         if ref in self._waking:
             self._heed_woken(ref, self._waking.pop(ref))
         elif ref in self._tiling:
-            taken = self._run.step(self._tiling.pop(ref), partial(_result, ref, deaths=MAX_DEATHS), is_last=False)
-            if taken:
-                self._tiled.append(taken)
+            tiled = partial(_result, ref, deaths=MAX_DEATHS)
+            if taken := self._run.step(self._tiling.pop(ref), tiled, is_last=False):
+                self._tiled.append((taken, tiled()))
         else:
             self._heed_encoded(ref, *self._encoding.pop(ref))
 
@@ -208,7 +212,7 @@ class _Cluster:
         except RayError as error:
             raise ValueError(f"the Ray cluster cannot run the encoder: {error}") from error
 
-    def _heed_encoded(self, ref: "ObjectRef", taken: Taken, actor: "ActorHandle") -> None:
+    def _heed_encoded(self, ref: "ObjectRef", taken: Taken, tiled: SlideState | None, actor: "ActorHandle") -> None:
         deaths = self._deaths.get(taken.entry.slide_id, 0) + 1
         try:
             state = _result(ref, deaths=deaths)
@@ -218,7 +222,7 @@ class _Cluster:
                 self._run.fail(taken, died)
                 return
             self._deaths[taken.entry.slide_id] = deaths
-            self._tiled.appendleft(taken)
+            self._tiled.appendleft((taken, tiled))
             logger.warning("%s: the process that worked on it died; it is tried again", taken.entry.slide_id)
         except Exception as error:
             self._idle.append(actor)
@@ -227,6 +231,16 @@ class _Cluster:
             self._idle.append(actor)
             self._run.progress.tiles(state.row.n_tiles or 0)
             self._run.step(taken, lambda: state, is_last=True)
+
+
+def _timed(work: Callable[[], SlideState | None]) -> SlideState | None:
+    """Do a part of a slide's work and add its seconds: the process that records it has only waited."""
+    started = time.perf_counter()
+    state = work()
+    if state is None:
+        return None
+    seconds = (state.row.seconds or 0.0) + time.perf_counter() - started
+    return replace(state, row=replace(state.row, seconds=seconds))
 
 
 def _result(ref: "ObjectRef", deaths: int) -> Any:

@@ -225,7 +225,8 @@ class RunFolder:
         if not self.is_tiled(state):
             return
         had, wanted = asdict(state.tiling), asdict(settings)
-        if state.row.mpp_source == "assumed" and assume_mpp is not None:
+        is_assumed = state.row.mpp_source == "assumed" and assume_mpp is not None
+        if is_assumed and not _is_same_mpp(assume_mpp, state.row.mpp):
             had["assume_mpp"], wanted["assume_mpp"] = state.row.mpp, assume_mpp
         self._check_listed_mpp(entry, state.row)
         differing = [key for key in wanted if had[key] != wanted[key]]
@@ -241,7 +242,7 @@ class RunFolder:
         had = row.mpp if row.mpp_source == "list" else None
         if row.mpp is None or (entry.mpp is None and had is None):
             return
-        if entry.mpp is None or abs(entry.mpp / row.mpp - 1) > 1e-4:
+        if entry.mpp is None or not _is_same_mpp(entry.mpp, row.mpp):
             raise ValueError(
                 f"{self.folder} holds {entry.slide_id} tiled with {row.mpp:g} um per level-0 pixel ({row.mpp_source}), "
                 f"and the column mpp of --slides says {'nothing' if entry.mpp is None else f'{entry.mpp:g}'}: "
@@ -273,6 +274,11 @@ class RunFolder:
 
     def _holds(self, kind: str, row: SlideRow) -> bool:
         return row.n_tiles == 0 or self.path(kind, row.slide_id).is_file()
+
+
+def _is_same_mpp(one: float, other: float) -> bool:
+    """Whether they are equal but for the rounding of a table."""
+    return abs(one / other - 1) <= 1e-4
 
 
 def _encoded(stored: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -19,9 +19,11 @@ IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp".split())
 UNREADABLE_SUFFIXES = frozenset(".vsi .zvi .lif .kfb .sdpc .tmap .qptiff".split())  # slides all the same
 INDEX_SUFFIXES = frozenset((".vms", ".vmu"))  # text that names the files with pixels, and one with a macro image
 MIRAX_INDEX = "slidedat.ini"
-RUN_PICTURES = frozenset(("overlays", "thumbnails"))  # folders beside the folder `state` of a run
+RUN_PICTURES = frozenset(("overlays", "thumbnails"))  # folders of a run, which is known by those below
+RUN_RECORDS = frozenset(("claims", "state"))  # the former is made first, the latter with the first slide that is done
 SURVEY_FOLDER, SURVEY_PICTURES = "survey_slides", "survey*"  # of survey.py: a folder, and pictures beside it
 DICOM_SLIDE_CLASS = "1.2.840.10008.5.1.4.1.1.77.1.6"  # VL Whole Slide Microscopy Image Storage
+DICOM_LABELS = frozenset(("LABEL", "OVERVIEW"))  # types of images that may show a patient's name
 DICOM_TAGS = ["SOPClassUID", "SeriesInstanceUID", "ImageType"]
 
 logger = logging.getLogger(__name__)
@@ -54,9 +56,10 @@ def slides_below(folder: Path) -> list[tuple[str, Path]]:
 
 
 def files_of(path: Path) -> list[Path]:
-    """All files that make up the slide which `path` opens, itself among them: what a copy of the slide must take along.
+    """The files that make up the slide which `path` opens, itself among them: what a copy of the slide must take along.
 
     MIRAX has a folder beside it, Hamamatsu's index names its parts, the levels of DICOM slides are files of one folder.
+    DICOM's label and macro images are files of their own, which nobody needs and nobody shall copy: they are left out.
     """
     suffix = path.suffix.lower()
     if suffix == ".mrxs":
@@ -68,7 +71,8 @@ def files_of(path: Path) -> list[Path]:
         names = {name.lower() for name in _names_in(path)}
         return [path, *(file for file in beside if file.name.lower() in names)]
     series = _series_of(path)
-    return [file for file in beside if file.suffix.lower() == ".dcm" and _series_of(file) == series]
+    dicom = [file for file in beside if file.suffix.lower() == ".dcm"]
+    return [file for file in dicom if file == path or _series_of(file) == series and not _shows_label(file)]
 
 
 def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -80,7 +84,7 @@ def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
             below.clear()  # a link in a circle, or the parts of a MIRAX slide
             continue
         seen.add(real)
-        ours = {SURVEY_FOLDER} | (RUN_PICTURES if "state" in below else frozenset())
+        ours = {SURVEY_FOLDER} | (frozenset() if RUN_RECORDS.isdisjoint(below) else RUN_PICTURES)
         below[:] = sorted(name for name in below if not name.startswith(".") and name not in ours)
         yield here, sorted(names)
 
@@ -131,6 +135,10 @@ def _series_of(path: Path) -> str:
         return _dicom_header(path)[1]
     except ValueError:
         return str(path)
+
+
+def _shows_label(path: Path) -> bool:
+    return not DICOM_LABELS.isdisjoint(_dicom_header(path)[2])
 
 
 @lru_cache(100_000)  # whoever asks for the files of each slide of a folder reads each header once

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from slide_features import SlideFeatures, read_slide_coords, write_slide_coords, write_slide_features
 from stage0_tiling.geojson import write_tiles_geojson, write_tissue_geojson
 from stage0_tiling.overlay import write_overlay, write_thumbnail
@@ -63,8 +65,25 @@ def tile_slide(
 
 
 def tile_if_missing(entry: SlideEntry, folder: RunFolder, settings: TilingSettings, **how: Any) -> SlideState | None:
-    """Tile a slide unless it is tiled; None if it is."""
-    return tile_slide(entry, folder, settings, **how) if folder.needs_tiling(entry, settings) else None
+    """Tile a slide unless it is tiled; None if it is.
+
+    One that failed later is tiled again, as its file may have been mended. Where that gives the same tiles, the
+    features that it has stay good: with several encoders, one that fails shall not cost the work of the others.
+    """
+    if not folder.needs_tiling(entry, settings):
+        return None
+    known, before = folder.read_state(entry.slide_id), _tiles_of(folder, entry)
+    state = tile_slide(entry, folder, settings, **how)
+    if known and known.tiling == settings and before is not None and np.array_equal(before, _tiles_of(folder, entry)):
+        return replace(state, encoded=known.encoded)
+    return state
+
+
+def _tiles_of(folder: RunFolder, entry: SlideEntry) -> np.ndarray | None:
+    try:
+        return read_slide_coords(folder.path("coords", entry.slide_id)).coords
+    except (OSError, ValueError):
+        return None
 
 
 def write_tile_squares(
@@ -89,6 +108,7 @@ def encode_tiled(
     encoders: "dict[str, TileEncoder]",
     encode: Callable[..., list[SlideFeatures]],
     reader: str = "auto",
+    state: SlideState | None = None,
 ) -> SlideState:
     """Encode one tiled slide with the encoders that have not, write its feature files, return what to record of it.
 
@@ -101,18 +121,20 @@ def encode_tiled(
         encoders: by the same.
         encode: `encode_slide_with`.
         reader: `auto`, `openslide` or `tiff`, see `Slide`.
+        state: what is recorded of the slide; None reads it from the folder.
     """
-    state = folder.read_state(entry.slide_id)
+    state = state or folder.read_state(entry.slide_id)
     missing = [name for name in encoders if not folder.is_encoded(state, name, suffix)]
     state = replace(state, encoded=state.encoded | made_by)
     if not state.row.n_tiles:
         return replace(state, row=replace(state.row, status="empty", error=None))
-    with Slide(entry.path, reader) as slide:
-        opened_by = slide.reader
     planned = read_slide_coords(folder.path("coords", entry.slide_id))
     todo = [encoders[name] for name in missing]
-    about = {"assume_mpp": entry.assume_mpp, "slide_mpp": entry.mpp}
-    results = encode(entry.path, todo, coords=planned.coords, **about) if todo else []
+    results = []
+    if todo:
+        with Slide(entry.path, reader, icc=settings.icc, mpp=entry.mpp) as slide:
+            results = encode(slide, todo, settings, planned.coords, assume_mpp=entry.assume_mpp)
+            state = replace(state, reader=slide.reader)
     for name, result in zip(missing, results, strict=True):
         write_slide_features(
             folder.features_path(name, entry.slide_id, suffix),
@@ -131,7 +153,7 @@ def encode_tiled(
             level0_height=planned.level0_height,
             more_making=result.more_making,
         )
-    return replace(state, row=replace(state.row, status="done", error=None), reader=opened_by)
+    return replace(state, row=replace(state.row, status="done", error=None))
 
 
 def _describe(entry: SlideEntry, slide: Slide, plan: TilePlan) -> SlideRow:

@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.info("%d slides, %d of them to tile", len(entries), len(tiling.missing))
 
     # Tile
+    squares = None
     try:
         tiling.do(
             partial(tile_slide, folder=folder, settings=settings, reader=args.reader, sources=sources),
@@ -104,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     finally:
         tiling.write_table()
-    return tiling.report()
+    # a full disk may have ended either, with nothing recorded
+    return max(tiling.report(), squares.report(is_quiet=True) if squares else 0)
 
 
 def assume_mpp(entries: list[SlideEntry], mpp: float | None) -> list[SlideEntry]:

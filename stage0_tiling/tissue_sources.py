@@ -52,6 +52,27 @@ class TissueSources:
             return segment(slide, pixel_size, load_segmenter(self.segmenter, self.preset))
         return find_tissue(slide, pixel_size, method)
 
+    def check_segmenter(self, wanted: str | None) -> None:
+        """Refuse to find tissue without the network that is asked for, or by another one.
+
+        Args:
+            wanted: `Segmenter.name`, as settings and feature files tell it; None for no network.
+
+        Raises:
+            ValueError, OSError: if its file is not given, cannot be loaded, or holds another network.
+        """
+        if wanted is None:
+            if self.segmenter:
+                raise ValueError(f"--segmenter {self.segmenter}: the tiles are to be found without a network")
+            return
+        if self.segmenter is None:
+            raise ValueError(f"the tissue is to be found by the network {wanted}: say with --segmenter where it lies")
+        from stage0_tiling.segmenter import load_segmenter
+
+        found = load_segmenter(self.segmenter, self.preset).name
+        if found.rpartition("#")[2] != wanted.rpartition("#")[2]:
+            raise ValueError(f"--segmenter {self.segmenter} is the network {found}, not {wanted}")
+
 
 def add_tissue_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("Tissue and quality")
@@ -103,9 +124,16 @@ def tissue_sources(args: Namespace) -> TissueSources:
     Raises:
         ValueError, OSError: naming the flag, if a file is not there or not of its kind.
     """
-    masks = check_masks(args.masks) if args.masks else None
+    masks = check_masks(args.masks).absolute() if args.masks else None
+    return TissueSources(masks, *segmenter_file(args), quality=args.quality)
+
+
+def segmenter_file(args: Namespace) -> tuple[Path | None, str | None]:
+    """The file and the preset that the flags name, absolute: workers may run in other folders.
+
+    Raises:
+        ValueError: if there is a preset without a file.
+    """
     if args.segmenter_preset and not args.segmenter:
         raise ValueError(f"--segmenter_preset {args.segmenter_preset}: say with --segmenter where its checkpoint lies")
-    return TissueSources(
-        masks, Path(args.segmenter).expanduser() if args.segmenter else None, args.segmenter_preset, args.quality
-    )
+    return Path(args.segmenter).expanduser().absolute() if args.segmenter else None, args.segmenter_preset

@@ -397,6 +397,15 @@ def test_tokens_of_a_longnet(tmp_path):
     np.testing.assert_array_equal(made.coords, coords[raster])
 
 
+def test_slide_tokens_say_how_their_tiles_were_made(tmp_path):
+    making = {"icc": True, "stain_normalizer": "macenko", "tissue_method": "hsv", "max_pen": 0.2}
+    write_tiles(tmp_path / "features", "a", more_making=making)
+    encode(tmp_path)
+    made = read_slide_features(tmp_path / "slide_features_mean" / "a.h5")
+    assert made.making == read_slide_features(tmp_path / "features" / "a.h5").making
+    assert {name: made.making[name] for name in making} == making
+
+
 def test_a_second_run_does_what_is_missing_broken_or_older_than_its_tiles(tmp_path):
     for slide_id in "abcd":
         write_tiles(tmp_path / "features", slide_id)
@@ -438,7 +447,7 @@ def test_what_does_not_fit_is_refused_before_any_work(tmp_path):
     with pytest.raises(FileNotFoundError, match="--features_dir"):
         encode(tmp_path)
     (tmp_path / "features").mkdir()
-    with pytest.raises(ValueError, match=r"no \.h5 or \.pt file"):
+    with pytest.raises(ValueError, match="no feature file in it"):
         encode(tmp_path)
     write_tiles(tmp_path / "features", "a", width=7)
     save_slide_encoder(small_longnet(), tmp_path / "mine")
@@ -448,7 +457,7 @@ def test_what_does_not_fit_is_refused_before_any_work(tmp_path):
     made = tmp_path / "slide_features_mean" / "a.h5"
     made.unlink()
     write_tiles(made.parent, "a", encoder="else + mean")
-    with pytest.raises(ValueError, match=r"a of else \+ mean \(abc\), not of tiny \+ mean .*--overwrite"):
+    with pytest.raises(ValueError, match=r"a.h5 in .* is of else \+ mean \(abc\), not of tiny \+ mean .*--overwrite"):
         encode(tmp_path)
     encode(tmp_path, "--overwrite")
     assert read_slide_features(made).encoder == "tiny + mean"

@@ -189,6 +189,19 @@ def test_a_bare_tensor_takes_positions_only_where_they_fit(tmp_path):
     assert read.features.dtype == np.float32 and read.mpp is None
 
 
+def test_our_own_tensor_without_its_positions_is_refused(tmp_path):
+    """Made-up ones would train a model on a slide of another shape."""
+    features, coords = example()
+    path = tmp_path / "features" / "s.pt"
+    write_slide_features(path, features, coords, encoder="e", **ABOUT)
+    for read in (read_slide_features, read_slide_positions):
+        with pytest.raises(ValueError, match=r"takes its positions from .*coords/s.h5, which is missing: bring that"):
+            read(path)
+    write_slide_coords(tmp_path / "coords" / "s.h5", coords[:-1], **ABOUT)
+    with pytest.raises(ValueError, match="which holds other than 7 positions"):
+        read_slide_features(path)
+
+
 def test_a_file_that_does_not_say_how_stains_were_treated_is_of_plain_tiles(tmp_path):
     features, coords = example()
     write_slide_features(tmp_path / "s.h5", features, coords, encoder="e", **ABOUT)
@@ -272,3 +285,13 @@ except OSError as error:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "File too large\n", "")
     assert {path.name for path in tmp_path.iterdir()} <= {"s.pt.json"}
+
+
+def test_two_machines_with_equal_process_numbers_write_one_file_without_harm(tmp_path):
+    """In containers every process may be number 1."""
+    with atomic_path(tmp_path / "table") as one:
+        one.write_text("of one")
+        with atomic_path(tmp_path / "table") as other:
+            other.write_text("of the other")
+        assert (tmp_path / "table").read_text() == "of the other"
+    assert (tmp_path / "table").read_text() == "of one" and len(list(tmp_path.iterdir())) == 1

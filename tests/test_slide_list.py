@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -149,6 +150,8 @@ def test_what_stage_0_wrote_beside_the_slides_is_no_slide(tmp_path):
     touch(tmp_path, "survey.csv", "survey.png", "survey_thumbnails_01.jpg", "survey_slides/a.jpg")
     assert ids(tmp_path) == {"a"}
     assert tile.main(flags) == 0
+    shutil.rmtree(tmp_path / "state")  # another process has begun, and is at its first slide
+    assert (tmp_path / "claims").is_dir() and ids(tmp_path) == {"a"}
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +211,12 @@ def test_dicom_slides_through_the_command_without_their_label(dicom, tmp_path, m
         assert len(read_slide_coords(tmp_path / "coords" / f"{name}.h5").coords) == row.n_tiles > 20
         overlay = np.asarray(Image.open(tmp_path / "overlays" / f"{name}.jpg")).astype(int)
         assert not ((overlay[..., 0] > 220) & (overlay[..., 1:].max(axis=2) < 60)).any(), "red is the label"
+
+
+def test_an_assumed_mpp_of_many_digits_is_known_again(tmp_path):
+    DrawnSlide(width=512, height=512, num_levels=1, mpp=None).write(tmp_path / "a.tiff")
+    flags = ["--slides", str(tmp_path / "a.tiff"), "--output_dir", str(tmp_path / "out"), "--tile_size", "64"]
+    assert tile.main([*flags, "--assume_mpp", "0.4651162790697674"]) == 0
+    assert tile.main([*flags, "--assume_mpp", "0.4651162790697674"]) == 0
+    with pytest.raises(ValueError, match="--assume_mpp 0.465116, not --assume_mpp 0.47"):
+        tile.main([*flags, "--assume_mpp", "0.47"])

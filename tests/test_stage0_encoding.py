@@ -15,6 +15,7 @@ from slide_features import read_slide_features, write_slide_features
 from slide_reports import describe_features, making_of, read_records, with_inputs
 from slide_vlm import VLMSettings
 from stage0_tiling import encode as stage0_encode
+from stage0_tiling import tile as stage0_tile
 from stage0_tiling.encoding import encode_slide, encode_slide_with
 from stage0_tiling.plan import TilingSettings
 from stage0_tiling.run_table import RunFolder
@@ -143,7 +144,8 @@ def test_formats_are_found_by_records_and_torn_files_are_made_again(slide, folde
     assert whole.making == alone.making and whole.encoder_fingerprint == alone.encoder_fingerprint
     (tmp_path / "a.json").write_text(json.dumps([{"id": "one.tiff", "report": "Benign."}]))
     records = read_records(tmp_path / "a.json", features_dir=tmp_path / "features")
-    assert records[0].inputs == (path,) and with_inputs(records) == (records, [])
+    usable, problems = with_inputs(records)
+    assert [record.inputs for record in usable] == [(path,)] and not problems
 
     path.write_bytes(path.read_bytes()[:-50])
     encode(slide, tmp_path, folders[:1], "--format", how)
@@ -171,13 +173,14 @@ def short_of_memory(encoder, most, error=torch.OutOfMemoryError):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
 def test_a_batch_that_does_not_fit_is_halved_for_good(slide, caplog, error):
-    expected = encode_slide(slide, make_encoder(), batch_size=16, tile_size=64, mpp=1.0).features
+    expected = encode_slide(slide, make_encoder(), batch_size=16, tile_size=64, mpp=1.0)
     encoder = make_encoder()
     tried = short_of_memory(encoder, 5, error)
     through = TileEncoder(encoder, tile_size=64, batch_size=16)
     for _ in range(2):
-        (found,) = encode_slide_with(slide, [through], TILING)
-        np.testing.assert_allclose(found.features, expected, **ROUNDING)
+        with Slide(slide) as opened:
+            (found,) = encode_slide_with(opened, [through], TILING, expected.coords)
+        np.testing.assert_allclose(found.features, expected.features, **ROUNDING)
     assert tried[:3] == [16, 8, 4] and max(tried[3:]) == 4 == through.batch_size
     assert caplog.text.count("batches of 16 tiles do not fit the memory of cpu; going on with 4") == 1
 
@@ -254,7 +257,8 @@ def test_a_compiled_encoder_sees_one_shape(slide, monkeypatch):
     expected = encode_slide(slide, make_encoder(), tile_size=64, mpp=1.0, batch_size=7)
     monkeypatch.setattr(torch, "compile", compile_eagerly)
     through = TileEncoder(make_encoder(), tile_size=64, batch_size=7, compiled=True)
-    (found,) = encode_slide_with(slide, [through], TILING)
+    with Slide(slide) as opened:
+        (found,) = encode_slide_with(opened, [through], TILING, expected.coords)
     assert compiled == [False] and set(shapes) == {7} and len(found.coords) % 7
     np.testing.assert_allclose(found.features, expected.features, **ROUNDING)
 
@@ -359,3 +363,34 @@ def test_a_slide_without_stains_is_encoded_as_it_is(folders, tmp_path, caplog):
     np.testing.assert_array_equal(found.features, plain.features)
     assert found.making["stain_normalizer"] == "macenko" and plain.making["stain_normalizer"] == "none"
     assert caplog.records[-1].levelno == logging.WARNING
+
+
+def test_a_tiled_slide_is_opened_once_and_its_reader_recorded(slide, folders, tmp_path, monkeypatch):
+    common = ["--slides", str(slide), "--output_dir", str(tmp_path), "--tile_size", "64", "--mpp", "1"]
+    assert stage0_tile.main(common) == 0
+    assert RunFolder(tmp_path).read_state("one").reader == "tiff"
+    opened, init = [], Slide.__init__
+    monkeypatch.setattr(Slide, "__init__", lambda self, *a, **k: opened.append(a) or init(self, *a, **k))
+    assert stage0_encode.main([*common, "--encoder", str(folders[0]), "--reader", "openslide"]) == 0
+    assert len(opened) == 1 and RunFolder(tmp_path).read_state("one").reader == "openslide"
+
+
+def test_an_encoder_that_fails_does_not_cost_the_work_of_the_others(slide, folders, tmp_path, monkeypatch):
+    encode(slide, tmp_path, folders[:1] + folders[2:])
+    first, third = (tmp_path / f"features_{name}" / "one.h5" for name in ("first", "third"))
+    third.unlink()
+    kept = first.stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(TileEncoder, "encode", lambda *_: 1 / 0)
+        encode(slide, tmp_path, folders[:1] + folders[2:], status=1)
+    encode(slide, tmp_path, folders[:1] + folders[2:])
+    assert third.is_file() and first.stat().st_mtime_ns == kept
+    state = RunFolder(tmp_path).read_state("one")
+    assert state.row.status == "done" and set(state.encoded) == {"features_first", "features_third"}
+
+    third.unlink()
+    coords = tmp_path / "coords" / "one.h5"
+    coords.write_bytes(b"torn")  # what the features were made of is not known any more
+    encode(slide, tmp_path, folders[:1] + folders[2:], status=1)
+    encode(slide, tmp_path, folders[:1] + folders[2:])
+    assert third.is_file() and first.stat().st_mtime_ns != kept

@@ -1,5 +1,6 @@
 """Thumbnails, overlays, GeoJSON and the contact sheet of a stage-0 run."""
 
+import errno
 import json
 import os
 import re
@@ -373,6 +374,19 @@ def test_tiles_of_a_slide_that_is_gone_fail_alone(slides, tmp_path):
     folder = RunFolder(out)
     assert folder.path("geojson_tiles", "good").is_file() and not folder.path("geojson_tiles", "gone").exists()
     assert folder.read_state("gone").row.status == "failed"
+
+
+def test_a_disk_that_fills_up_with_tile_squares_is_no_success(slides, tmp_path, monkeypatch):
+    good = slides / "good.tiff"
+    assert run_tile(good, tmp_path) == 0
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tile, "write_tile_squares", full)
+    monkeypatch.setattr(RunFolder, "write_state", full)
+    assert run_tile(good, tmp_path, "--geojson_tiles") == 1
+    assert RunFolder(tmp_path).read_state("good").row.status == "done"
 
 
 def test_leftovers_of_killed_runs_are_removed(tmp_path):

@@ -163,6 +163,23 @@ def test_a_claim_of_another_machine_is_stale_when_its_heart_has_stopped(tmp_path
         assert not list(tmp_path.iterdir())
 
 
+def test_a_process_that_was_taken_over_leaves_the_claim_of_a_third_in_sight(tmp_path):
+    with Claims(tmp_path) as dead, Claims(tmp_path) as slow, Claims(tmp_path) as third, Claims(tmp_path) as other:
+        for claims, deaths in ((dead, 0), (slow, 1), (third, 2)):
+            claim = claims.take("a", after_deaths=True)
+            assert claim.deaths == deaths
+            if claims is not third:
+                elsewhere(claim.path, pid=1 << 22, started=1)
+                os.utime(claim.path, (1, 1))
+            if claims is slow:
+                taken_over = claim
+        slow.settle(taken_over)  # comes to itself again, while the third is at work
+        assert third.is_valid(claim)
+        assert other.take("a", after_deaths=True) is None and other.take("a") is None
+        third.settle(claim)
+        assert not list(tmp_path.iterdir())
+
+
 def test_claims_are_judged_by_the_clock_of_the_file_server(tmp_path, monkeypatch):
     with Claims(tmp_path) as theirs, Claims(tmp_path) as ours:
         claim = theirs.take("a")

@@ -7,11 +7,15 @@ import subprocess
 import sys
 import threading
 
-from stage0_tiling.local_cache import LocalCache, files_of
+from stage0_tiling.local_cache import LocalCache
 from stage0_tiling.run_table import RunFolder, SlideRow, SlideState
+from stage0_tiling.slide import Slide
+from stage0_tiling.slide_files import files_of
 from stage0_tiling.slide_list import find_slides
 from stage0_tiling.slide_run import SlideRun
 from tests.conftest import ROOT
+from tests.dicom_slides import write_dicom_slide
+from tests.slides import DrawnSlide
 
 
 def make(folder, **sizes):
@@ -22,7 +26,7 @@ def make(folder, **sizes):
 
 
 def names(path):
-    return [str(name) for _, name in files_of(path)]
+    return [str(file.relative_to(path.parent)) for file in files_of(path)]
 
 
 def copies(folder):
@@ -33,25 +37,34 @@ def copies(folder):
 def test_a_slide_of_many_files_is_copied_whole(tmp_path):
     source = make(tmp_path / "in", a__svs=10, b__mrxs=5, other__dat=1)
     make(source / "b", Index__dat=3, Slidedat__ini=4)
-    make(source / "dicom", one__dcm=7, two__DCM=8, notes__txt=1)
     (source / "c.vms").write_bytes(
         b"[Virtual Microscope Specimen]\r\nImageFile=c-0.jpg\r\nMapFile=c.map\nMap=../a.svs\n"
     )
     make(source, **{"c-0__jpg": 6, "c__map": 6})
     assert names(source / "a.svs") == ["a.svs"]
     assert names(source / "b.mrxs") == ["b.mrxs", "b/Index.dat", "b/Slidedat.ini"]
-    assert names(source / "dicom" / "two.DCM") == ["two.DCM", "one.dcm"]
     assert names(source / "c.vms") == ["c.vms", "c-0.jpg", "c.map"]
-    assert names(source / "dicom") == ["dicom/notes.txt", "dicom/one.dcm", "dicom/two.DCM"]
     with LocalCache(tmp_path / "cache", bound=1000) as cache:
-        for path in (source / "b.mrxs", source / "c.vms", source / "dicom" / "one.dcm", source / "dicom"):
+        for path in (source / "b.mrxs", source / "c.vms", source / "a.svs"):
             copy = cache.stage(path)
             assert copy.name == path.name and copy.is_relative_to(tmp_path / "cache")
-            for file, name in files_of(path):
-                assert (copy.parent / name).read_bytes() == file.read_bytes()
+            for name in names(path):
+                assert (copy.parent / name).read_bytes() == (source / name).read_bytes()
             assert oct(next((tmp_path / "cache").glob("slidescribe-*")).stat().st_mode)[-3:] == "700"
             cache.drop(copy)
             assert cache.used == 0 and not copies(tmp_path / "cache")
+
+
+def test_a_copy_of_a_dicom_slide_is_of_its_series_alone_and_without_its_label(tmp_path):
+    picture = DrawnSlide(width=600, height=400).draw()[0]
+    ours = write_dicom_slide(tmp_path / "in", "one", picture, 0.5, label=picture[:80, :80])
+    write_dicom_slide(tmp_path / "in", "two", picture, 0.5)
+    with LocalCache(tmp_path / "cache", bound=1 << 30) as cache, Slide(ours[0]) as original:
+        copy = cache.stage(ours[0])
+        assert [path.name for path in sorted(copy.parent.iterdir())] == ["one_level0.dcm", "one_level1.dcm"]
+        with Slide(copy) as slide:
+            assert slide.num_levels == original.num_levels == 2
+            assert (slide.read_whole(150, 100) == original.read_whole(150, 100)).all()
 
 
 def test_links_are_followed_as_openslide_does_and_no_further(tmp_path):

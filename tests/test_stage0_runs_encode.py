@@ -19,11 +19,11 @@ HOOKED = """
 import os, runpy, sys, time
 import stage0_tiling.encoding as encoding
 encode = encoding.encode_slide_with
-def logged(path, *args, **kwargs):
+def logged(slide, *args, **kwargs):
     with open(os.environ["ATTEMPTS"], "a") as log:
-        print(path.stem, file=log)
+        print(slide.path.stem, file=log)
     time.sleep(float(os.environ.get("SLOW", 0)))
-    return encode(path, *args, **kwargs)
+    return encode(slide, *args, **kwargs)
 encoding.encode_slide_with = logged
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

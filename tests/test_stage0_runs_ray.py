@@ -9,9 +9,12 @@ from collections import Counter
 import pytest
 
 from stage0_tiling import encode as stage0_encode
+from stage0_tiling.run_table import RunFolder
 from stage0_tiling.slide_work import encode_tiled
 from tests import test_stage0_runs_encode as plain_runs
 from tests.test_stage0_runs_encode import content, flags
+
+SLOW_S = 0.1  # least time that encoding a slide takes
 
 slides, encoder, plain = plain_runs.slides, plain_runs.encoder, plain_runs.plain
 ray = pytest.importorskip("ray", reason="Ray is an optional extra: pip install -e '.[ray]'")
@@ -38,8 +41,11 @@ def encode(cluster, slides, folder, encoder, *more):
 def watch(monkeypatch, log, wait_for):
     """Log which slide is encoded on which machine, wait for a machine to join in, and let a slide kill its process."""
 
-    def watched(entry, *args, **kwargs):
+    def watched(entry, folder, *args, **kwargs):
         import ray
+
+        # as a file server may answer a machine that asked for the state of this slide before there was one
+        folder.read_state = lambda slide_id: None
 
         with open(log, "a") as file:
             print(entry.slide_id, here := ray.get_runtime_context().get_node_id(), file=file)
@@ -48,7 +54,8 @@ def watch(monkeypatch, log, wait_for):
             time.sleep(0.02)
         if entry.slide_id == "slide_deadly":
             os.kill(os.getpid(), 9)
-        return encode_tiled(entry, *args, **kwargs)
+        time.sleep(SLOW_S)
+        return encode_tiled(entry, folder, *args, **kwargs)
 
     log.touch()
     monkeypatch.setattr(stage0_encode, "encode_tiled", watched)
@@ -87,6 +94,8 @@ def test_a_lost_machine_and_a_deadly_slide_cost_no_other(
     assert Counter(name for name, _ in lines) == Counter([*(p.stem for p in own.iterdir()), "slide_deadly", *lost])
     assert content(out)[0] == content(plain)[0]
     assert not list((out / "claims").iterdir())
+    rows = [RunFolder(out).read_state(path.stem).row for path in slides.iterdir()]
+    assert min(row.seconds for row in rows) > SLOW_S, "of the work, not of waiting for it"
 
 
 def test_an_encoder_that_differs_elsewhere_is_refused(cluster, slides, encoder, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -10,11 +11,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from encoders import load_encoder
+from inference.generate import check_input
 from slide_features import read_slide_coords
+from slide_vlm import VLMSettings
 from stage0_tiling import tile as stage0_tile
+from stage0_tiling.encoding import encode_slide
 from stage0_tiling.segmenter import BATCH_SIZE, PRESETS, _build, load_segmenter, segment
 from stage0_tiling.slide import Slide
 from stage0_tiling.tissue import find_tissue
+from stage0_tiling.tissue_sources import TissueSources
 from tests.conftest import run_command
 from tests.slides import DrawnSlide
 
@@ -204,3 +210,32 @@ def test_a_preset_without_its_checkpoint_is_refused(drawn, tmp_path):
         stage0_tile.main(
             ["--slides", str(drawn), "--output_dir", str(tmp_path), "--segmenter_preset", "grandqc-tissue"]
         )
+
+
+def test_a_new_slide_is_segmented_as_those_of_training_or_refused(drawn, tmp_path):
+    script = write_script(tmp_path, Local(), mpp=4.0)
+    arguments = ["--slides", drawn, "--output_dir", tmp_path / "out", "--tile_size", 64, "--mpp", 1, "--icc"]
+    assert stage0_tile.main([str(word) for word in (*arguments, "--segmenter", script)]) == 0
+    planned = read_slide_coords(tmp_path / "out" / "coords" / "s.h5").coords
+    name = load_segmenter(script).name
+    model_args = {"img_size": 32, "patch_size": 16, "depth": 1, "embed_dim": 8, "num_heads": 1}
+    encoder = load_encoder("vit_tiny_patch16_224", pretrained=False, model_args=model_args)
+    tiling = {"tile_size": 64, "mpp": 1.0, "segmenter": name}
+    with pytest.raises(ValueError, match=f"the network {name}: say with --segmenter where it lies"):
+        encode_slide(drawn, encoder, **tiling)
+    found = encode_slide(drawn, encoder, **tiling, sources=TissueSources(segmenter=script))
+    np.testing.assert_array_equal(found.coords, planned)
+    assert found.more_making["segmenter"] == name
+    assert len(planned) != len(encode_slide(drawn, encoder, tile_size=64, mpp=1.0).coords), "otsu finds others"
+
+    given = SimpleNamespace(segmenter=None, segmenter_preset=None, slide=[str(drawn)], features=None, image=None)
+    given.assume_mpp, model = None, VLMSettings("llm", 8, tiling=tiling)
+    with pytest.raises(ValueError, match="say with --segmenter where it lies"):
+        check_input(given, model)
+    given.segmenter = str(script)
+    check_input(given, model)
+    with pytest.raises(ValueError, match="to be found without a network"):
+        check_input(given, replace(model, tiling={}))
+    given.segmenter = str(write_weights(tmp_path / "other", mpp=8.0)[0])
+    with pytest.raises(ValueError, match=f"is the network unet#.*, not {name}"):
+        check_input(given, model)
