@@ -46,7 +46,7 @@ class TilePool(nn.Module):
         self, features: Tensor, cells: Tensor, tile_mask: Tensor | None = None, *, tokens: str = "slide"
     ) -> Tensor:
         """Turn (B, N, D) into (B, 1, D) float32; `cells` is not looked at."""
-        _check_tokens(self.kind, tokens)
+        check_tokens(self, tokens)
         features, mask_BN1 = features.float(), _real(features, tile_mask)[..., None]
         if self.kind == "max":
             return features.masked_fill(~mask_BN1, -torch.inf).amax(dim=1, keepdim=True)
@@ -99,7 +99,7 @@ class GatedAttention(nn.Module):
         self, features: Tensor, cells: Tensor, tile_mask: Tensor | None = None, *, tokens: str = "slide"
     ) -> Tensor:
         """Turn (B, N, D) into (B, K, E); `cells` is not looked at."""
-        _check_tokens("abmil", tokens)
+        check_tokens(self, tokens)
         projected = self._project(features)
         return self._weights(projected, _real(features, tile_mask)) @ projected
 
@@ -281,9 +281,14 @@ def _download(repository: str, filename: str) -> Path:
         return Path(hf_hub_download(repository, filename))
 
 
-def _check_tokens(name: str, tokens: str) -> None:
-    if tokens != "slide":
-        raise ValueError(f"slide encoder {name} gives slide tokens only, not tokens {tokens}: use LongNet")
+def check_tokens(encoder: nn.Module, tokens: str) -> None:
+    """Refuse what a slide encoder does not give.
+
+    Raises:
+        ValueError: if `tokens` is not `slide`, and the encoder is no LongNet.
+    """
+    if tokens != "slide" and not isinstance(encoder, LongNet):
+        raise ValueError(f"slide encoder {encoder.name} gives slide tokens only, not tokens {tokens}: use LongNet")
 
 
 def _real(features: Tensor, tile_mask: Tensor | None) -> Tensor:

@@ -75,10 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from accelerator_setup import runs_on_cpu
-    from slide_encoders import load_slide_encoder, slide_fingerprint
+    from slide_encoders import check_tokens, load_slide_encoder, slide_fingerprint
 
     device = torch.device("cpu" if runs_on_cpu() else torch.accelerator.current_accelerator())
     encoder = load_slide_encoder(args.slide_encoder).to(device)
+    check_tokens(encoder, args.tokens)
     check_width(encoder, paths)
     fingerprint = slide_fingerprint(encoder)
     folder = output_folder(args.output_dir, encoder.name, args.tokens)

@@ -17,7 +17,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from slide_features import FEATURE_SUFFIXES, atomic_path, count_tiles
+from pydantic import TypeAdapter, ValidationError
+
+from slide_features import FEATURE_SUFFIXES, atomic_path, count_tiles, read_slide_coords
 from stage0_tiling.claims import Claims
 from stage0_tiling.contact_sheet import write_contact_sheet
 from stage0_tiling.plan import TilingSettings
@@ -70,6 +72,7 @@ class SlideState:
             tolerance, so that slides of several readers share a folder. None in folders of earlier versions.
         recorded_by: the claim under which this was recorded; tells a new failure from one of an earlier run.
         deaths: how many processes had died at the slide when it was given up; else 0.
+        num_bytes: size of the slide's file when it was tiled; None in folders of earlier versions.
     """
 
     row: SlideRow
@@ -78,11 +81,15 @@ class SlideState:
     reader: str | None = None
     recorded_by: str | None = None
     deaths: int = 0
+    num_bytes: int | None = None
 
     @property
     def is_deadly(self) -> bool:
         """Whether the slide was given up because processes died at it."""
         return self.deaths >= MAX_DEATHS
+
+
+STORED_STATE = TypeAdapter(SlideState)
 
 
 class RunFolder:
@@ -105,20 +112,18 @@ class RunFolder:
         path = self.path("state", slide_id)
         try:
             stored = json.loads(path.read_text())
-            tiling = TilingSettings(**stored["tiling"]) if stored["tiling"] else None
-            return SlideState(
-                SlideRow(**stored["row"]),
-                tiling,
-                _encoded(stored),
-                stored.get("reader"),
-                stored.get("recorded_by"),
-                stored.get("deaths", 0),
-            )
+            encoded = _encoded(stored)
+            known = {field.name: stored[field.name] for field in fields(SlideState) if field.name in stored}
+            return STORED_STATE.validate_python(known | {"encoded": encoded})
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
-            logger.warning("%s is not readable (%s); its slide is done again", path, error)
-            return None
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error)
+        logger.warning("%s is not readable (%s); its slide is done again", path, reason)
+        return None
 
     def write_state(self, state: SlideState) -> None:
         """Record a slide, atomically."""
@@ -158,11 +163,13 @@ class RunFolder:
             if owner := claims.owner(entry.slide_id):
                 raise ValueError(f"--overwrite: {entry.slide_id} is in work ({owner}): wait for it, or stop it")
         for entry in entries:
+            state = self.read_state(entry.slide_id)
+            names = {"features", *(state.encoded if state else ())}
             for kind in reversed(OUTPUTS):  # the state first: without it the rest counts as missing
                 self.path(kind, entry.slide_id).unlink(missing_ok=True)
-            for folder in self._feature_folders():
+            for name in names:
                 for suffix in (*FEATURE_SUFFIXES, ".pt.json"):
-                    (folder / f"{entry.slide_id}{suffix}").unlink(missing_ok=True)
+                    self.features_path(name, entry.slide_id, suffix).unlink(missing_ok=True)
             claims.forget(entry.slide_id)
 
     def remove_leftovers(self, entry: SlideEntry) -> None:
@@ -194,7 +201,26 @@ class RunFolder:
         state = self.read_state(entry.slide_id)
         if state is not None and state.row.status == "failed":
             return not state.is_deadly
-        return not self.is_tiled(state)
+        return not self.is_tiled(state) or self.is_changed(state, entry) or not self._has_its_tiles(state)
+
+    def is_changed(self, state: SlideState, entry: SlideEntry) -> bool:
+        """Whether the slide's file is another than the one that was tiled, by its size."""
+        try:
+            changed = state.num_bytes is not None and entry.path.stat().st_size != state.num_bytes
+        except OSError:  # it is named when it is opened
+            return False
+        if changed:
+            logger.warning("%s is another file than when it was tiled; it is done again", entry.slide_id)
+        return changed
+
+    def _has_its_tiles(self, state: SlideState) -> bool:
+        """Whether the coords file is whole."""
+        if state.row.n_tiles == 0:
+            return True
+        try:
+            return len(read_slide_coords(self.path("coords", state.row.slide_id)).coords) == state.row.n_tiles
+        except (ValueError, OSError):
+            return False
 
     def lacks_tile_squares(self, entry: SlideEntry) -> bool:
         """Whether a slide has tiles, but not as GeoJSON."""

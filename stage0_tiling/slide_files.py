@@ -78,7 +78,11 @@ def files_of(path: Path) -> list[Path]:
 def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
     """Each folder with the names of its files, but for hidden ones and those that hold no slides of their own."""
     seen = set()
-    for folder, below, names in os.walk(top, followlinks=True):
+
+    def skip(error: OSError) -> None:
+        logger.warning("%s cannot be looked through (%s); its slides are left out", error.filename, error.strerror)
+
+    for folder, below, names in os.walk(top, onerror=skip, followlinks=True):
         here = Path(folder)
         if (real := os.path.realpath(folder)) in seen or any(name.lower() == MIRAX_INDEX for name in names):
             below.clear()  # a link in a circle, or the parts of a MIRAX slide

@@ -61,7 +61,7 @@ def tile_slide(
             )
         else:
             logger.warning("%s: %s", entry.slide_id, why_empty(plan, settings))
-        return SlideState(row, tiling=settings, reader=slide.reader)
+        return SlideState(row, tiling=settings, reader=slide.reader, num_bytes=entry.path.stat().st_size)
 
 
 def tile_if_missing(entry: SlideEntry, folder: RunFolder, settings: TilingSettings, **how: Any) -> SlideState | None:
@@ -74,7 +74,8 @@ def tile_if_missing(entry: SlideEntry, folder: RunFolder, settings: TilingSettin
         return None
     known, before = folder.read_state(entry.slide_id), _tiles_of(folder, entry)
     state = tile_slide(entry, folder, settings, **how)
-    if known and known.tiling == settings and before is not None and np.array_equal(before, _tiles_of(folder, entry)):
+    is_same = known and (known.tiling, known.num_bytes) == (settings, state.num_bytes)
+    if is_same and before is not None and np.array_equal(before, _tiles_of(folder, entry)):
         return replace(state, encoded=known.encoded)
     return state
 

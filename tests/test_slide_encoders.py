@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import slide_encoders
 from encoders import load_encoder
 from longnet import LongNet, attend, attend_plainly, dilated_attention, sincos_positions
-from slide_encoders import GatedAttention, TilePool, load_slide_encoder, save_slide_encoder, tile_cells
+from slide_encoders import GatedAttention, TilePool, check_tokens, load_slide_encoder, save_slide_encoder, tile_cells
 from slide_features import read_slide_features, write_slide_features
 from stage0_tiling import encode_slides
 from tests.conftest import ROOT, run_command
@@ -484,3 +484,8 @@ def test_the_documentation_names_every_slide_encoder():
         "arxiv.org/abs/1802",
     ):
         assert word in text, word
+
+
+def test_tokens_that_an_encoder_does_not_give_are_refused_before_work():
+    with pytest.raises(ValueError, match="slide encoder mean gives slide tokens only, not tokens all: use LongNet"):
+        check_tokens(load_slide_encoder("mean"), "all")

@@ -353,3 +353,39 @@ def test_real_and_bad_slides(tmp_path):
         "no_tissue": ("empty", ""),
     }
     assert not any("label" in str(path) or "macro" in str(path) for path in Path(tmp_path).rglob("*"))
+
+
+def tile(slides, folder, status=0):
+    return run_command("stage0_tiling/tile.py", "--slides", slides, "--output_dir", folder, *TILING, status=status)
+
+
+def test_another_slide_under_the_same_name_and_broken_records_are_done_again(tmp_path):
+    (tmp_path / "slides").mkdir()
+    path = tmp_path / "slides" / "a.tiff"
+    DrawnSlide(width=512, height=512, num_levels=1, seed=1).write(path)
+    tile(path, tmp_path / "out")
+    first = int(table(tmp_path / "out")["a"]["n_tiles"])
+    DrawnSlide(width=1024, height=768, num_levels=1, seed=2).write(path)
+    again = tile(path, tmp_path / "out")
+    assert "a is another file than when it was tiled" in again.stderr
+    assert int(table(tmp_path / "out")["a"]["n_tiles"]) > first
+    assert "1 slides, 0 of them to tile" in tile(path, tmp_path / "out").stderr
+
+    coords = tmp_path / "out" / "coords" / "a.h5"
+    whole = coords.read_bytes()
+    coords.write_bytes(whole[:1000])
+    assert "1 slides, 1 of them to tile" in tile(path, tmp_path / "out").stderr
+    assert len(read_slide_coords(coords).coords) == int(table(tmp_path / "out")["a"]["n_tiles"])
+
+    state = tmp_path / "out" / "state" / "a.json"
+    state.write_text(state.read_text().replace('"width": 1024', '"width": "wide"'))
+    assert "a.json is not readable (row.width" in tile(path, tmp_path / "out").stderr
+
+
+def test_overwrite_leaves_other_folders_of_features_alone(slides, encoder, tmp_path):
+    backup = tmp_path / "features_backup" / "good_0.h5"
+    backup.parent.mkdir()
+    backup.write_bytes(b"mine")
+    run_command("stage0_tiling/encode.py", *flags(slides / "good_0.tiff", tmp_path, encoder))
+    run_command("stage0_tiling/encode.py", *flags(slides / "good_0.tiff", tmp_path, encoder, "--overwrite"))
+    assert backup.read_bytes() == b"mine"
