@@ -27,7 +27,8 @@ class FixedRMSNorm(nn.Module):
 class BoundedScale(nn.Module):
     """One learned scale on all tokens, between ``low`` and ``high``, that begins in the middle.
 
-    The gamma of WSI-LLaVA: a sigmoid bounds it, so that training cannot blow visual tokens up beyond the text.
+    The gamma of a WSI-LLaVA (github.com/Desperadodo/UCL_2025_FYP, after Liang et al. 2025): a sigmoid bounds it, so
+    that training cannot blow visual tokens up beyond the text.
     """
 
     def __init__(self, low: float = 0.5, high: float = 1.5):
@@ -53,7 +54,7 @@ def build_projector(name: str, token_width: int, llm_width: int, output_rms: flo
               2024)
             - ``ln_mlp{n}x_gelu``, the same behind a LayerNorm (InternVL's, Chen et al. 2024)
             - ``mlp{n}x_gelu_gamma``, with a LayerNorm after each linear layer but the last and :class:`BoundedScale` on
-              the normalised output (WSI-LLaVA, Liang et al. 2025)
+              the normalised output
         token_width: R, the width of the tokens.
         llm_width: H, the hidden width of the language model.
         output_rms: root mean square of every visual token, before a learned scale.

@@ -40,8 +40,8 @@ class EvenlySpaced(nn.Module):
 class PromptTopK(nn.Module):
     """``prompt_topk``: the patch tokens that are closest to the question, in their own order.
 
-    The prompt-based top-K of WSI-LLaVA (Liang et al. 2025) with :func:`closeness`. The choice itself has no gradient;
-    the tokens that are chosen have.
+    The prompt-based top-K of a WSI-LLaVA (github.com/Desperadodo/UCL_2025_FYP, after Liang et al. 2025), with
+    :func:`closeness`. The choice itself has no gradient; the tokens that are chosen have.
     """
 
     def __init__(self, width: int, num_tokens: int):
