@@ -112,6 +112,13 @@ class SlideFeatures:
         said = {name: getattr(self, name, None) for name in MAKING_FACTS} | dict(self.more_making)
         return with_unsaid(said)
 
+    @property
+    def um_per_px(self) -> float | None:
+        """Microns of a level-0 pixel, the unit of `coords`; None if the file does not say how large its tiles are."""
+        if self.mpp is None or not self.tile_size or not self.patch_size_level0:
+            return None
+        return float(self.mpp * self.tile_size / self.patch_size_level0)
+
 
 @dataclass(frozen=True)
 class SlideCoords:

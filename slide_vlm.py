@@ -1,4 +1,4 @@
-"""SlideVLM: an optional image encoder, a reducer, a projector and a causal language model as one module.
+"""SlideVLM: an optional image encoder, position codes, a reducer, a projector and a causal language model, one module.
 
 Patch tokens become visual tokens, which take the place of the placeholder in the embedded prompt. Any Hugging Face
 causal language model works; the one way in which Gemma-3n differs (its per-layer embeddings) is in
@@ -26,11 +26,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from encoders import ImageEncoder, load_encoder
 from language_model import fingerprint, llm_width, load_llm, load_tokenizer
-from projectors import build_projector, build_reducer
+from projectors import (
+    PROMPT_TOPK,
+    UM_PER_IMAGE_PATCH,
+    UNKNOWN_UM_PER_PX,
+    build_position_codes,
+    build_projector,
+    build_reducer,
+    closeness,
+)
 
 FORMAT_VERSION = 1
 IGNORED_LABEL = -100
 IMAGE_MARKER = -200  # stands in a batch's input_ids for a whole slide or image; no tokenizer gives a negative id
+VISUAL_PARTS = ("position_codes", "reducer", "projector")  # what stage 1 trains
 LOGIT_CHUNK = 512  # supervised positions whose logits exist at one time: 0.5 GB in float32 at a vocabulary of 262,400
 
 
@@ -42,6 +51,7 @@ class VLMSettings:
     patch_width: int
     projector: str = "mlp2x_gelu"
     token_reducer: str = "none"
+    position_codes: str = "none"
     num_visual_tokens: int = 256
     output_rms: float = 1.0
     placeholder_id: int = 0
@@ -98,7 +108,8 @@ class SlideVLM(nn.Module):
     another in the order of their markers: either ``patch_tokens`` (I, N, E) with ``coords`` (I, N, 2) int64 and
     ``patch_mask`` (I, N) bool, or ``pixel_values`` (I, 3, height, width) for the encoder; ``chosen_patches`` (I, N)
     int64, padded with -1, keeps some of their patch tokens. ``visual_budgets`` (I,) int64 is the share of each input in
-    its case's visual tokens; without, each has them all.
+    its case's visual tokens; without, each has them all. Position codes take ``um_per_px`` (I,) float32; the reducer
+    ``prompt_topk`` needs ``question_ids`` and ``question_mask`` (B, Q): the question's tokens alone.
     """
 
     def __init__(
@@ -110,9 +121,10 @@ class SlideVLM(nn.Module):
         super().__init__()
         self.settings = settings
         self.encoder = encoder
+        self.position_codes = build_position_codes(settings.position_codes, settings.patch_width)
         self.reducer = build_reducer(settings.token_reducer, settings.patch_width, settings.num_visual_tokens)
         self.projector = build_projector(
-            settings.projector, settings.patch_width, llm_width(llm), output_rms=settings.output_rms
+            settings.projector, self.reducer.output_width, llm_width(llm), output_rms=settings.output_rms
         )
         self.llm = llm
         self.checkpoint_layers = False
@@ -125,8 +137,13 @@ class SlideVLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the projector is, and batches must be."""
-        return next(self.projector.parameters()).device
+        """Where the model is, and batches must be."""
+        return next(self.parameters()).device
+
+    @property
+    def visual_dtype(self) -> torch.dtype:
+        """In which patch tokens are reduced and projected."""
+        return next((parameter.dtype for parameter in self.projector.parameters()), torch.float32)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Negative log-likelihood of each supervised token, (S,) float32; S may be 0."""
@@ -150,10 +167,21 @@ class SlideVLM(nn.Module):
                 coords, patch_mask = coords.gather(1, rows.expand(-1, -1, 2)), batch["chosen_patches"] >= 0
         else:
             patch_tokens, coords, patch_mask = batch["patch_tokens"], batch["coords"], batch["patch_mask"]
-        weight = next(self.projector.parameters())
-        budgets = batch.get("visual_budgets")
-        tokens, token_mask = self.reducer(patch_tokens.to(weight.dtype), coords, patch_mask, budgets)
-        return self.projector(tokens.to(weight.dtype)), token_mask
+        um_per_unit = UM_PER_IMAGE_PATCH if "pixel_values" in batch else batch.get("um_per_px", UNKNOWN_UM_PER_PX)
+        patch_tokens = self.position_codes(patch_tokens.to(self.visual_dtype), coords, patch_mask, um_per_unit)
+        guide = {}
+        if self.settings.token_reducer == PROMPT_TOPK:
+            guide["closeness"] = closeness(self.projector, patch_tokens, self._question_vectors(batch))
+        tokens, token_mask = self.reducer(patch_tokens, coords, patch_mask, batch.get("visual_budgets"), **guide)
+        return self.projector(tokens.to(self.visual_dtype)), token_mask
+
+    def _question_vectors(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean embedding of the question that each input is asked, (I, H) float32."""
+        assert "question_ids" in batch, f"{PROMPT_TOPK} needs the question's tokens"
+        mask = batch["question_mask"].unsqueeze(-1)
+        embeds = self.base_llm.get_input_embeddings()(batch["question_ids"]).float()
+        means = (embeds * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return means.repeat_interleave((batch["input_ids"] == IMAGE_MARKER).sum(1), dim=0)
 
     def _encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Patch tokens (I, N, E) of images, their coordinates in patches and their mask."""
@@ -242,7 +270,7 @@ class SlideVLM(nn.Module):
         only then do they recompute.
         """
         super().train(mode)
-        for part in (self.encoder, self.reducer, self.projector, self.llm):
+        for part in (self.encoder, *(getattr(self, name) for name in VISUAL_PARTS), self.llm):
             if part is None or not mode:
                 continue
             if not any(parameter.requires_grad for parameter in part.parameters()):
@@ -270,7 +298,7 @@ class SlideVLM(nn.Module):
         ::
 
             folder/vlm.json
-            folder/projector/model.safetensors   projector and reducer
+            folder/projector/model.safetensors   projector, reducer and position codes
             folder/adapter/                      when the language model wears one
             folder/language_model/               when weights of its own learned
             folder/encoder/                      when it learned
@@ -283,7 +311,7 @@ class SlideVLM(nn.Module):
         self.settings.write(temporary)
         projector_state = {
             f"{name}.{key}": value.detach().cpu().contiguous()
-            for name in ("projector", "reducer")
+            for name in VISUAL_PARTS
             for key, value in getattr(self, name).state_dict().items()
         }
         save_file(projector_state, temporary / "projector" / "model.safetensors", metadata={"format": "pt"})
@@ -302,7 +330,7 @@ class SlideVLM(nn.Module):
         shutil.rmtree(outdated, ignore_errors=True)
 
     def load_projector(self, folder: str | Path) -> None:
-        """Load projector and reducer from a result folder.
+        """Load projector, reducer and position codes from a result folder.
 
         Raises:
             FileNotFoundError: the folder has no projector.
@@ -315,7 +343,7 @@ class SlideVLM(nn.Module):
             state = load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path}: is damaged ({error}); copy the folder anew") from error
-        for name in ("projector", "reducer"):
+        for name in VISUAL_PARTS:
             part = {key[len(name) + 1 :]: value for key, value in state.items() if key.startswith(name + ".")}
             try:
                 getattr(self, name).load_state_dict(part)

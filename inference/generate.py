@@ -62,8 +62,10 @@ def main() -> int:
     paths = args.slide or args.features or args.image
     prompt = Prompt(**settings.prompt)
     prompt_ids = prompt.question_ids(tokenizer, question, settings.max_question_tokens, num_images=len(paths))
+    bare_ids = prompt.bare_question_ids(tokenizer, question, settings.max_question_tokens)
     case = read_case_of(args, model)
-    sample = {"input_ids": prompt_ids, "labels": [IGNORED_LABEL] * len(prompt_ids), **case}
+    labels = [IGNORED_LABEL] * len(prompt_ids)
+    sample = {"input_ids": prompt_ids, "labels": labels, "question_ids": bare_ids, **case}
     decoding = {name: getattr(args, name) for name in ("num_beams", "max_new_tokens", "length_penalty")}
     ((report, score),) = answer_samples(model, tokenizer, [sample], **decoding)
     if args.json:

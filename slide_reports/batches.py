@@ -94,7 +94,7 @@ class ReportDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """Token ids and labels (T,), and what :func:`read_case` or :func:`read_images` gives.
+        """Token ids and labels (T,), the first question's ids, and what :func:`read_case` or :func:`read_images` gives.
 
         Raises:
             ValueError: the input cannot be read; with ``skip_bad_inputs``, no input can.
@@ -115,6 +115,7 @@ class ReportDataset(Dataset):
     def _text(self, record: Record, *, supervised: bool) -> dict[str, list[int]]:
         """Ids and labels of all turns; every answer is supervised, whichever turn it is of."""
         question = record.question or self.question
+        bare_ids = self.prompt.bare_question_ids(self.tokenizer, question, self.max_question_tokens)
         ids = self.prompt.question_ids(self.tokenizer, question, self.max_question_tokens, len(record.inputs))
         labels = [IGNORED_LABEL] * len(ids)
         for number, (question, text) in enumerate(record.turns):
@@ -124,7 +125,7 @@ class ReportDataset(Dataset):
             if text:
                 answer = self.prompt.answer_ids(self.tokenizer, text, self.max_answer_tokens)
                 ids, labels = ids + answer, labels + (answer if supervised else [IGNORED_LABEL] * len(answer))
-        return {"input_ids": ids, "labels": labels}
+        return {"input_ids": ids, "labels": labels, "question_ids": bare_ids}
 
     def _inputs(self, record: Record, index: int, epoch: int) -> dict[str, Any]:
         """What is drawn depends on seed, epoch and the record's place alone, whichever process and worker reads it."""
@@ -241,6 +242,10 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     batch["input_ids"] = pad(ids, batch_first=True, padding_value=0)
     batch["labels"] = pad(labels, batch_first=True, padding_value=IGNORED_LABEL)
     batch["attention_mask"] = pad([torch.ones_like(row) for row in ids], batch_first=True, padding_value=0)
+    if "question_ids" in samples[0]:
+        questions = [torch.tensor(sample["question_ids"], dtype=torch.long) for sample in samples]
+        batch["question_ids"] = pad(questions, batch_first=True, padding_value=0)
+        batch["question_mask"] = pad([torch.ones_like(row).bool() for row in questions], batch_first=True)
     # The slides or images of all cases follow one another, in the order of their markers.
     batch["visual_budgets"] = torch.cat([sample["visual_budgets"] for sample in samples])
     if "pixel_values" in samples[0]:
@@ -255,6 +260,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch[name] = pad([part.to(widest) for part in parts], batch_first=True)
     masks = [torch.ones(len(part), dtype=torch.bool) for sample in samples for part in sample["coords"]]
     batch["patch_mask"] = pad(masks, batch_first=True, padding_value=False)
+    if "um_per_px" in samples[0]:
+        batch["um_per_px"] = torch.cat([sample["um_per_px"] for sample in samples])
     return batch
 
 

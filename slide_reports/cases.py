@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from projectors import UNKNOWN_UM_PER_PX
 from slide_features import SlideFeatures, choose_patches, count_tiles, raster_order, read_patches
-from slide_reports.inputs import check_making
+from slide_reports.inputs import check_making, um_per_px_of_file
 
 
 def read_case(
@@ -30,7 +31,8 @@ def read_case(
 
     Returns:
         ``patch_tokens`` and ``coords``, a list of (N, E) as stored and one of (N, 2) int64 with an item a slide, and
-        ``visual_budgets`` (I,) int64, the share of each slide in the visual tokens.
+        ``visual_budgets`` (I,) int64, the share of each slide in the visual tokens, and ``um_per_px`` (I,) float32,
+        microns of a level-0 pixel.
 
     Raises:
         ValueError: a slide without patches, or made otherwise than ``expected``; or more slides than visual tokens.
@@ -41,7 +43,7 @@ def read_case(
     for path, share in zip(paths, share_budget(min(num_patches, sum(sizes)), sizes), strict=True):
         slides.append(read_patches(path, rows=lambda coords, share=share: _choose_rows(coords, share, rng)))
         check_making(path, expected or {})
-    return _as_case(slides, share_budget(num_visual_tokens, sizes))
+    return _as_case(slides, share_budget(num_visual_tokens, sizes), [um_per_px_of_file(path) for path in paths])
 
 
 def case_of_slides(slides: Sequence[SlideFeatures], num_patches: int, num_visual_tokens: int) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def case_of_slides(slides: Sequence[SlideFeatures], num_patches: int, num_visual
     for slide, share in zip(slides, share_budget(min(num_patches, sum(sizes)), sizes), strict=True):
         rows = _choose_rows(slide.coords, share, None)
         chosen.append((slide.features[rows], slide.coords[rows]))
-    return _as_case(chosen, share_budget(num_visual_tokens, sizes))
+    return _as_case(chosen, share_budget(num_visual_tokens, sizes), [slide.um_per_px for slide in slides])
 
 
 def read_images(
@@ -128,8 +130,11 @@ def _choose_rows(coords: np.ndarray, budget: int, rng: np.random.Generator | Non
     return np.sort(order[choose_patches(len(order), budget, rng)])
 
 
-def _as_case(slides: Sequence[tuple[np.ndarray, np.ndarray]], budgets: list[int]) -> dict[str, Any]:
+def _as_case(
+    slides: Sequence[tuple[np.ndarray, np.ndarray]], budgets: list[int], um_per_px: list[float | None]
+) -> dict[str, Any]:
     case = {"patch_tokens": [], "coords": [], "visual_budgets": torch.tensor(budgets)}
+    case["um_per_px"] = torch.tensor([um or UNKNOWN_UM_PER_PX for um in um_per_px])
     for features, coords in slides:
         order = raster_order(coords)
         case["patch_tokens"].append(torch.from_numpy(features[order]))

@@ -99,22 +99,29 @@ def check_input(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
 def making_of_file(path: Path) -> dict[str, Any]:
     """How a feature file was made, as far as it says and others must agree."""
     stored = path.stat()
-    return _making_of_version(str(path), stored.st_mtime_ns, stored.st_size)
+    return _making_of_version(str(path), stored.st_mtime_ns, stored.st_size)[0]
+
+
+def um_per_px_of_file(path: Path) -> float | None:
+    """Microns of a level-0 pixel of a feature file's slide; files may differ in it. None if it does not say."""
+    stored = path.stat()
+    return _making_of_version(str(path), stored.st_mtime_ns, stored.st_size)[1]
 
 
 @lru_cache(maxsize=2**15)
-def _making_of_version(path: str, modified_ns: int, num_bytes: int) -> dict[str, Any]:
-    """The same, read once of each version of a file: to read it takes as long as to read 256 patch tokens.
+def _making_of_version(path: str, modified_ns: int, num_bytes: int) -> tuple[dict[str, Any], float | None]:
+    """Both, read once of each version of a file: to read it takes as long as to read 256 patch tokens.
 
     What is known before training begins is known to the processes that load records, which are copies of this one.
     """
     slide = read_slide_features(path, rows=np.array([0]))
-    return {
+    making = {
         "patch_width": slide.features.shape[1],
         "encoder": slide.encoder,
         "encoder_fingerprint": slide.encoder_fingerprint,
         **facts_to_agree_on(slide.making),
     }
+    return making, slide.um_per_px
 
 
 def facts_to_agree_on(making: dict[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,10 @@ class Prompt:
         before_next, after_next = on.split(answer)[1].removeprefix(after_answer).split(question)
         return cls(before_image, after_image, after_answer, _escape(before_next) + "{question}" + _escape(after_next))
 
+    def bare_question_ids(self, tokenizer, question: str, max_question_tokens: int) -> list[int]:
+        """Ids of the question by itself, by which a reducer may choose patch tokens; a long one loses its end."""
+        return tokenizer(question, add_special_tokens=False)["input_ids"][:max_question_tokens]
+
     def question_ids(self, tokenizer, question: str, max_question_tokens: int, num_images: int = 1) -> list[int]:
         """Ids up to the answer, an :data:`IMAGE_MARKER` for each slide or image; a long question loses its end."""
         ids = tokenizer(question, add_special_tokens=False)["input_ids"]

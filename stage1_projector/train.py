@@ -48,6 +48,7 @@ from language_model import (
     load_tokenizer,
     text_embedding_rms,
 )
+from projectors import choose_parts
 from report_loss import evaluation_loss, optimizer_step
 from run_log import RunLog
 from slide_reports import (
@@ -71,8 +72,17 @@ def parse_arguments():
     group.add_argument("--llm_name", required=True, help="Hugging Face causal language model: hub name or folder")
     group.add_argument("--llm_revision", default=None, help="hub revision of --llm_name")
     group.add_argument("--vision_model_name", default=None, help="image encoder for --image_root: name or folder")
-    group.add_argument("--projector", default="mlp2x_gelu", help="linear or mlp{n}x_gelu")
-    group.add_argument("--token_reducer", default="none", help="none (a sample of patches), grid_pool or perceiver")
+    group.add_argument(
+        "--projector",
+        default="mlp2x_gelu",
+        help="linear, identity, mlp{n}x_gelu (ln_ in front, _gamma behind), pixel_shuffle, perceiver or qformer",
+    )
+    group.add_argument(
+        "--token_reducer",
+        default="none",
+        help="none (a sample), grid_pool, adaptive_pool, kmeans, prumerge, prompt_topk, perceiver or qformer",
+    )
+    group.add_argument("--position_codes", default="none", help="none, or sincos of each patch's place in microns")
     group.add_argument(
         "--num_visual_tokens",
         type=PositiveInt,
@@ -122,13 +132,15 @@ def main() -> int:
     llm = load_llm(args.llm_name, revision=args.llm_revision, dtype=llm_dtype)
     encoder = load_encoder(args.vision_model_name) if args.image_root else None
     inputs = describe_encoder(encoder) if encoder else describe_features(train_records[0].inputs[0])
+    projector, reducer = choose_parts(args.projector, args.token_reducer, encoder.patch_grid if encoder else None)
     settings = VLMSettings(
         llm_name=absolute_if_folder(args.llm_name),
         llm_revision=args.llm_revision,
         llm_fingerprint=fingerprint(llm),
         **inputs,
-        projector=args.projector,
-        token_reducer=args.token_reducer,
+        projector=projector,
+        token_reducer=reducer,
+        position_codes=args.position_codes,
         num_visual_tokens=args.num_visual_tokens or default_num_visual_tokens(encoder),
         output_rms=text_embedding_rms(llm),
         placeholder_id=choose_placeholder(llm),
@@ -143,6 +155,9 @@ def main() -> int:
     model.requires_grad_(False)
     model.projector.requires_grad_(True)
     model.reducer.requires_grad_(True)
+    model.position_codes.requires_grad_(True)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"nothing would learn with --projector {args.projector}; add --position_codes sincos")
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
 

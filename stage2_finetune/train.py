@@ -138,6 +138,7 @@ def main() -> int:
     if args.unfreeze_projection_layer:
         model.projector.requires_grad_(True)
         model.reducer.requires_grad_(True)
+        model.position_codes.requires_grad_(True)
     if args.train_ve_first_epoch:
         model.encoder.requires_grad_(True)
         model.encoder_learned = True

@@ -190,6 +190,8 @@ def test_image_records_train_the_encoder_in_epoch_one_only(corpus, tmp_path):
         (1, {"--train_json": "missing.json"}, "missing.json: no such annotation file"),
         (1, {"--features_dir": "nowhere"}, "--features_dir nowhere: no such folder"),
         (1, {"--projector": "q_former"}, "--projector 'q_former' is unknown"),
+        (1, {"--projector": "pixel_shuffle"}, "needs the whole patch grid of an image"),
+        (1, {"--position_codes": "rope"}, "--position_codes 'rope' is unknown"),
         (1, {"--batch_size": 0}, "batch_size"),
         (1, {"--num_epochs": 0}, "num_epochs"),
         (1, {"--resume_from_checkpoint": "latest"}, "no such checkpoint"),

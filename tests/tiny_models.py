@@ -119,7 +119,12 @@ def make_llm(family: str = "gemma3n", seed: int = 0):
 
 
 def make_model(
-    family: str = "gemma3n", token_reducer: str = "none", num_visual_tokens: int = 8, seed: int = 0, encoder=None
+    family: str = "gemma3n",
+    token_reducer: str = "none",
+    num_visual_tokens: int = 8,
+    seed: int = 0,
+    encoder=None,
+    **more_settings,
 ) -> tuple[SlideVLM, PreTrainedTokenizerFast]:
     tokenizer = make_tokenizer()
     llm = make_llm(family, seed)
@@ -133,6 +138,7 @@ def make_model(
         prompt=vars(Prompt.for_tokenizer(tokenizer)),
         question="Write the report.",
         input_kind="images" if encoder else "features",
+        **more_settings,
     )
     return SlideVLM(llm, settings, encoder).eval(), tokenizer
 
@@ -147,6 +153,7 @@ def make_sample(tokenizer, answer: str, num_patches: int, seed: int = 0, questio
     return {
         "input_ids": asked + told,
         "labels": [-100] * len(asked) + told,
+        "question_ids": prompt.bare_question_ids(tokenizer, question, 64),
         "patch_tokens": [torch.randn(num_patches, PATCH_WIDTH, generator=generator)],
         "coords": [torch.stack([index % side, index // side], dim=-1) * 256],
         "visual_budgets": torch.tensor([512]),  # all that the model has
