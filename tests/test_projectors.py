@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from projector_parts.merging import NEIGHBOURS, PruMerge, cluster, count_outliers
+from projector_parts.rows import mean_of_groups
 from projectors import PROMPT_TOPK, REDUCERS, build_projector, build_reducer, choose_parts, closeness
-from projectors.merging import NEIGHBOURS, PruMerge, cluster, count_outliers
-from projectors.rows import mean_of_groups
 
 WIDTH = 6
 ALL_REDUCERS = (*REDUCERS, PROMPT_TOPK, "pixel_shuffle")
@@ -310,7 +310,7 @@ def test_prompt_topk_keeps_the_closest_in_their_own_order():
 
 
 def test_closeness_is_a_cosine_of_projected_tokens_whatever_their_magnitude(monkeypatch):
-    monkeypatch.setattr("projectors.selection.PATCHES_AT_ONCE", 3)
+    monkeypatch.setattr("projector_parts.selection.PATCHES_AT_ONCE", 3)
     torch.manual_seed(0)
     projector = build_projector("mlp2x_gelu_gamma", WIDTH, 10, output_rms=0.02)
     tokens, questions = torch.randn(2, 8, WIDTH, requires_grad=True), torch.randn(2, 10)

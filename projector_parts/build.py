@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from projectors.attention import Perceiver, QFormer
-from projectors.merging import KMeans, PruMerge
-from projectors.pooling import AdaptivePool, GridPool, PixelShuffle
-from projectors.selection import PROMPT_TOPK, EvenlySpaced, PromptTopK
+from projector_parts.attention import Perceiver, QFormer
+from projector_parts.merging import KMeans, PruMerge
+from projector_parts.pooling import AdaptivePool, GridPool, PixelShuffle
+from projector_parts.selection import PROMPT_TOPK, EvenlySpaced, PromptTopK
 
 # What needs patch tokens alone; prompt_topk asks for the question as well, pixel_shuffle for the grid of an image.
 REDUCERS = ("none", "grid_pool", "adaptive_pool", "kmeans", "prumerge", "perceiver", "qformer")

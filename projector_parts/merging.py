@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from projectors.rows import budget_column, mean_of_groups, reduce_each
+from projector_parts.rows import budget_column, mean_of_groups, reduce_each
 
 KMEANS_ROUNDS = 10
 NEIGHBOURS = 32  # pruned tokens that each kept one takes in

@@ -12,13 +12,13 @@ in front of the reducer. One reducer, ``prompt_topk``, also takes how close each
 Shapes: B batch, N patches, K visual tokens, E patch token width, R reducer's output width, H language model width.
 """
 
-from projectors.attention import Perceiver, QFormer
-from projectors.build import REDUCERS, build_reducer, choose_parts
-from projectors.merging import KMeans, PruMerge, distance_to_mean
-from projectors.per_token import BoundedScale, FixedRMSNorm, build_projector
-from projectors.pooling import AdaptivePool, GridPool, PixelShuffle
-from projectors.positions import UM_PER_IMAGE_PATCH, UNKNOWN_UM_PER_PX, PositionCodes, build_position_codes
-from projectors.selection import PROMPT_TOPK, EvenlySpaced, PromptTopK, closeness
+from projector_parts.attention import Perceiver, QFormer
+from projector_parts.build import REDUCERS, build_reducer, choose_parts
+from projector_parts.merging import KMeans, PruMerge, distance_to_mean
+from projector_parts.per_token import BoundedScale, FixedRMSNorm, build_projector
+from projector_parts.pooling import AdaptivePool, GridPool, PixelShuffle
+from projector_parts.positions import UM_PER_IMAGE_PATCH, UNKNOWN_UM_PER_PX, PositionCodes, build_position_codes
+from projector_parts.selection import PROMPT_TOPK, EvenlySpaced, PromptTopK, closeness
 
 __all__ = [
     "PROMPT_TOPK",

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from projectors.rows import budget_column, mean_of_groups, real_first, reduce_each
-from projectors.selection import EvenlySpaced
+from projector_parts.rows import budget_column, mean_of_groups, real_first, reduce_each
+from projector_parts.selection import EvenlySpaced
 
 
 class GridPool(nn.Module):

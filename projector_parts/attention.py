@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from projectors.rows import budget_column
+from projector_parts.rows import budget_column
 
 HEAD_WIDTH = 64
 QFORMER_WIDTH = 768

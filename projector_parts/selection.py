@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from projectors.rows import budget_column, gather_rows, real_first
+from projector_parts.rows import budget_column, gather_rows, real_first
 
 PROMPT_TOPK = "prompt_topk"
 PATCHES_AT_ONCE = 2048  # of each row, projected to be compared with the question
