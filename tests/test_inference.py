@@ -130,7 +130,10 @@ def test_generate_refuses_in_one_line(model, flags, message):
 
 
 def test_interrupted_prediction_says_so_and_leaves_with_130(corpus, model, tmp_path):
-    flags = predict_flags(corpus, model, tmp_path / "p.json", **{"--batch_size": 1, "--max_new_tokens": 60})
+    many = tmp_path / "many.json"
+    many.write_text(json.dumps(50 * json.loads(corpus.reports.read_text())))
+    more = {"--batch_size": 1, "--max_new_tokens": 60, "--test_json": many}
+    flags = predict_flags(corpus, model, tmp_path / "p.json", **more)
     process = subprocess.Popen(
         command(*flags), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
     )

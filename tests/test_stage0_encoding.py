@@ -391,6 +391,5 @@ def test_an_encoder_that_fails_does_not_cost_the_work_of_the_others(slide, folde
     third.unlink()
     coords = tmp_path / "coords" / "one.h5"
     coords.write_bytes(b"torn")  # what the features were made of is not known any more
-    encode(slide, tmp_path, folders[:1] + folders[2:], status=1)
     encode(slide, tmp_path, folders[:1] + folders[2:])
     assert third.is_file() and first.stat().st_mtime_ns != kept
