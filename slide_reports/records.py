@@ -82,9 +82,7 @@ def _record(
     where: str, draft: Draft, folders: Folders | None, group_pattern: str | None, revised: dict[str, str]
 ) -> Record:
     inputs = tuple(folders.locate(where, draft.kind, name) for name in draft.names) if folders else ()
-    group = draft.group
-    if not group:
-        group = patient_of(slide_id_of(draft.id) if draft.kind != "image" else Path(draft.names[0]).stem, group_pattern)
+    group = draft.group or patient_of(draft.case, group_pattern)
     (question, answer), *later = draft.turns
     if revised and not later:
         answer = revised.get(draft.id, revised.get(slide_id_of(draft.id), answer))

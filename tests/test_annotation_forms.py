@@ -192,7 +192,31 @@ def test_patients_by_pattern_or_field(tmp_path, roots):
     rows = [{"id": "H23-001-A.svs", "report": "x"}, {"id": "H23-001-B.svs", "report": "x", "patient_id": "someone"}]
     first, second = read(tmp_path, roots, rows, group_pattern=r"^(H\d+-\d+)")
     assert (first.group, second.group) == ("H23-001", "someone")
+    assert patient_of("ab12", r"(x)|\d+") == "ab12"
     assert patient_of("ab12", r"\d+") == "12" and patient_of("ab", r"\d+") == "ab"
+
+
+def test_records_of_one_slide_have_one_patient_in_every_form(tmp_path, roots):
+    said = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "x"}]
+    talks = [{"id": i, "image": f"sub/TCGA-A2-A0D2-0{i}Z.pt", "conversations": said} for i in (1, 2)]
+    assert {r.group for r in read(tmp_path, roots, talks)} == {"TCGA-A2-A0D2"}
+    talks = [{"id": i, "image": "sub/slide.pt", "conversations": said} for i in (1, 2)]
+    assert len({r.group for r in read(tmp_path, roots, talks)}) == 1
+    table = "h5_path,caption\nsub/PIT_01_00020_01.h5,x\nPIT_01_00020_02.h5,x\n"
+    assert {r.group for r in read(tmp_path, roots, table, "a.csv")} == {"PIT_01_00020"}
+    (tile,) = read(tmp_path, roots, [{"image": "PIT_01_00020_01/tile_7.png", "caption": "x"}])
+    assert tile.group == "PIT_01_00020"
+    numbered = [{"id": f"s{i}", "report": "x", "patient_id": 0} for i in range(2)]
+    assert {r.group for r in read(tmp_path, roots, numbered)} == {"0"}
+
+
+def test_cases_whose_images_have_the_same_names_are_different_patients(tmp_path, roots):
+    rows = [{"id": f"CXR{i}", "report": "x", "image_path": [f"CXR{i}/0.png", f"CXR{i}/1.png"]} for i in range(2)]
+    assert {r.group for r in read(tmp_path, roots, rows)} == {"CXR0", "CXR1"}
+    captions = [{"image": f"{i}/0.png", "caption": "x"} for i in range(2)]
+    assert len({r.group for r in read(tmp_path, roots, captions)}) == 2
+    mimic = [row | {"subject_id": 10000032} for row in rows]
+    assert {r.group for r in read(tmp_path, roots, mimic)} == {"10000032"}
 
 
 def test_table_of_records_reads_like_a_list(tmp_path):
