@@ -39,7 +39,7 @@ def read_records(
         image_root: folder that images are relative to.
         group_pattern: regular expression that finds the patient in an id or image name, see `patient_of`.
         exclude: file of ids to leave out, see `read_ids`.
-        revise: annotation file with new texts for some ids.
+        revise: annotation file with new texts for some ids, each for the same question or for none.
         locate_inputs: find the files that records name; without, they have none.
 
     Raises:
@@ -65,13 +65,13 @@ def _records(
     folders: Folders | None,
     group_pattern: str | None,
     left_out: frozenset[str],
-    revised: dict[str, str],
+    revised: dict[tuple[str, str], str],
 ) -> Iterator[Record]:
     for source, in_folders, times in _sources(annotation, folders):
         rows = tqdm(read_rows(source), desc=f"reading {source.name}", unit="record", delay=5, leave=False)
         for row in rows:
             for draft in read_drafts(row):
-                if left_out and (draft.id in left_out or slide_id_of(draft.id) in left_out):
+                if left_out and not left_out.isdisjoint(_names_of(draft.id)):
                     continue
                 record = _record(row.where, draft, in_folders, group_pattern, revised)
                 for _ in range(times):
@@ -79,13 +79,14 @@ def _records(
 
 
 def _record(
-    where: str, draft: Draft, folders: Folders | None, group_pattern: str | None, revised: dict[str, str]
+    where: str, draft: Draft, folders: Folders | None, group_pattern: str | None, revised: dict[tuple[str, str], str]
 ) -> Record:
     inputs = tuple(folders.locate(where, draft.kind, name) for name in draft.names) if folders else ()
     group = draft.group or patient_of(draft.case, group_pattern)
     (question, answer), *later = draft.turns
     if revised and not later:
-        answer = revised.get(draft.id, revised.get(slide_id_of(draft.id), answer))
+        found = [revised[name, question] for name in _names_of(draft.id) if (name, question) in revised]
+        answer = found[0] if found else answer
     return Record(draft.id, inputs, question, answer, group, draft.split, tuple(later))
 
 
@@ -142,6 +143,8 @@ def _beside(annotation: Path, where: str, name: object, key: str) -> Path:
 def read_ids(path: str | Path) -> frozenset[str]:
     """Ids of a file: column ``id`` or ``slide_id`` of a CSV, lines of a text, or the ids of an annotation file.
 
+    They come also without the suffix of a slide: `s1.svs`, `s1.tiff` and `s1` are one.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: it holds no ids.
@@ -150,30 +153,41 @@ def read_ids(path: str | Path) -> frozenset[str]:
     if not path.is_file():
         raise FileNotFoundError(f"--exclude {path}: no such file")
     if path.suffix.lower() not in (".csv", ".tsv", ".txt"):
-        return frozenset(draft.id for row in read_rows(path) for draft in read_drafts(row))
+        ids = (draft.id for row in read_rows(path) for draft in read_drafts(row))
+        return frozenset(name for listed in ids for name in _names_of(listed))
     lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if path.suffix.lower() == ".txt" or not any("," in line or "\t" in line for line in lines):
-        return frozenset(lines)
-    ids = frozenset(row.values.get("id", row.values.get("slide_id")) for row in read_rows(path)) - {None}
+        unquoted = (line.strip("\"'") for line in lines)  # R quotes even a single column
+        return frozenset(name for listed in unquoted for name in _names_of(listed))
+    found = (row.values.get("id", row.values.get("slide_id")) for row in read_rows(path))
+    ids = frozenset(name for listed in found if listed for name in _names_of(listed.strip()))
     if not ids:
         raise ValueError(f"--exclude {path}: no column id or slide_id; name the column that holds the ids so")
     return ids
 
 
-def read_revisions(path: str | Path) -> dict[str, str]:
-    """New text of some ids, from an annotation file.
+def read_revisions(path: str | Path) -> dict[tuple[str, str], str]:
+    """New text of some ids, each also without the suffix of a slide, and questions, from an annotation file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is broken, or revises one id in two ways.
+        ValueError: it is broken, or revises one id and question in two ways.
     """
-    revised: dict[str, str] = {}
+    revised: dict[tuple[str, str], str] = {}
     for row in read_rows(path):
         for draft in read_drafts(row):
-            text = draft.turns[0][1]
-            if len(draft.turns) > 1 or not text or revised.setdefault(draft.id, text) != text:
-                raise ValueError(f"{row.where} ({draft.id}): --revise takes one text for an id, and only one")
+            question, text = draft.turns[0]
+            others = {revised.setdefault((name, question), text) for name in _names_of(draft.id)} - {text}
+            if len(draft.turns) > 1 or not text or others:
+                raise ValueError(
+                    f"{row.where} ({draft.id}): --revise takes one text for an id and question, and only one"
+                )
     return revised
+
+
+def _names_of(record_id: str) -> tuple[str, str]:
+    """An id as it is, and without the suffix of a slide: lists of ids may have either."""
+    return record_id, slide_id_of(record_id)
 
 
 def records_digest(records: Sequence[Record]) -> str:
@@ -279,7 +293,9 @@ def add_data_arguments(parser) -> None:
         "names; a field patient_id comes first",
     )
     group.add_argument("--exclude", default=None, help="CSV, text or annotation file with ids to leave out")
-    group.add_argument("--revise", default=None, help="annotation file with new texts for some ids")
+    group.add_argument(
+        "--revise", default=None, help="annotation file with new texts for some ids, with the same questions"
+    )
     group.add_argument(
         "--question", default=None, help="asked where a record has no question; default: one for slides, one for images"
     )

@@ -188,6 +188,25 @@ def test_excluded_and_revised_records(tmp_path, roots):
     assert read_ids(write(tmp_path / "one_column.csv", "id\ns1\n")) >= {"s1"}
 
 
+def test_exclusion_knows_a_slide_by_any_suffix_and_in_quotes(tmp_path, roots):
+    rows = [{"id": name, "report": "x"} for name in ("s1", "s2.svs", "s3.tiff", "s4")]
+    for name, text in (
+        ("a.csv", '"id"\n"s1"\n"s2.svs"\n'),
+        ("b.txt", "s1.svs\ns2.tiff\n"),
+        ("c.csv", "id,why\ns1.svs ,x\ns2,y\n"),
+    ):
+        exclude = write(tmp_path / name, text)
+        assert [r.id for r in read(tmp_path, roots, rows, exclude=exclude)] == ["s3.tiff", "s4"]
+
+
+def test_revision_replaces_the_answer_to_its_question_only(tmp_path, roots):
+    chain = [{"question": "Organ?", "answer": "Breast"}, {"question": "Report?", "answer": "Old"}]
+    rows = [{"id": "s1.tiff", "chain-of-thought": chain}, {"id": "s2", "report": "Old"}]
+    texts = [{"id": "s1", "question": "Report?", "report": "New"}, {"id": "s2.svs", "report": "New 2"}]
+    revise = write(tmp_path / "new.json", texts)
+    assert [r.answer for r in read(tmp_path, roots, rows, revise=revise)] == ["Breast", "New", "New 2"]
+
+
 def test_patients_by_pattern_or_field(tmp_path, roots):
     rows = [{"id": "H23-001-A.svs", "report": "x"}, {"id": "H23-001-B.svs", "report": "x", "patient_id": "someone"}]
     first, second = read(tmp_path, roots, rows, group_pattern=r"^(H\d+-\d+)")
