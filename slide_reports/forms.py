@@ -25,6 +25,7 @@ from typing import Any
 from slide_reports.annotation_files import Row, split_of
 from slide_reports.record import slide_id_of
 
+SURROGATES = re.compile("[\ud800-\udfff]")
 IMAGE_MARKER = re.compile(r"\s*<image>\s*")
 CHAIN_KEYS = ("chain-of-thought", "chain_of_thought")
 FEATURE_NAMES = (".h5", ".hdf5", ".pt", ".zarr", ".zarr.zip")
@@ -65,7 +66,7 @@ def read_drafts(row: Row) -> list[Draft]:
     form = _form_of(tuple(row.values))
     if form is not None:
         return form(row)
-    found = ", ".join(sorted(map(str, row.values)))[:200] or "none"
+    found = _shown(", ".join(sorted(map(str, row.values))), 200) or "none"
     raise ValueError(
         f"{row.where} is of an unknown form, with the fields {found}; expected id and report, image and caption, "
         "image, problem and normal_caption, conversations, or another form that the documentation lists"
@@ -197,9 +198,17 @@ def _draft(
         try:
             split = split_of(stated)
         except ValueError as error:
-            raise ValueError(f"{row.where} ({record_id[:60]}): {error}") from error
+            raise ValueError(f"{row.where} ({_shown(record_id)}): {error}") from error
     cleaned = tuple((question, answer.strip()) for question, answer in turns)
+    for text in (record_id, group, *names, *(text for turn in cleaned for text in turn)):
+        if not text.isascii() and SURROGATES.search(text):
+            raise ValueError(f"{row.where} ({_shown(record_id)}) holds half a character (\\ud800 to \\udfff); mend it")
     return Draft(record_id, names, kind, slide_id_of(case or record_id), cleaned, group, split)
+
+
+def _shown(text: str, length: int = 60) -> str:
+    """The beginning of a text from a file as it fits into a line of a message."""
+    return "".join(character if character.isprintable() else " " for character in text[:length])
 
 
 def _kind(row: Row, names: tuple[str, ...]) -> str:
@@ -215,7 +224,7 @@ def _text(row: Row, key: str, default: str | None = None) -> str:
     if not isinstance(value, str) or (default is None and not value.strip()):
         found = "nothing" if key not in row.values else repr(value)[:60]
         name = row.values.get("id", row.values.get("image"))
-        named = f" ({name[:60]})" if isinstance(name, str) else ""
+        named = f" ({_shown(name)})" if isinstance(name, str) else ""
         raise ValueError(f"{row.where}{named} has {found} under {key!r}; expected text")
     return value
 

@@ -1,6 +1,7 @@
 """Annotation files to records: every known form, cleaned of what is to be left out, and split for training."""
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ def read_records(
         FileNotFoundError: no such annotation file or root.
         ValueError: the form is unknown or a record is broken; names the file, the record and the mend.
     """
+    try:
+        re.compile(group_pattern or "")
+    except re.error as error:
+        raise ValueError(f"--group_pattern {group_pattern!r} is no regular expression ({error})") from error
     for name, root in (("--features_dir", features_dir), ("--image_root", image_root)):
         if root is not None and not Path(root).is_dir():
             raise FileNotFoundError(f"{name} {root}: no such folder")
@@ -103,8 +108,8 @@ def _sources(annotation: Path, folders: Folders | None) -> Iterator[tuple[Path, 
     for name, entry in meta.items():
         where = f"{annotation}: {name!r}"
         times = entry.get("repeat_time", 1)
-        if not isinstance(times, int | float) or isinstance(times, bool) or times < 1 or times != int(times):
-            raise ValueError(f"{where} has repeat_time {times!r}; expected a whole number from 1")
+        if not isinstance(times, int | float) or isinstance(times, bool) or not 1 <= times < 1e6 or times % 1:
+            raise ValueError(f"{where} has repeat_time {times!r}; expected a whole number from 1 to 999999")
         root, file = (_beside(annotation, where, entry.get(key), key) for key in ("root", "annotation"))
         if not file.is_file():
             raise FileNotFoundError(f"{where} names {file}, which does not exist")

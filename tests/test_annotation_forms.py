@@ -308,6 +308,12 @@ BROKEN = {
     "double key": ('[{"id": "a", "report": "x", "report": "y"}]', "'report' twice"),
     "NaN": ('[{"id": "a", "report": NaN}]', "holds NaN"),
     "infinity": ('[{"id": "a", "report": -Infinity}]', "holds -Infinity"),
+    "number of 5000 digits": ('[{"id": "a", "report": ' + "9" * 5000 + "}]", "record 0 is not valid JSON"),
+    "half a character": ('[{"id": "a", "report": "x \\ud83d"}]', "half a character"),
+    "half a character in an id": ('[{"id": "a\\udc00", "report": "x"}]', "half a character"),
+    "id of two lines": ([{"id": "a\nb", "report": 3}], "(a b)"),
+    "id of two lines, unknown split": ([{"id": "a\nb", "report": "x", "split": "z"}], "(a b)"),
+    "field of two lines": ([{"na\nme": "x"}], "the fields na me"),
     "no id": ([{"report": "x"}], "unknown form"),
     "unknown form": ([{"name": "x"}], "unknown form"),
     "no fields": ([{}], "the fields none"),
@@ -328,6 +334,7 @@ BROKEN = {
     "traversal in an image": ([{"image": "../../etc/passwd", "caption": "x"}], "outside"),
     "absolute image": ([{"image": "/etc/passwd", "caption": "x"}], "outside"),
     "image is a folder up": ([{"image": "..", "caption": "x"}], "outside"),
+    "image is the folder": ([{"image": ".", "caption": "x"}], "outside"),
     "image with a NUL": ([{"image": "a\0.png", "caption": "x"}], "outside"),
     "image through a link": ([{"image": "link.png", "caption": "x"}], "outside"),
     "image below a linked folder": ([{"image": "linked/secret.png", "caption": "x"}], "outside"),
@@ -356,6 +363,7 @@ BROKEN = {
     "line that goes on": ('{"id": "a"}\n{"id": "b"} {"id": "c"}\n', "goes on"),
     "broken line": ('{"id": "a"}\n{"id": \n{"id": "c"}', "record 1 (line 2)"),
     "meta with a fraction": ({"s": {"root": ".", "annotation": "a.json", "repeat_time": 0.5}}, "repeat_time 0.5"),
+    "meta with infinity": ('{"s": {"root": ".", "annotation": "a.json", "repeat_time": 1e999}}', "repeat_time inf"),
     "meta leaves": ({"s": {"root": "../..", "annotation": "a.json"}}, "outside"),
     "meta names nothing": ({"s": {"root": ".", "annotation": "none.json"}}, "does not exist"),
     "table without columns we know": ("a,b\n1,2\n", "unknown form"),
@@ -380,6 +388,36 @@ def test_broken_file_is_refused_in_one_clear_line(tmp_path, roots, name):
         read_records(path, **roots)
     text = str(refused.value)
     assert message in text and str(path) in text and "\n" not in text
+
+
+def test_damaged_parquet_and_dataset_are_refused_in_one_line(tmp_path, roots):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"id": [f"s{i}" for i in range(3000)], "report": [f"Text {i}" for i in range(3000)]}), path)
+    whole = path.read_bytes()
+    damaged = {"data": whole[:200] + b"\xff" * 700 + whole[900:], "footer": whole[:-200] + b"\xff" * 192 + whole[-8:]}
+    for content in damaged.values():
+        with pytest.raises(ValueError, match=r"a.parquet: not a readable Parquet file \(") as refused:
+            read_records(write(path, content), **roots)
+        assert "\n" not in str(refused.value)
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    for name in ("state.json", "dataset_info.json"):
+        (folder / name).write_text("{}")
+    with pytest.raises(ValueError, match="saved: a folder, but no dataset"):
+        read_records(folder, **roots)
+
+
+def test_lines_end_where_json_says(tmp_path, roots):
+    lines = '{"id": "a", "report": "x\u2028y"}\n{"id": "b", "report": "x\x85y"}\r\n'
+    assert [r.answer for r in read(tmp_path, roots, lines, "a.jsonl")] == ["x\u2028y", "x\x85y"]
+
+
+def test_pattern_that_is_no_regular_expression(tmp_path, roots):
+    with pytest.raises(ValueError, match="--group_pattern"):
+        read(tmp_path, roots, [GOOD], group_pattern="(")
 
 
 def test_there_are_at_least_sixty_broken_files():
