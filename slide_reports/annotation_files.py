@@ -19,6 +19,7 @@ SPLITS |= {"test": "test", "testing": "test"}
 NESTED_FIELDS = {"conversations", "messages", "chain-of-thought", "chain_of_thought", "image", "images", "image_path"}
 NESTED_FIELDS |= {"slides", "Choice"}
 BLANKS = re.compile(r"\s*")
+LINE_ENDS = re.compile(r"\r\n|\n|\r")  # others, as U+2028, may stand within the texts of JSON
 FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt"}
 TABLE_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
@@ -88,6 +89,8 @@ def decode_json(path: Path, text: str, start: int, what: str) -> tuple[Any, int]
         raise ValueError(f"{path}: {what} is nested too deeply; expected fields with text") from error
     except _BadValue as error:
         raise ValueError(f"{path}: {what} {error}") from error
+    except ValueError as error:  # Python reads no number of thousands of digits
+        raise ValueError(f"{path}: {what} is not valid JSON (a number is too long); mend or export it again") from error
 
 
 def split_of(name: object) -> str:
@@ -169,7 +172,7 @@ def _list_rows(path: Path, text: str, start: int, split: str) -> Iterator[Row]:
 
 def _line_rows(path: Path, text: str) -> Iterator[Row]:
     index = 0
-    for line, content in enumerate(text.splitlines(), 1):
+    for line, content in enumerate(LINE_ENDS.split(text), 1):
         if not content.strip():
             continue
         value, end = decode_json(path, content, 0, f"record {index} (line {line})")
@@ -232,8 +235,8 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     yield Row(f"{path}: record {index}", "", _held(values))
                     index += 1
-    except pa.ArrowInvalid as error:
-        reason = str(error).splitlines()[0]
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: not a readable Parquet file ({reason}); export it again") from error
 
 
@@ -273,10 +276,10 @@ def _open_dataset(name: str) -> dict[str, Any]:
     if Path(name).is_dir():
         try:
             found = datasets.load_from_disk(name)
-        except (FileNotFoundError, ValueError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(
                 f"{name}: a folder, but no dataset that `save_to_disk` of the library datasets wrote "
-                f"({str(error).splitlines()[0]}); name an annotation file"
+                f"({(str(error) or type(error).__name__).splitlines()[0]}); name an annotation file"
             ) from error
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and Path(name).suffix not in FILE_SUFFIXES:
         try:

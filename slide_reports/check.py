@@ -9,7 +9,7 @@ would leave records out, 2 when it would learn something wrong.
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,7 @@ def main() -> int:
     )
     findings = []
     for finding in find_all(splits, args.features_dir and Path(args.features_dir)):
+        finding = replace(finding, what=" ".join(finding.what.split()))  # names may hold line ends
         findings.append(finding)
         print(f"{finding.severity}: {finding.what}", flush=True)
     lengths = text_lengths(splits, args.llm_name)

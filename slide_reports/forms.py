@@ -13,23 +13,25 @@
 | table of feature files | ``h5_path``, ``slide_id``, with ``caption``, or with ``question`` and ``answer`` |
 | table of slides | ``slide_id`` with ``report`` or ``caption``, or with ``question`` and ``answer`` |
 
-Fields that any of them may have: ``split``, ``patient_id``, ``case_id``.
+Fields that any of them may have: ``split``, ``patient_id``, ``subject_id`` (MIMIC-CXR), ``case_id``.
 """
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from slide_reports.annotation_files import Row, split_of
+from slide_reports.record import slide_id_of
 
+SURROGATES = re.compile("[\ud800-\udfff]")
 IMAGE_MARKER = re.compile(r"\s*<image>\s*")
 CHAIN_KEYS = ("chain-of-thought", "chain_of_thought")
 FEATURE_NAMES = (".h5", ".hdf5", ".pt", ".zarr", ".zarr.zip")
 HUMAN, ASSISTANT = {"human", "user"}, {"gpt", "assistant", "model"}
 CHOICE_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-GROUP_FIELDS = ("patient_id", "case_id")
+GROUP_FIELDS = ("patient_id", "subject_id", "case_id")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Draft:
         id: as the annotation file names it.
         names: of its inputs, as in the file.
         kind: what they name: `slide` (a slide_id whose feature file is meant), `features` (a feature file) or `image`.
+        case: the name in which the patient is looked for.
         turns: (question, answer) pairs.
         group: the patient where the file says so, else empty.
         split: `train`, `val`, `test` or empty.
@@ -48,6 +51,7 @@ class Draft:
     id: str
     names: tuple[str, ...]
     kind: str
+    case: str
     turns: tuple[tuple[str, str], ...]
     group: str
     split: str
@@ -62,7 +66,7 @@ def read_drafts(row: Row) -> list[Draft]:
     form = _form_of(tuple(row.values))
     if form is not None:
         return form(row)
-    found = ", ".join(sorted(map(str, row.values)))[:200] or "none"
+    found = _shown(", ".join(sorted(map(str, row.values))), 200) or "none"
     raise ValueError(
         f"{row.where} is of an unknown form, with the fields {found}; expected id and report, image and caption, "
         "image, problem and normal_caption, conversations, or another form that the documentation lists"
@@ -97,7 +101,8 @@ def _chain(row: Row) -> list[Draft]:
 
 
 def _images_report(row: Row) -> list[Draft]:
-    return [_image_draft(row, "image_path", "", _text(row, "report", ""))]
+    draft = _image_draft(row, "image_path", "", _text(row, "report", ""))
+    return [replace(draft, case=slide_id_of(draft.id))]  # its images may be called 0.png and 1.png in every case
 
 
 def _caption(row: Row) -> list[Draft]:
@@ -134,7 +139,7 @@ def _conversation(row: Row) -> list[Draft]:
     images = next((name for name in ("image", "images") if name in row.values), "image")
     names = _names(row, images)
     record_id = str(row.values.get("id", names[0]))
-    return [_draft(row, record_id, names, _kind(row, names), turns)]
+    return [_draft(row, record_id, names, _kind(row, names), turns, case=names[0])]
 
 
 def _choice(row: Row) -> list[Draft]:
@@ -178,21 +183,32 @@ FORMS: tuple[tuple[tuple[tuple[str, ...], ...], Callable[[Row], list[Draft]]], .
 
 def _image_draft(row: Row, key: str, question: str, answer: str) -> Draft:
     names = _names(row, key)
-    return _draft(row, str(row.values.get("id", names[0])), names, _kind(row, names), [(question, answer)])
+    record_id = str(row.values.get("id", names[0]))
+    return _draft(row, record_id, names, _kind(row, names), [(question, answer)], case=names[0])
 
 
-def _draft(row: Row, record_id: str, names: tuple[str, ...], kind: str, turns: list[tuple[str, str]]) -> Draft:
+def _draft(
+    row: Row, record_id: str, names: tuple[str, ...], kind: str, turns: list[tuple[str, str]], case: str = ""
+) -> Draft:
     if not record_id.strip():
         raise ValueError(f"{row.where} has an empty id; name the case")
-    group = next((str(row.values[name]) for name in GROUP_FIELDS if row.values.get(name)), "")
+    group = next((str(row.values[name]) for name in GROUP_FIELDS if row.values.get(name) not in (None, "")), "")
     split = row.split
     if stated := _text(row, "split", ""):
         try:
             split = split_of(stated)
         except ValueError as error:
-            raise ValueError(f"{row.where} ({record_id[:60]}): {error}") from error
+            raise ValueError(f"{row.where} ({_shown(record_id)}): {error}") from error
     cleaned = tuple((question, answer.strip()) for question, answer in turns)
-    return Draft(record_id, names, kind, cleaned, group, split)
+    for text in (record_id, group, *names, *(text for turn in cleaned for text in turn)):
+        if not text.isascii() and SURROGATES.search(text):
+            raise ValueError(f"{row.where} ({_shown(record_id)}) holds half a character (\\ud800 to \\udfff); mend it")
+    return Draft(record_id, names, kind, slide_id_of(case or record_id), cleaned, group, split)
+
+
+def _shown(text: str, length: int = 60) -> str:
+    """The beginning of a text from a file as it fits into a line of a message."""
+    return "".join(character if character.isprintable() else " " for character in text[:length])
 
 
 def _kind(row: Row, names: tuple[str, ...]) -> str:
@@ -208,7 +224,7 @@ def _text(row: Row, key: str, default: str | None = None) -> str:
     if not isinstance(value, str) or (default is None and not value.strip()):
         found = "nothing" if key not in row.values else repr(value)[:60]
         name = row.values.get("id", row.values.get("image"))
-        named = f" ({name[:60]})" if isinstance(name, str) else ""
+        named = f" ({_shown(name)})" if isinstance(name, str) else ""
         raise ValueError(f"{row.where}{named} has {found} under {key!r}; expected text")
     return value
 

@@ -67,7 +67,7 @@ class Folders:
 
     def _inside(self, where: str, root: Path, name: str) -> Path:
         path = root / name
-        if "\0" in name or not self._is_below(path, root):
+        if "\0" in name or path == root or not self._is_below(path, root):
             raise ValueError(
                 f"{where} names {name[:80]!r}, which lies outside {root} (links are followed); "
                 "name the folder that really holds it"

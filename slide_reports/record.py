@@ -47,12 +47,16 @@ def patient_of(slide_id: str, pattern: str | None = None) -> str:
     """The patient of a slide.
 
     Args:
-        slide_id: of a REG (``PIT_<centre>_<patient>_<slide>``) or TCGA slide; any other slide is its own patient.
+        slide_id: of a REG (``PIT_<centre>_<patient>_<slide>``) or TCGA slide, folders may precede it or be called so;
+            any other slide is its own patient.
         pattern: regular expression searched in ``slide_id`` instead; its first group, or the whole match, is the
             patient, and a slide without a match is its own patient.
     """
     if pattern is not None:
         match = re.search(pattern, slide_id)
-        return slide_id if match is None else match.group(1) if match.re.groups else match.group()
-    match = REG_PATIENT.match(slide_id) or TCGA_PATIENT.match(slide_id)
-    return match.group(1) if match else slide_id
+        found = match and (match.group(1) if match.re.groups else match.group())
+        return found or slide_id
+    for name in reversed(slide_id.split("/")):
+        if match := REG_PATIENT.match(name) or TCGA_PATIENT.match(name):
+            return match.group(1)
+    return slide_id

@@ -1,6 +1,7 @@
 """Annotation files to records: every known form, cleaned of what is to be left out, and split for training."""
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,17 @@ def read_records(
         image_root: folder that images are relative to.
         group_pattern: regular expression that finds the patient in an id or image name, see `patient_of`.
         exclude: file of ids to leave out, see `read_ids`.
-        revise: annotation file with new texts for some ids.
+        revise: annotation file with new texts for some ids, each for the same question or for none.
         locate_inputs: find the files that records name; without, they have none.
 
     Raises:
         FileNotFoundError: no such annotation file or root.
         ValueError: the form is unknown or a record is broken; names the file, the record and the mend.
     """
+    try:
+        re.compile(group_pattern or "")
+    except re.error as error:
+        raise ValueError(f"--group_pattern {group_pattern!r} is no regular expression ({error})") from error
     for name, root in (("--features_dir", features_dir), ("--image_root", image_root)):
         if root is not None and not Path(root).is_dir():
             raise FileNotFoundError(f"{name} {root}: no such folder")
@@ -65,13 +70,13 @@ def _records(
     folders: Folders | None,
     group_pattern: str | None,
     left_out: frozenset[str],
-    revised: dict[str, str],
+    revised: dict[tuple[str, str], str],
 ) -> Iterator[Record]:
     for source, in_folders, times in _sources(annotation, folders):
         rows = tqdm(read_rows(source), desc=f"reading {source.name}", unit="record", delay=5, leave=False)
         for row in rows:
             for draft in read_drafts(row):
-                if left_out and (draft.id in left_out or slide_id_of(draft.id) in left_out):
+                if left_out and not left_out.isdisjoint(_names_of(draft.id)):
                     continue
                 record = _record(row.where, draft, in_folders, group_pattern, revised)
                 for _ in range(times):
@@ -79,15 +84,14 @@ def _records(
 
 
 def _record(
-    where: str, draft: Draft, folders: Folders | None, group_pattern: str | None, revised: dict[str, str]
+    where: str, draft: Draft, folders: Folders | None, group_pattern: str | None, revised: dict[tuple[str, str], str]
 ) -> Record:
     inputs = tuple(folders.locate(where, draft.kind, name) for name in draft.names) if folders else ()
-    group = draft.group
-    if not group:
-        group = patient_of(slide_id_of(draft.id) if draft.kind != "image" else Path(draft.names[0]).stem, group_pattern)
+    group = draft.group or patient_of(draft.case, group_pattern)
     (question, answer), *later = draft.turns
     if revised and not later:
-        answer = revised.get(draft.id, revised.get(slide_id_of(draft.id), answer))
+        found = [revised[name, question] for name in _names_of(draft.id) if (name, question) in revised]
+        answer = found[0] if found else answer
     return Record(draft.id, inputs, question, answer, group, draft.split, tuple(later))
 
 
@@ -104,8 +108,8 @@ def _sources(annotation: Path, folders: Folders | None) -> Iterator[tuple[Path, 
     for name, entry in meta.items():
         where = f"{annotation}: {name!r}"
         times = entry.get("repeat_time", 1)
-        if not isinstance(times, int | float) or isinstance(times, bool) or times < 1 or times != int(times):
-            raise ValueError(f"{where} has repeat_time {times!r}; expected a whole number from 1")
+        if not isinstance(times, int | float) or isinstance(times, bool) or not 1 <= times < 1e6 or times % 1:
+            raise ValueError(f"{where} has repeat_time {times!r}; expected a whole number from 1 to 999999")
         root, file = (_beside(annotation, where, entry.get(key), key) for key in ("root", "annotation"))
         if not file.is_file():
             raise FileNotFoundError(f"{where} names {file}, which does not exist")
@@ -144,6 +148,8 @@ def _beside(annotation: Path, where: str, name: object, key: str) -> Path:
 def read_ids(path: str | Path) -> frozenset[str]:
     """Ids of a file: column ``id`` or ``slide_id`` of a CSV, lines of a text, or the ids of an annotation file.
 
+    They come also without the suffix of a slide: `s1.svs`, `s1.tiff` and `s1` are one.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: it holds no ids.
@@ -152,30 +158,41 @@ def read_ids(path: str | Path) -> frozenset[str]:
     if not path.is_file():
         raise FileNotFoundError(f"--exclude {path}: no such file")
     if path.suffix.lower() not in (".csv", ".tsv", ".txt"):
-        return frozenset(draft.id for row in read_rows(path) for draft in read_drafts(row))
+        ids = (draft.id for row in read_rows(path) for draft in read_drafts(row))
+        return frozenset(name for listed in ids for name in _names_of(listed))
     lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if path.suffix.lower() == ".txt" or not any("," in line or "\t" in line for line in lines):
-        return frozenset(lines)
-    ids = frozenset(row.values.get("id", row.values.get("slide_id")) for row in read_rows(path)) - {None}
+        unquoted = (line.strip("\"'") for line in lines)  # R quotes even a single column
+        return frozenset(name for listed in unquoted for name in _names_of(listed))
+    found = (row.values.get("id", row.values.get("slide_id")) for row in read_rows(path))
+    ids = frozenset(name for listed in found if listed for name in _names_of(listed.strip()))
     if not ids:
         raise ValueError(f"--exclude {path}: no column id or slide_id; name the column that holds the ids so")
     return ids
 
 
-def read_revisions(path: str | Path) -> dict[str, str]:
-    """New text of some ids, from an annotation file.
+def read_revisions(path: str | Path) -> dict[tuple[str, str], str]:
+    """New text of some ids, each also without the suffix of a slide, and questions, from an annotation file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is broken, or revises one id in two ways.
+        ValueError: it is broken, or revises one id and question in two ways.
     """
-    revised: dict[str, str] = {}
+    revised: dict[tuple[str, str], str] = {}
     for row in read_rows(path):
         for draft in read_drafts(row):
-            text = draft.turns[0][1]
-            if len(draft.turns) > 1 or not text or revised.setdefault(draft.id, text) != text:
-                raise ValueError(f"{row.where} ({draft.id}): --revise takes one text for an id, and only one")
+            question, text = draft.turns[0]
+            others = {revised.setdefault((name, question), text) for name in _names_of(draft.id)} - {text}
+            if len(draft.turns) > 1 or not text or others:
+                raise ValueError(
+                    f"{row.where} ({draft.id}): --revise takes one text for an id and question, and only one"
+                )
     return revised
+
+
+def _names_of(record_id: str) -> tuple[str, str]:
+    """An id as it is, and without the suffix of a slide: lists of ids may have either."""
+    return record_id, slide_id_of(record_id)
 
 
 def records_digest(records: Sequence[Record]) -> str:
@@ -281,7 +298,9 @@ def add_data_arguments(parser) -> None:
         "names; a field patient_id comes first",
     )
     group.add_argument("--exclude", default=None, help="CSV, text or annotation file with ids to leave out")
-    group.add_argument("--revise", default=None, help="annotation file with new texts for some ids")
+    group.add_argument(
+        "--revise", default=None, help="annotation file with new texts for some ids, with the same questions"
+    )
     group.add_argument(
         "--question", default=None, help="asked where a record has no question; default: one for slides, one for images"
     )

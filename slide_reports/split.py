@@ -39,6 +39,12 @@ def parse_arguments():
 
 def main() -> int:
     args = parse_arguments()
+    if args.num_folds < 1:
+        raise ValueError(f"--num_folds {args.num_folds}: at least 1 is needed")
+    try:
+        re.compile(args.stratify or "")
+    except re.error as error:
+        raise ValueError(f"--stratify {args.stratify!r} is no regular expression ({error})") from error
     records = read_records(args.train_json, group_pattern=args.group_pattern, exclude=args.exclude, locate_inputs=False)
     groups = column(records, "group")
     strata = strata_by(records, lambda answer: stratum_of(answer, args.stratify)) if args.stratify else None
@@ -54,7 +60,7 @@ def main() -> int:
 def stratum_of(answer: str, stratify: str) -> str:
     """The stratum of an answer, lower-cased; empty where the expression is not found."""
     match = re.search(ORGAN if stratify == "organ" else stratify, answer)
-    return "" if match is None else (match.group(1) if match.re.groups else match.group()).strip().lower()
+    return "" if match is None else ((match.group(1) if match.re.groups else match.group()) or "").strip().lower()
 
 
 def report(groups: list[str], texts: list[str], assigned: dict[str, str], strata: list[str] | None) -> None:

@@ -113,18 +113,23 @@ def read_splits(path: str | Path) -> dict[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"--splits {path}: no such file; slide_reports/split.py makes it")
     assigned: dict[str, str] = {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if not {"group", "split"} <= set(reader.fieldnames or []):
-            raise ValueError(f"--splits {path}: expected the columns group and split, found {reader.fieldnames}")
-        for row in reader:
-            where = f"--splits {path}: line {reader.line_num}"
-            try:
-                split = split_of(row["split"])
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
-            if assigned.setdefault(row["group"], split) != split:
-                raise ValueError(f"{where}: {row['group']} is in two splits; keep one line of it")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            if not {"group", "split"} <= set(reader.fieldnames or []):
+                raise ValueError(f"--splits {path}: expected the columns group and split, found {reader.fieldnames}")
+            for row in reader:
+                where = f"--splits {path}: line {reader.line_num}"
+                try:
+                    split = split_of(row["split"])
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from error
+                if assigned.setdefault(row["group"], split) != split:
+                    raise ValueError(f"{where}: {row['group']} is in two splits; keep one line of it")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--splits {path}: not in UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise ValueError(f"--splits {path}: not a readable CSV ({error}); make it again") from error
     return assigned
 
 

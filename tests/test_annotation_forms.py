@@ -188,11 +188,54 @@ def test_excluded_and_revised_records(tmp_path, roots):
     assert read_ids(write(tmp_path / "one_column.csv", "id\ns1\n")) >= {"s1"}
 
 
+def test_exclusion_knows_a_slide_by_any_suffix_and_in_quotes(tmp_path, roots):
+    rows = [{"id": name, "report": "x"} for name in ("s1", "s2.svs", "s3.tiff", "s4")]
+    for name, text in (
+        ("a.csv", '"id"\n"s1"\n"s2.svs"\n'),
+        ("b.txt", "s1.svs\ns2.tiff\n"),
+        ("c.csv", "id,why\ns1.svs ,x\ns2,y\n"),
+    ):
+        exclude = write(tmp_path / name, text)
+        assert [r.id for r in read(tmp_path, roots, rows, exclude=exclude)] == ["s3.tiff", "s4"]
+
+
+def test_revision_replaces_the_answer_to_its_question_only(tmp_path, roots):
+    chain = [{"question": "Organ?", "answer": "Breast"}, {"question": "Report?", "answer": "Old"}]
+    rows = [{"id": "s1.tiff", "chain-of-thought": chain}, {"id": "s2", "report": "Old"}]
+    texts = [{"id": "s1", "question": "Report?", "report": "New"}, {"id": "s2.svs", "report": "New 2"}]
+    revise = write(tmp_path / "new.json", texts)
+    assert [r.answer for r in read(tmp_path, roots, rows, revise=revise)] == ["Breast", "New", "New 2"]
+
+
 def test_patients_by_pattern_or_field(tmp_path, roots):
     rows = [{"id": "H23-001-A.svs", "report": "x"}, {"id": "H23-001-B.svs", "report": "x", "patient_id": "someone"}]
     first, second = read(tmp_path, roots, rows, group_pattern=r"^(H\d+-\d+)")
     assert (first.group, second.group) == ("H23-001", "someone")
+    assert patient_of("ab12", r"(x)|\d+") == "ab12"
     assert patient_of("ab12", r"\d+") == "12" and patient_of("ab", r"\d+") == "ab"
+
+
+def test_records_of_one_slide_have_one_patient_in_every_form(tmp_path, roots):
+    said = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "x"}]
+    talks = [{"id": i, "image": f"sub/TCGA-A2-A0D2-0{i}Z.pt", "conversations": said} for i in (1, 2)]
+    assert {r.group for r in read(tmp_path, roots, talks)} == {"TCGA-A2-A0D2"}
+    talks = [{"id": i, "image": "sub/slide.pt", "conversations": said} for i in (1, 2)]
+    assert len({r.group for r in read(tmp_path, roots, talks)}) == 1
+    table = "h5_path,caption\nsub/PIT_01_00020_01.h5,x\nPIT_01_00020_02.h5,x\n"
+    assert {r.group for r in read(tmp_path, roots, table, "a.csv")} == {"PIT_01_00020"}
+    (tile,) = read(tmp_path, roots, [{"image": "PIT_01_00020_01/tile_7.png", "caption": "x"}])
+    assert tile.group == "PIT_01_00020"
+    numbered = [{"id": f"s{i}", "report": "x", "patient_id": 0} for i in range(2)]
+    assert {r.group for r in read(tmp_path, roots, numbered)} == {"0"}
+
+
+def test_cases_whose_images_have_the_same_names_are_different_patients(tmp_path, roots):
+    rows = [{"id": f"CXR{i}", "report": "x", "image_path": [f"CXR{i}/0.png", f"CXR{i}/1.png"]} for i in range(2)]
+    assert {r.group for r in read(tmp_path, roots, rows)} == {"CXR0", "CXR1"}
+    captions = [{"image": f"{i}/0.png", "caption": "x"} for i in range(2)]
+    assert len({r.group for r in read(tmp_path, roots, captions)}) == 2
+    mimic = [row | {"subject_id": 10000032} for row in rows]
+    assert {r.group for r in read(tmp_path, roots, mimic)} == {"10000032"}
 
 
 def test_table_of_records_reads_like_a_list(tmp_path):
@@ -265,6 +308,12 @@ BROKEN = {
     "double key": ('[{"id": "a", "report": "x", "report": "y"}]', "'report' twice"),
     "NaN": ('[{"id": "a", "report": NaN}]', "holds NaN"),
     "infinity": ('[{"id": "a", "report": -Infinity}]', "holds -Infinity"),
+    "number of 5000 digits": ('[{"id": "a", "report": ' + "9" * 5000 + "}]", "record 0 is not valid JSON"),
+    "half a character": ('[{"id": "a", "report": "x \\ud83d"}]', "half a character"),
+    "half a character in an id": ('[{"id": "a\\udc00", "report": "x"}]', "half a character"),
+    "id of two lines": ([{"id": "a\nb", "report": 3}], "(a b)"),
+    "id of two lines, unknown split": ([{"id": "a\nb", "report": "x", "split": "z"}], "(a b)"),
+    "field of two lines": ([{"na\nme": "x"}], "the fields na me"),
     "no id": ([{"report": "x"}], "unknown form"),
     "unknown form": ([{"name": "x"}], "unknown form"),
     "no fields": ([{}], "the fields none"),
@@ -285,6 +334,7 @@ BROKEN = {
     "traversal in an image": ([{"image": "../../etc/passwd", "caption": "x"}], "outside"),
     "absolute image": ([{"image": "/etc/passwd", "caption": "x"}], "outside"),
     "image is a folder up": ([{"image": "..", "caption": "x"}], "outside"),
+    "image is the folder": ([{"image": ".", "caption": "x"}], "outside"),
     "image with a NUL": ([{"image": "a\0.png", "caption": "x"}], "outside"),
     "image through a link": ([{"image": "link.png", "caption": "x"}], "outside"),
     "image below a linked folder": ([{"image": "linked/secret.png", "caption": "x"}], "outside"),
@@ -313,6 +363,7 @@ BROKEN = {
     "line that goes on": ('{"id": "a"}\n{"id": "b"} {"id": "c"}\n', "goes on"),
     "broken line": ('{"id": "a"}\n{"id": \n{"id": "c"}', "record 1 (line 2)"),
     "meta with a fraction": ({"s": {"root": ".", "annotation": "a.json", "repeat_time": 0.5}}, "repeat_time 0.5"),
+    "meta with infinity": ('{"s": {"root": ".", "annotation": "a.json", "repeat_time": 1e999}}', "repeat_time inf"),
     "meta leaves": ({"s": {"root": "../..", "annotation": "a.json"}}, "outside"),
     "meta names nothing": ({"s": {"root": ".", "annotation": "none.json"}}, "does not exist"),
     "table without columns we know": ("a,b\n1,2\n", "unknown form"),
@@ -337,6 +388,36 @@ def test_broken_file_is_refused_in_one_clear_line(tmp_path, roots, name):
         read_records(path, **roots)
     text = str(refused.value)
     assert message in text and str(path) in text and "\n" not in text
+
+
+def test_damaged_parquet_and_dataset_are_refused_in_one_line(tmp_path, roots):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"id": [f"s{i}" for i in range(3000)], "report": [f"Text {i}" for i in range(3000)]}), path)
+    whole = path.read_bytes()
+    damaged = {"data": whole[:200] + b"\xff" * 700 + whole[900:], "footer": whole[:-200] + b"\xff" * 192 + whole[-8:]}
+    for content in damaged.values():
+        with pytest.raises(ValueError, match=r"a.parquet: not a readable Parquet file \(") as refused:
+            read_records(write(path, content), **roots)
+        assert "\n" not in str(refused.value)
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    for name in ("state.json", "dataset_info.json"):
+        (folder / name).write_text("{}")
+    with pytest.raises(ValueError, match="saved: a folder, but no dataset"):
+        read_records(folder, **roots)
+
+
+def test_lines_end_where_json_says(tmp_path, roots):
+    lines = '{"id": "a", "report": "x\u2028y"}\n{"id": "b", "report": "x\x85y"}\r\n'
+    assert [r.answer for r in read(tmp_path, roots, lines, "a.jsonl")] == ["x\u2028y", "x\x85y"]
+
+
+def test_pattern_that_is_no_regular_expression(tmp_path, roots):
+    with pytest.raises(ValueError, match="--group_pattern"):
+        read(tmp_path, roots, [GOOD], group_pattern="(")
 
 
 def test_there_are_at_least_sixty_broken_files():

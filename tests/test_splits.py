@@ -169,9 +169,27 @@ def test_training_refuses_a_patient_on_both_sides_and_takes_a_table_of_splits(co
         ("id,split\na,train\n", "expected the columns group and split"),
         ("group,split\na,holdout\n", "line 2: 'holdout' is no split"),
         ("group,split\na,train\na,val\n", "a is in two splits"),
+        ("group,split\n\xe9,train\n", "not in UTF-8"),
+        ('group,split\n"a,train\n', "not a readable CSV"),
     ],
 )
 def test_broken_tables_of_splits(tmp_path, table, message):
-    (tmp_path / "s.csv").write_text(table)
-    with pytest.raises(ValueError, match=message):
+    (tmp_path / "s.csv").write_text(table, encoding="latin-1")
+    with pytest.raises(ValueError, match=message) as refused:
         read_splits(tmp_path / "s.csv")
+    assert "s.csv: " in str(refused.value)
+
+
+def test_a_finding_is_one_line_though_names_hold_line_ends(tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps([{"id": "a\nb", "report": ""}, {"id": "c", "report": "x"}]))
+    command = ["slide_reports/check.py", "--train_json", str(tmp_path / "r.json"), "--val_fraction", "0"]
+    done = run_command(*command, "--features_dir", tmp_path, status=1)
+    assert "left out: train: a b without a report\n" in done.stdout
+
+
+@pytest.mark.parametrize("flags", [("--num_folds", "0"), ("--stratify", "("), ("--group_pattern", "[")])
+def test_split_refuses_flags_that_mean_nothing(tmp_path, flags):
+    (tmp_path / "r.json").write_text(json.dumps([{"id": "a", "report": "x"}]))
+    command = ["slide_reports/split.py", "--train_json", str(tmp_path / "r.json"), "--output", str(tmp_path / "s.csv")]
+    done = run_command(*command, *flags, status=2)
+    assert done.stderr.startswith(f"error: {flags[0]}") and done.stderr.count("\n") == 1
