@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -206,9 +207,8 @@ def _row(path: Path | str, index: int, split: str, value: Any) -> Row:
 
 def _table_rows(path: Path, separator: str) -> Iterator[Row]:
     """Rows of a CSV with a header; empty fields are left out."""
-    csv.field_size_limit(2**31 - 1)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with _fields_of_any_size(), path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, delimiter=separator, strict=True)
             names = reader.fieldnames or []
             if len(set(names)) != len(names) or not any(name.strip() for name in names):
@@ -222,6 +222,16 @@ def _table_rows(path: Path, separator: str) -> Iterator[Row]:
         raise ValueError(f"{path}: not in UTF-8 (byte {error.start}); save it as UTF-8") from error
     except csv.Error as error:
         raise ValueError(f"{path}: not a readable CSV ({error}); mend or export it again") from error
+
+
+@contextmanager
+def _fields_of_any_size() -> Iterator[None]:
+    """Lift csv's limit of 128 KiB a field, which holds for the whole process, while a file of reports is read."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

@@ -1,3 +1,4 @@
+import csv
 import os
 import shutil
 
@@ -7,6 +8,7 @@ from PIL import Image
 from pydicom import dcmread
 
 from slide_features import read_slide_coords
+from slide_reports.annotation_files import read_rows
 from stage0_tiling import tile
 from stage0_tiling.run_table import RunFolder
 from stage0_tiling.slide import Slide
@@ -100,6 +102,15 @@ def test_lists_that_cannot_be_used_are_refused(tmp_path):
         (tmp_path / "a.csv").write_bytes(content)
         with pytest.raises(ValueError, match=r"a\.csv: is no CSV in UTF-8"):
             find_slides([str(tmp_path / "a.csv")])
+
+
+def test_reading_reports_leaves_the_limits_of_other_readers_alone(tmp_path):
+    limit = csv.field_size_limit()
+    (tmp_path / "reports.csv").write_text("id,report\na," + "x" * 2 * limit + "\n")
+    rows = read_rows(tmp_path / "reports.csv")
+    assert len(next(rows).values["report"]) == 2 * limit
+    rows.close()
+    assert csv.field_size_limit() == limit
     touch(tmp_path, "a.svs", "b/a.tiff")
     with pytest.raises(ValueError, match="share the name a"):
         find_slides([str(tmp_path)])
