@@ -92,14 +92,16 @@ class TiledTiff:
         rows, columns = self._tiles_in(level, box, shrink)
         return not self._levels[level].counts[rows.start : rows.stop, columns.start : columns.stop].all()
 
-    def read(self, level: int, box: tuple[int, int, int, int], shrink: int = 1, num_threads: int = 1) -> np.ndarray:
+    def read(
+        self, level: int, box: tuple[int, int, int, int], shrink: int = 1, pool: ThreadPoolExecutor | None = None
+    ) -> np.ndarray:
         """Read a box of a level.
 
         Args:
             level: of the pyramid.
             box: (left, top, right, bottom) in pixels of the level divided by `shrink`.
             shrink: one of `shrinks(level)`.
-            num_threads: that decode the tiles of the box.
+            pool: threads that decode the tiles of the box; None for the caller's.
 
         Returns:
             (bottom - top, right - left, 3) uint8 RGB; what lies beyond the level, or is not in the file, is white.
@@ -131,7 +133,7 @@ class TiledTiff:
             tile = self._tile(level, row, column, shrink, keep=not is_whole)
             picture[y0 - top : y1 - top, x0 - left : x1 - left] = tile[y0 - y : y1 - y, x0 - x : x1 - x]
 
-        _for_each(paste, [place for place in product(rows, columns) if here.counts[place]], num_threads)
+        _for_each(paste, [place for place in product(rows, columns) if here.counts[place]], pool)
         return picture
 
     def read_aligned(
@@ -253,17 +255,20 @@ class TiledTiff:
             self._decode(self._levels[level], int(rows[len(rows) // 2]), int(columns[len(rows) // 2]), 1)
 
 
-def _for_each(work: Callable[[tuple[int, int]], None], places: list[tuple[int, int]], num_threads: int) -> None:
-    if num_threads == 1 or len(places) < 4:
+def _for_each(
+    work: Callable[[tuple[int, int]], None], places: list[tuple[int, int]], pool: ThreadPoolExecutor | None
+) -> None:
+    if pool is None or len(places) == 1:
         for place in places:
             work(place)
         return
-    executor = ThreadPoolExecutor(num_threads)
+    waiting = [pool.submit(work, place) for place in places]
     try:
-        for _ in executor.map(work, places):
-            pass
+        for future in waiting:
+            future.result()
     finally:
-        executor.shutdown(cancel_futures=True)
+        for future in waiting:
+            future.cancel()
 
 
 def _overlap(coords: np.ndarray, box: tuple[int, int]) -> bool:
