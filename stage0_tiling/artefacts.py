@@ -138,7 +138,7 @@ def _dark_and_ink(picture: np.ndarray, balance: Balance) -> tuple[np.ndarray, np
     def look(rows: slice) -> None:
         planes = balance.planes(picture, rows)
         brightest, darkest = extremes(planes)
-        dark[rows], ink[rows] = is_dark(brightest, brightest - darkest), marker_ink(planes)
+        dark[rows], ink[rows] = is_dark(brightest, brightest - darkest), marker_ink(planes, brightest, darkest)
 
     map_strips(look, *dark.shape)
     return dark, ink

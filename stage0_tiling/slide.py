@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -37,7 +38,8 @@ BOUNDS = (
     openslide.PROPERTY_NAME_BOUNDS_HEIGHT,
 )
 LEVEL_TOLERANCE = 0.02  # a level this much coarser than asked still counts as fine enough
-MAX_READ_PX = 1024  # side of what is read of a level at once: bounds memory where a slide has no pyramid
+MAX_READ_PX = 4096  # side of what is read of a level at once: bounds memory where a slide has no pyramid
+MAX_READ_ROWS = 256  # the same for rows, where that many can be read to the bit as all together
 THUMBNAIL_THREADS = min(4, os.cpu_count() or 1)
 BACKGROUND = 255
 OVERSAMPLING = 2.0  # least, of what is decoded at reduced size and resampled after
@@ -212,25 +214,32 @@ class Slide:
             shrink = self._shrink_for(
                 self._level_for(min(width / size[0], height / size[1])), (x, y, width, height), size
             )
-        for left, top, columns, rows, where in self._blocks(x, y, width, height, size, MAX_READ_PX * shrink):
+        for left, top, columns, rows, where in self._blocks(x, y, width, height, size, shrink):
             inner = where[1].stop - where[1].start, where[0].stop - where[0].start
             picture[where] = self.read_region(left, top, columns, rows, inner)
         return picture
 
-    def _blocks(self, x: int, y: int, width: int, height: int, size: tuple[int, int], max_px: int) -> Iterator[Block]:
+    def _blocks(
+        self, x: int, y: int, width: int, height: int, size: tuple[int, int], shrink: int = 1
+    ) -> Iterator[Block]:
         """Yield (x, y, width, height) of each block in level-0 pixels, and its rows and columns in the picture.
 
-        Blocks are not larger than `max_px` of the level that they are read from.
+        Blocks are of bounded size on the level that they are read from, once that is shrunk while it is decoded. They
+        come from top to bottom, column by column of blocks: what is shared with the next one is soon read again.
         """
         scale_x, scale_y = width / size[0], height / size[1]
-        level = self._level_for(min(scale_x, scale_y))
-        step = max(1, int(max_px * self._downsamples[level] / max(scale_x, scale_y)))
-        for top in range(0, size[1], step):
-            for left in range(0, size[0], step):
-                bottom, right = min(top + step, size[1]), min(left + step, size[0])
-                x0, y0 = round(left * scale_x), round(top * scale_y)
-                columns, rows = round(right * scale_x) - x0, round(bottom * scale_y) - y0
-                yield x + x0, y + y0, columns, rows, (slice(top, bottom), slice(left, right))
+        downsample = self._downsamples[self._level_for(min(scale_x, scale_y))]
+        is_whole = downsample == int(downsample)
+        pixel = int(downsample) if is_whole else 1  # blocks begin on whole pixels of the level, if there are such
+        max_rows = min(MAX_READ_PX, MAX_READ_ROWS) if is_whole else MAX_READ_PX
+        step_x = max(1, int(MAX_READ_PX * shrink * downsample / max(scale_x, scale_y)))
+        step_y = max(1, int(max_rows * shrink * downsample / max(scale_x, scale_y)))
+        for left, right in pairwise([*range(0, size[0], step_x), size[0]]):
+            for top, bottom in pairwise([*range(0, size[1], step_y), size[1]]):
+                x0, y0 = round(left * scale_x / pixel) * pixel, round(top * scale_y / pixel) * pixel
+                x1 = width if right == size[0] else round(right * scale_x / pixel) * pixel
+                y1 = height if bottom == size[1] else round(bottom * scale_y / pixel) * pixel
+                yield x + x0, y + y0, x1 - x0, y1 - y0, (slice(top, bottom), slice(left, right))
 
     def read_tiles(
         self, coords: np.ndarray, width: int, height: int, size: tuple[int, int], out: np.ndarray | None = None
@@ -268,8 +277,10 @@ class Slide:
     def read_whole(self, width: int, height: int) -> np.ndarray:
         """Read the whole slide as (height, width, 3) uint8 RGB, block by block, so that memory stays bounded."""
         picture = np.empty((height, width, 3), np.uint8)
+        if self._tiff is not None:
+            self._tiff.forget(MAX_READ_PX)
         with ThreadPoolExecutor(THUMBNAIL_THREADS) as pool:
-            for x, y, columns, rows, where in self._blocks(0, 0, self.width, self.height, (width, height), MAX_READ_PX):
+            for x, y, columns, rows, where in self._blocks(0, 0, self.width, self.height, (width, height)):
                 if self._is_unscanned(x, y, x + columns, y + rows):
                     picture[where] = BACKGROUND
                     continue

@@ -25,7 +25,6 @@ DARK = 70  # brightest channel of scanner borders and black ink
 NEUTRAL = 40  # largest chroma of what counts as grey
 CHROMA_RANGE = (7, 12)  # bounds of the threshold: below is JPEG noise, above is tissue in any stain
 HSV_RANGE = ((90, 8, 103), (180, 255, 255))  # hue in 2 degrees, as OpenCV has it
-LEAST_INK_CHROMA = 17  # of ink that is not dark: 60/255, its least saturation, of the brightness from which it is not
 CLOSING_UM = 20.0
 INK_MARGIN_UM = 50.0  # the fringe of a pen stroke looks like tissue
 MIN_TISSUE_UM2 = 3_000.0  # the strands of a biopsy are larger, dust is smaller
@@ -59,9 +58,7 @@ def tissue_mask(picture: np.ndarray, mpp: float, method: str = "otsu") -> np.nda
         planes = balance.planes(picture, rows)
         brightest, darkest = extremes(planes)
         chroma = brightest - darkest
-        dark = is_dark(brightest, chroma)
-        if chroma.max() >= LEAST_INK_CHROMA:
-            dark |= marker_ink(planes)
+        dark = is_dark(brightest, chroma) | marker_ink(planes, brightest, darkest)
         if some := bool(dark.any()):
             excluded[rows] = dark
         if method == "entropy":
@@ -91,14 +88,32 @@ def is_dark(brightest: np.ndarray, chroma: np.ndarray) -> np.ndarray:
     return (brightest < DARK) & (chroma < NEUTRAL)
 
 
-def marker_ink(planes: Planes) -> np.ndarray:
-    """Pixels of marker pens, (H, W) bool: pairs of hue and saturation that H&E, DAB and haematoxylin do not reach."""
-    hue, saturation, value = cv2.split(cv2.cvtColor(cv2.merge(planes), cv2.COLOR_RGB2HSV))
+def marker_ink(planes: Planes, brightest: np.ndarray, darkest: np.ndarray) -> np.ndarray:
+    """Pixels of marker pens: pairs of hue and saturation that H&E, DAB and haematoxylin do not reach.
+
+    Args:
+        planes: red, green and blue, (H, W) uint8 each.
+        brightest: the largest of them in each pixel, (H, W) uint8.
+        darkest: the smallest.
+
+    Returns:
+        (H, W) bool.
+    """
+    # Few pixels need a closer look: the inks below are of a saturation of half and more, but for green, which is of a
+    # quarter and has green for its brightest channel.
+    may_be = darkest <= brightest >> 1
+    may_be |= (planes[1] == brightest) & (brightest - darkest > brightest >> 3)
+    where = np.flatnonzero(may_be)
+    if len(where) == 0:
+        return may_be
+    colours = np.stack([plane.ravel()[where] for plane in planes], axis=1)
+    hue, saturation, value = cv2.cvtColor(colours[None], cv2.COLOR_RGB2HSV)[0].T
     yellow = (hue > 24) & (hue <= 35) & (saturation > 150)
     green = (hue > 35) & (hue <= 90) & (saturation > 60)
     blue = (hue > 90) & (hue <= 124) & (saturation > 130)
     red = ((hue <= 5) | (hue >= 174)) & (saturation > 190) & (value > 110)
-    return yellow | green | blue | red
+    may_be.ravel()[where] = yellow | green | blue | red
+    return may_be
 
 
 def in_hsv_range(planes: Planes) -> np.ndarray:

@@ -12,6 +12,7 @@ MEDIAN_UM = 20.0
 TINT = 30  # largest chroma of a background
 LEAST_GLASS = 0.005  # of a picture; with less that is bright and near neutral it stays as it is
 GLASS_MARGIN = 4  # grey levels around the most frequent one that are glass
+SAMPLE_PX = 2**19  # of a larger picture so many pixels, of rows at equal distance, tell the colour of the glass
 
 Planes = list[np.ndarray]
 
@@ -44,6 +45,7 @@ class Balance:
 def find_balance(picture: np.ndarray, mpp: float) -> Balance:
     """Find the colour of the glass in (H, W, 3) uint8 RGB of `mpp` um/px; a picture without any stays as it is."""
     plain = Balance(odd(MEDIAN_UM / mpp))
+    picture = picture[:: max(1, picture.shape[0] * picture.shape[1] // SAMPLE_PX)]
     height, width = picture.shape[:2]
 
     def levels(rows: slice) -> np.ndarray:
