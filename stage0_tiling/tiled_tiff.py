@@ -174,12 +174,12 @@ class TiledTiff:
         )
         if found is None or self._keeps_all:
             return np.empty(0, int)
-        rows = found.rows[:, None, None] + np.arange(found.down)[:, None]
-        columns = found.columns[:, None, None] + np.arange(found.across)
-        offsets, counts = here.offsets[rows, columns], here.counts[rows, columns]
-        is_there = (counts > 0) & (offsets + counts <= self._file_bytes) & ~self._taken[level][rows, columns]
-        keep = is_there.all(axis=(1, 2))
-        self._taken[level][rows[keep], columns[keep]] = True
+        width = here.counts.shape[1]
+        within = (np.arange(found.down)[:, None] * width + np.arange(found.across)).ravel()
+        places = (found.rows * width + found.columns)[:, None] + within  # (M, down * across), row by row
+        offsets, counts, taken = here.offsets.take(places), here.counts.take(places), self._taken[level].ravel()
+        keep = ((counts > 0) & (offsets + counts <= self._file_bytes) & ~taken[places]).all(axis=1)
+        taken[places[keep]] = True
         index = found.index[keep]
         if len(index) == 0:
             return index
@@ -282,4 +282,5 @@ def _for_each(
 
 def _overlap(coords: np.ndarray, box: tuple[int, int]) -> bool:
     """Whether tiles that follow each other share pixels."""
-    return bool((abs(np.diff(coords, axis=0)) < box).all(axis=1).any())
+    is_near = abs(coords[1:] - coords[:-1]) < box
+    return bool((is_near[:, 0] & is_near[:, 1]).any())
