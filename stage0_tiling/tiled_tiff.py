@@ -6,6 +6,7 @@ Besides, 25 bytes per compressed tile of where it lies (3.8 MB for a level of 10
 bytes per reading thread, and what is being decoded.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from stage0_tiling.tiff_levels import TiffLevel, TiffPyramid, read_pyramid
 from stage0_tiling.tile_cache import ROWS, TileCache, bytes_for
 
 READ_BYTES = 2**20  # most that is read at once of compressed tiles that lie one behind the other
+MANY_TILES = 20_000
 BACKGROUND = 255
 
 
@@ -58,6 +60,8 @@ class TiledTiff:
         """
         if not path.is_file() or (pyramid := read_pyramid(path, dimensions)) is None:
             return None
+        if pyramid.levels[0].offsets.size > MANY_TILES:
+            gc.collect(1)  # tifffile's pages refer to each other, and hold what was read of them as Python's integers
         tiff = cls(path, pyramid)
         try:
             for level in range(tiff.level_count):
@@ -259,9 +263,11 @@ class TiledTiff:
 
     def _try_one_tile(self, level: int) -> None:
         """Decode a tile near the middle of a level, to learn early of a variant that the decoder does not know."""
-        rows, columns = np.nonzero(self._levels[level].counts)
-        if len(rows):
-            self._decode(self._levels[level], int(rows[len(rows) // 2]), int(columns[len(rows) // 2]), 1)
+        here = self._levels[level]
+        there = np.flatnonzero(here.counts)
+        if len(there):
+            row, column = divmod(int(there[len(there) // 2]), here.counts.shape[1])
+            self._decode(here, row, column, 1)
 
 
 def _for_each(
