@@ -20,7 +20,7 @@ import numpy as np
 from stage0_tiling.aligned import Alignment, align
 from stage0_tiling.tiff_codecs import TileError
 from stage0_tiling.tiff_levels import TiffLevel, TiffPyramid, read_pyramid
-from stage0_tiling.tile_cache import ROWS, TileCache, bytes_for
+from stage0_tiling.tile_cache import SHARED_ROWS, TileCache, bytes_for
 
 READ_BYTES = 2**20  # most that is read at once of compressed tiles that lie one behind the other
 MANY_TILES = 20_000
@@ -74,13 +74,14 @@ class TiledTiff:
     def forget(self, width: int | None = None) -> None:
         """Drop all tiles that were kept; what is read from now on is another pass over the slide.
 
-        `width` is how many pixels of a level that pass reads side by side; None for all.
+        `width` is how many pixels of a level that pass reads side by side, in boxes from top to bottom that share one
+        row of compressed tiles; None for all of them, in tiles that may overlap.
         """
         self._cache = TileCache(
             max(
                 bytes_for(level.width, level.decoder.shape[0], bytes_per_pixel=3)
                 if width is None
-                else int(ROWS * min(width, level.width) * level.decoder.shape[0] * 3)
+                else int(SHARED_ROWS * min(width, level.width) * level.decoder.shape[0] * 3)
                 for level in self._levels
             )
         )
