@@ -19,6 +19,7 @@ from stage0_tiling.slide import Slide
 from stage0_tiling.slide_list import SlideEntry
 from stage0_tiling.tissue import make_grid
 from stage0_tiling.tissue_sources import TissueSources
+from stage0_tiling.user_masks import fingerprint_mask
 
 if TYPE_CHECKING:
     from stage0_tiling.tile_encoder import TileEncoder
@@ -39,6 +40,8 @@ def tile_slide(
     Raises:
         SlideError: if the slide cannot be used.
     """
+    # before the mask is read: one that changes meanwhile is seen by the next run
+    mask = fingerprint_mask(sources.masks, entry.slide_id) if sources and sources.masks else None
     with Slide(entry.path, reader, icc=settings.icc, mpp=entry.mpp) as slide:
         plan = plan_tiles(slide, settings, entry.assume_mpp, sources, entry.slide_id)
         write_overlay(folder.path("overlays", entry.slide_id), plan)
@@ -61,7 +64,8 @@ def tile_slide(
             )
         else:
             logger.warning("%s: %s", entry.slide_id, why_empty(plan, settings))
-        return SlideState(row, tiling=settings, reader=slide.reader, num_bytes=entry.path.stat().st_size)
+        size = entry.path.stat().st_size
+        return SlideState(row, tiling=settings, reader=slide.reader, num_bytes=size, mask=mask)
 
 
 def tile_if_missing(entry: SlideEntry, folder: RunFolder, settings: TilingSettings, **how: Any) -> SlideState | None:
@@ -76,7 +80,7 @@ def tile_if_missing(entry: SlideEntry, folder: RunFolder, settings: TilingSettin
     state = tile_slide(entry, folder, settings, **how)
     is_same = known and (known.tiling, known.num_bytes) == (settings, state.num_bytes)
     if is_same and before is not None and np.array_equal(before, _tiles_of(folder, entry)):
-        return replace(state, encoded=known.encoded)
+        return replace(state, encoded=known.encoded, row=replace(state.row, warning=known.row.warning))
     return state
 
 
@@ -154,7 +158,18 @@ def encode_tiled(
             level0_height=planned.level0_height,
             more_making=result.more_making,
         )
-    return replace(state, row=replace(state.row, status="done", error=None))
+    row = replace(state.row, status="done", error=None)
+    if results:
+        row = replace(row, warning=_warning(made_by[missing[0]], results[0]))
+    return replace(state, row=row)
+
+
+def _warning(made_by: dict[str, Any], result: SlideFeatures) -> str | None:
+    """What of the settings could not be kept to with this slide."""
+    wanted, applied = (making.get("stain_normalizer", "none") for making in (made_by, result.making))
+    if wanted == applied:
+        return None
+    return f"encoded with --stain_normalizer {applied}, not {wanted}: its stains cannot be estimated"
 
 
 def _describe(entry: SlideEntry, slide: Slide, plan: TilePlan) -> SlideRow:

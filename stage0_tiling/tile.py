@@ -84,10 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Data
     settings, sources = tiling_settings(args), tissue_sources(args)
     entries = assume_mpp(find_slides(args.slides), args.assume_mpp)
-    folder = RunFolder(args.output_dir)
+    folder = RunFolder(args.output_dir, sources.masks)
     if args.overwrite:
-        folder.forget(entries)
+        folder.forget(entries, settings)
     tiling = SlideRun(entries, folder, partial(folder.needs_tiling, settings=settings), description="tiling")
+    folder.begin(settings)
     logger.info("%d slides, %d of them to tile", len(entries), len(tiling.missing))
 
     # Tile

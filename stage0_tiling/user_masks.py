@@ -4,6 +4,7 @@ MASKS/<slide_id>.geojson or .json   Polygon and MultiPolygon features in level-0
 MASKS/<slide_id>.png                any size in the slide's aspect ratio; above 0 is tissue
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,15 @@ def find_mask(folder: Path, slide_id: str) -> Path | None:
     if len(found) > 1:
         raise SlideError(f"{slide_id} has two masks, {found[0].name} and {found[1].name}: keep one")
     return found[0] if found else None
+
+
+def fingerprint_mask(folder: Path, slide_id: str) -> str:
+    """Tell one mask of a slide from another by content; empty where the user made none, or it cannot be read."""
+    try:
+        path = find_mask(folder, slide_id)
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path else ""
+    except (SlideError, OSError):  # told when the slide is tiled
+        return ""
 
 
 def read_mask(
