@@ -17,7 +17,7 @@ from feature_containers import SUFFIXES
 from slide_features.atomic import atomic_path
 from slide_features.contents import FEATURE_SUFFIXES, SlideCoords, SlideFeatures
 from slide_features.making import MAKING_FACTS, MakingFact, with_unsaid, worth_saying
-from slide_features.patches import choose_patches, raster_order
+from slide_features.patches import choose_patches, is_in_raster_order, raster_order
 from slide_features.reading import (
     count_tiles,
     read_patches,
@@ -37,6 +37,7 @@ __all__ = [
     "atomic_path",
     "choose_patches",
     "count_tiles",
+    "is_in_raster_order",
     "raster_order",
     "read_patches",
     "read_slide_coords",

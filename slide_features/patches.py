@@ -3,10 +3,15 @@
 import numpy as np
 
 
+def is_in_raster_order(coords: np.ndarray) -> bool:
+    """Whether (N, 2) positions are sorted by y, then x, as those of our own files are."""
+    x, y = coords.T
+    return bool(((y[:-1] < y[1:]) | (y[:-1] == y[1:]) & (x[:-1] <= x[1:])).all())
+
+
 def raster_order(coords: np.ndarray) -> np.ndarray:
     """Return the (N,) int64 indices that sort (N, 2) positions by y, then x: the fixed order of patch tokens."""
-    x, y = coords.T
-    if ((y[:-1] < y[1:]) | (y[:-1] == y[1:]) & (x[:-1] <= x[1:])).all():  # as our own files are
+    if is_in_raster_order(coords):
         return np.arange(len(coords))
     return np.lexsort((coords[:, 0], coords[:, 1]))
 

@@ -301,10 +301,12 @@ def make_loaders(
 
 def make_loader(dataset: ReportDataset, batches: RecordBatches, num_workers: int = 0) -> DataLoader:
     """Loader with a random generator of its own, so that making an iterator leaves the global one as it was."""
+    from slide_reports.transfer import collate_to_send
+
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=collate_to_send,
         num_workers=num_workers,
         generator=torch.Generator().manual_seed(0),
         pin_memory=torch.cuda.is_available(),
