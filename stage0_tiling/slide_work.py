@@ -6,11 +6,13 @@ Both return what is to be recorded of the slide and raise what is wrong with it.
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slide_features import SlideFeatures, read_slide_coords, write_slide_coords, write_slide_features
+from stage0_tiling.flags import check_readable
 from stage0_tiling.geojson import write_tiles_geojson, write_tissue_geojson
 from stage0_tiling.overlay import write_overlay, write_thumbnail
 from stage0_tiling.plan import TilePlan, TilingSettings, measure_quality, plan_tiles, why_empty
@@ -40,6 +42,7 @@ def tile_slide(
     Raises:
         SlideError: if the slide cannot be used.
     """
+    check_readable(entry.path)
     # before the mask is read: one that changes meanwhile is seen by the next run
     mask = fingerprint_mask(sources.masks, entry.slide_id) if sources and sources.masks else None
     with Slide(entry.path, reader, icc=settings.icc, mpp=entry.mpp) as slide:
@@ -89,6 +92,26 @@ def _tiles_of(folder: RunFolder, entry: SlideEntry) -> np.ndarray | None:
         return read_slide_coords(folder.path("coords", entry.slide_id)).coords
     except (OSError, ValueError):
         return None
+
+
+def tell_unmeasured(entries: list[SlideEntry], folder: RunFolder) -> None:
+    """Warn, for --quality, of slides that were tiled without it: they are not tiled again for that."""
+    tiled = [entry for entry in entries if folder.is_tiled(folder.read_state(entry.slide_id))]
+    without = [entry.slide_id for entry in tiled if _lacks_blur(folder.path("coords", entry.slide_id))]
+    if without:
+        logger.warning(
+            "--quality: %d slides, %s among them, are tiled already, without the blur of their tiles: add --overwrite "
+            "to tile them again with it",
+            len(without),
+            without[0],
+        )
+
+
+def _lacks_blur(path: Path) -> bool:
+    try:
+        return "blur" not in read_slide_coords(path).quality
+    except (OSError, ValueError):  # it has no tiles, or is torn and made again
+        return False
 
 
 def write_tile_squares(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from stage0_tiling.slide import SlideError
 
@@ -119,9 +120,19 @@ def _read_png(path: Path, shape: tuple[int, int], aspect: float) -> np.ndarray:
             f"({aspect:.3f}): draw it over the whole slide"
         )
     inside = picture > 0 if picture.ndim == 2 else (picture[..., :3] > 0).any(axis=2)
+    if _has_palette(path) and not np.array_equal(inside, np.asarray(Image.open(path)) > 0):
+        raise SlideError(
+            f"mask {path.name} has a palette in which numbers and colours differ in what is tissue (above 0, or not "
+            "black): save it in shades of grey"
+        )
     shrinks = inside.size > shape[0] * shape[1]
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST
     return cv2.resize(inside.astype(np.float32), shape[::-1], interpolation=interpolation) >= 0.5
+
+
+def _has_palette(path: Path) -> bool:
+    with Image.open(path) as picture:
+        return picture.mode == "P"
 
 
 def _polygons(path: Path) -> Iterator[list[np.ndarray]]:
