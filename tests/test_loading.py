@@ -1,6 +1,8 @@
 """Reading patch tokens and sending batches fast: equal to the plain way, whatever the file and whatever changed."""
 
+import multiprocessing
 import os
+import pickle
 
 import h5py
 import numpy as np
@@ -13,7 +15,7 @@ from slide_features import read_patches, read_slide_features, write_slide_featur
 from slide_features.reading import _layout
 from slide_reports import Prompt, Record, ReportDataset, collate
 from slide_reports.batches import RecordBatches, make_loader
-from slide_reports.transfer import SharedBatch
+from slide_reports.transfer import PIECES, BatchMemory, SendingCollate, SentBatch
 from tests.tiny_models import make_tokenizer
 
 FACTS = {"encoder": "made-up", "mpp": 0.5, "tile_size": 256, "overlap": 0, "patch_size_level0": 256}
@@ -144,15 +146,82 @@ def test_tensors_of_any_shape_and_type_are_taken_apart_as_they_were(shapes, dtyp
         str(i): torch.randint(0, 2, shape).to(dtype)
         for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=False))
     }
-    take_apart, parts = SharedBatch(batch).__reduce__()
-    found = take_apart(*parts)
+    receive, parts = SentBatch(batch).__reduce__()
+    found = receive(*parts)
     assert found.keys() == batch.keys()
     for name, tensor in batch.items():
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
         assert torch.equal(found[name], tensor)
 
 
-def test_samples_collate_alike_in_a_worker_or_not(tmp_path):
-    data = dataset(tmp_path, 2)
-    samples = [data[key] for key in next(iter(RecordBatches(2, 2)))]
-    assert collate(samples).keys() == next(iter(make_loader(data, RecordBatches(2, 2), 1))).keys()
+def test_a_piece_is_used_again_only_when_its_tensors_are_gone():
+    memory = BatchMemory(1)
+    memory.become_reader()
+    first = {"x": torch.arange(1000), "y": torch.tensor([True])}
+
+    def send(batch):
+        sent = SentBatch(batch, memory)
+        receive, parts = sent.__reduce__()
+        return receive(*parts), parts
+
+    received = [send({"x": first["x"] + i, "y": first["y"]}) for i in range(PIECES + 2)]
+    for i, (batch, _) in enumerate(received):
+        assert torch.equal(batch["x"], first["x"] + i), "each is still what it was"
+    used = [parts[0] for _, parts in received]
+    assert [piece.number for piece in used[:PIECES]] == list(range(PIECES))
+    assert all(isinstance(where, torch.Tensor) for where in used[PIECES:]), "without a free piece, new memory"
+    view = received[2][0]["x"][5:7]
+    received.clear()  # all but a view of the third
+    numbers = set()
+    for _ in range(9):
+        batch, parts = send(first)
+        numbers.add(parts[0].number)
+        assert torch.equal(batch["x"], first["x"]) and view.tolist() == [7, 8]
+        del batch
+    assert 2 not in numbers and numbers
+    larger, parts = send({"x": torch.arange(50_000)})
+    assert torch.equal(larger["x"], torch.arange(50_000)) and view.tolist() == [7, 8]
+
+
+def test_a_batch_that_was_lost_frees_its_piece_and_is_never_taken_for_another():
+    memory = BatchMemory(2)
+    memory.become_reader()
+    lost = SentBatch({"x": torch.arange(3)}, memory).__reduce__()
+    forked = multiprocessing.get_context("fork")
+
+    def another(queue):
+        memory.become_reader()
+        queue.put(memory._own)
+
+    queue = forked.Queue()
+    readers = [forked.Process(target=another, args=(queue,)) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+        assert queue.get(timeout=60) == 1, "the first reader lives, and has its pieces to itself"
+        reader.join()
+    memory.become_reader()  # as if after its death
+    new, parts = SentBatch({"x": torch.arange(5)}, memory).__reduce__()
+    assert parts[0].number == 0
+    with pytest.raises(RuntimeError, match="has died, and the batch with it"):
+        lost[0](*lost[1])
+    assert torch.equal(new(*parts)["x"], torch.arange(5))
+
+
+def test_passes_that_are_left_early_or_run_side_by_side_give_the_same(tmp_path):
+    data = dataset(tmp_path)
+    batches = RecordBatches(len(data), 1, shuffle=True, seed=3)
+    loader, plain = make_loader(data, batches, 2), [batch for batch in make_loader(data, batches, 0)]
+    for _ in range(3):
+        for number, batch in enumerate(loader):
+            assert torch.equal(batch["patch_tokens"], plain[number]["patch_tokens"])
+            if number == 1:
+                break
+    for one, other, expected in zip(loader, loader, plain, strict=True):
+        for name, tensor in expected.items():
+            assert torch.equal(one[name], tensor) and torch.equal(other[name], tensor)
+            one[name].zero_()
+
+
+def test_the_way_of_sending_can_be_given_to_a_process_that_is_not_forked():
+    sending = pickle.loads(pickle.dumps(SendingCollate(collate, 2)))
+    assert sending._memory is None
