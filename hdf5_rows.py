@@ -51,7 +51,9 @@ class RowPlaces:
         places = self.starts[chunks] + within * row_bytes
         buffer = memoryview(out.view(np.uint8).reshape(-1))
         # Rows that lie one behind the other in the file are read together.
-        firsts = np.flatnonzero(np.diff(places, prepend=-1 - row_bytes) != row_bytes)
+        is_first = np.ones(len(rows), dtype=bool)
+        np.not_equal(places[1:], places[:-1] + row_bytes, out=is_first[1:])
+        firsts = np.flatnonzero(is_first)
         ends = [*(firsts[1:] * row_bytes).tolist(), len(rows) * row_bytes]
         preadv, start = os.preadv, 0
         for offset, end in zip(places[firsts].tolist(), ends, strict=True) if len(rows) else ():

@@ -122,6 +122,8 @@ def share_budget(budget: int, sizes: Sequence[int]) -> list[int]:
     """
     if budget < len(sizes):
         raise ValueError(f"a case of {len(sizes)} slides or images needs as many tokens; raise --num_visual_tokens")
+    if len(sizes) == 1:
+        return [budget]
     quotients, remainders = np.divmod(budget * np.asarray(sizes, dtype=np.int64), sum(sizes))
     left_over = budget - int(quotients.sum())
     quotients[np.argsort(-remainders, kind="stable")[:left_over]] += 1

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slide_features import read_patches, read_slide_features, write_slide_features
-from slide_features.reading import _layout
+from slide_features.header import read_header
 from slide_reports import Prompt, Record, ReportDataset, collate
 from slide_reports.batches import RecordBatches, make_loader
 from slide_reports.transfer import PIECES, BatchMemory, SendingCollate, SentBatch
@@ -98,11 +98,11 @@ def test_a_file_that_is_replaced_or_broken_is_noticed(tmp_path):
 
 def test_the_library_opens_a_file_once(tmp_path, monkeypatch):
     write(tmp_path / "x.h5")
-    _layout.cache_clear()
+    read_header.cache_clear()
     opened, plain = [], h5py.File
     monkeypatch.setattr(h5py, "File", lambda *args, **more: opened.append(args) or plain(*args, **more))
-    for _ in range(3):
-        read_patches(tmp_path / "x.h5", rows=np.arange(4))
+    for read in (read_slide_features, read_patches, read_slide_features):
+        read(tmp_path / "x.h5", rows=np.arange(4))
     assert len(opened) == 1
     os.utime(tmp_path / "x.h5", ns=(1, 1))
     read_patches(tmp_path / "x.h5", rows=np.arange(4))
