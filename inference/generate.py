@@ -122,9 +122,8 @@ def read_case_of(args, model) -> dict:
     if args.features:
         return read_case([Path(path) for path in args.features], **budgets, expected=making_of(settings))
 
-    from encoders import load_encoder
+    from inference.slide_tokens import load_encoders
     from slide_features import MAKING_FACTS
-    from slide_vlm import check_encoder
     from stage0_tiling.encoding import encode_slide
 
     name = args.vision_model_name or settings.encoder
@@ -136,8 +135,7 @@ def read_case_of(args, model) -> dict:
         )
     if unknown := tiling.keys() - MAKING_FACTS.keys():
         raise ValueError(f"{args.model} was trained on tiles with {', '.join(sorted(unknown))}; update SlideScribe")
-    encoder = load_encoder(name).to(model.device)
-    check_encoder(encoder, settings)
+    encoder, finish = load_encoders(settings, model.device, args.vision_model_name)
     slides = []
     for path in args.slide:
         slide = encode_slide(
@@ -150,7 +148,7 @@ def read_case_of(args, model) -> dict:
             num_workers=args.num_workers,
         )
         print(f"{Path(path).name}: {len(slide.coords)} tiles", file=sys.stderr)
-        slides.append(slide)
+        slides.append(finish(slide))
     return case_of_slides(slides, **budgets)
 
 

@@ -17,6 +17,7 @@ from slide_reports.cases import read_case, read_images
 from slide_reports.inputs import facts_to_agree_on
 from slide_reports.prompt import Prompt
 from slide_reports.record import Record
+from slide_reports.transfer import SendingCollate
 from slide_vlm import IGNORED_LABEL, SlideVLM, VLMSettings
 
 MAX_PATCHES = 16384  # read of one slide when a reducer other than `none` follows; 50 MB at width 1536
@@ -304,7 +305,7 @@ def make_loader(dataset: ReportDataset, batches: RecordBatches, num_workers: int
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=SendingCollate(collate, num_workers),
         num_workers=num_workers,
         generator=torch.Generator().manual_seed(0),
         pin_memory=torch.cuda.is_available(),

@@ -92,6 +92,7 @@ def main() -> int:
         val_fraction=args.val_fraction,
         seed=args.seed,
         splits=args.splits,
+        fold=args.fold,
         features_dir=args.features_dir,
         image_root=args.image_root,
         group_pattern=args.group_pattern,
