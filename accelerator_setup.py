@@ -5,7 +5,7 @@ A run folder::
     run.json              command, versions, git revision
     log.jsonl, curves.png see run_log.py
     checkpoints/step_<n>/ what resumes the run; a folder of that name is always whole
-    best_model/           result with the lowest validation loss
+    best_model/           result of the best evaluation
     final_model/          result after the last step
 """
 
@@ -31,6 +31,7 @@ LONGEST_WAIT = timedelta(days=30)
 # Flags that may differ when a run is resumed; all others decide what it learns.
 FREE_ON_RESUME = {"output_dir", "resume_from_checkpoint", "overwrite", "save_steps", "keep_checkpoints", "num_workers"}
 FREE_ON_RESUME |= {"wandb_project", "tensorboard", "gradient_checkpointing"}
+FREE_ON_RESUME |= {"early_stopping_patience", "image_ablation_records"}
 # Places that may have moved; what lies there is compared by its content.
 FREE_ON_RESUME |= {"train_json", "val_json", "features_dir", "image_root", "llm_name", "vision_model_name"}
 FREE_ON_RESUME |= {"stage1_projector_path"}
@@ -43,9 +44,9 @@ def add_run_arguments(parser) -> None:
     group.add_argument("--seed", type=int, default=0, help="of weights, order of records and choice of patches")
     group.add_argument(
         "--mixed_precision",
-        choices=["no", "bf16"],
+        choices=["no", "bf16", "fp16"],
         default=None,
-        help="precision of activations and of a frozen LLM; default: that of `accelerate config`",
+        help="precision of activations and of a frozen LLM, fp16 is refused; default: that of `accelerate config`",
     )
     group.add_argument(
         "--save_steps", type=int, default=500, help="steps between checkpoints; each epoch's end is one too"
@@ -81,9 +82,21 @@ def add_optimizer_arguments(parser, *, learning_rate: float, num_epochs: int) ->
     )
     group.add_argument(
         "--lr_scheduler_type",
-        choices=["cosine", "constant_with_warmup", "linear"],
+        choices=["cosine", "cosine_with_restarts", "constant_with_warmup", "linear"],
         default="cosine",
         help="after the warm-up",
+    )
+    group.add_argument(
+        "--lr_num_cycles", type=PositiveInt, default=1, help="times that cosine_with_restarts falls from the peak to 0"
+    )
+    group.add_argument(
+        "--label_smoothing", type=ClosedUnitInterval, default=0.0, help="of the training loss; validation has none"
+    )
+    group.add_argument(
+        "--projector_ema",
+        type=ClosedUnitInterval,
+        default=0.0,
+        help="decay a step of a moving average of the projector, which is evaluated and saved; 0: none",
     )
     group.add_argument("--max_grad_norm", type=PositiveFloat, default=1.0, help="global norm to clip gradients to")
     group.add_argument(
@@ -130,18 +143,68 @@ def make_accelerator(
         step_scheduler_with_optimizer=False,
     )
     if accelerator.mixed_precision == "fp16":
-        raise ValueError("fp16 overflows in Gemma-3n; choose bf16 or no in --mixed_precision or in `accelerate config`")
+        raise ValueError(
+            "fp16 overflows in Gemma-3n, over full and over 4-bit weights; choose bf16 or no in --mixed_precision or "
+            "in `accelerate config`"
+        )
     set_seed(seed)
     return accelerator
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters for AdamW, matrices with weight decay and vectors without."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
-    vectors = [parameter for parameter in trainable if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def parameter_groups(
+    model: torch.nn.Module, weight_decay: float, learning_rates: dict[str, float | None] | None = None
+) -> list[dict[str, Any]]:
+    """Trainable parameters for AdamW, matrices with weight decay and vectors without.
+
+    Args:
+        model: of which something learns.
+        weight_decay: of the matrices.
+        learning_rates: peak for the parameters of a part, by the first word of their names, where it is not that of
+            the optimizer; None is the optimizer's. Such groups say in ``part`` of what they are.
+    """
+    of_part: dict[str, list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = name.split(".")[0]
+            own_rate = (learning_rates or {}).get(part) is not None
+            of_part.setdefault(part if own_rate else "", []).append(parameter)
+    groups = []
+    for part, trainable in of_part.items():
+        own = {"part": part, "lr": learning_rates[part]} if part else {}
+        matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
+        vectors = [parameter for parameter in trainable if parameter.ndim < 2]
+        groups += [{"params": matrices, "weight_decay": weight_decay, **own}] if matrices else []
+        groups += [{"params": vectors, "weight_decay": 0.0, **own}] if vectors else []
+    return groups
+
+
+def learning_rates_now(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The rate of the next step: ``lr``, and ``lr_<part>`` of parts with one of their own."""
+    rates = {"lr": optimizer.param_groups[0]["lr"]}
+    for group in reversed(optimizer.param_groups):
+        rates[f"lr_{group['part']}" if "part" in group else "lr"] = group["lr"]
+    return rates
+
+
+SCHEDULE_FLAGS = ("lr_scheduler_type", "warmup_ratio", "lr_num_cycles")
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, num_steps: int, *, lr_scheduler_type: str, warmup_ratio: float, lr_num_cycles: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Schedule of the learning rate over ``num_steps`` optimizer steps, each part from its own peak.
+
+    Raises:
+        ValueError: cycles of a schedule that has none.
+    """
+    from transformers import get_scheduler
+
+    restarts = lr_scheduler_type == "cosine_with_restarts"
+    if lr_num_cycles > 1 and not restarts:
+        raise ValueError(f"--lr_num_cycles {lr_num_cycles} needs --lr_scheduler_type cosine_with_restarts")
+    cycles = {"num_cycles": lr_num_cycles} if restarts else {}
+    num_warmup = round(warmup_ratio * num_steps)
+    return get_scheduler(lr_scheduler_type, optimizer, num_warmup, num_steps, scheduler_specific_kwargs=cycles)
 
 
 def forget_frozen(optimizer: torch.optim.Optimizer) -> None:
@@ -165,11 +228,25 @@ def windows(batches: Iterable, size: int) -> Iterator[list]:
 
 
 class RunState:
-    """What a run has reached. One counter, optimizer steps; the epoch and the place in it derive from it."""
+    """What a run has reached. One counter, optimizer steps; the epoch and the place in it derive from it.
 
-    def __init__(self, step: int = 0, best_loss: float = float("inf")):
+    Attributes:
+        step: optimizer steps taken.
+        best_score: of all evaluations; higher is better.
+        evaluations_since_best: how many were no better.
+    """
+
+    def __init__(self, step: int = 0, best_score: float = float("-inf"), evaluations_since_best: int = 0):
         self.step = step
-        self.best_loss = best_loss
+        self.best_score = best_score
+        self.evaluations_since_best = evaluations_since_best
+
+    def note(self, score: float) -> bool:
+        """Take down the score of an evaluation; whether it is the best so far."""
+        is_best = score > self.best_score
+        self.best_score = max(score, self.best_score)
+        self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
+        return is_best
 
 
 def run_identity(flags: dict[str, Any], **content: Any) -> dict[str, Any]:

@@ -24,8 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from encoder_lora import merged_encoder
 from encoders import ImageEncoder, load_encoder
-from language_model import fingerprint, llm_width, load_llm, load_tokenizer
+from four_bit import FourBit, dequantize, quantize
+from language_model import fingerprint, llm_width, load_llm, load_tokenizer, shares_keys_and_values
 from projectors import (
     PROMPT_TOPK,
     UM_PER_IMAGE_PATCH,
@@ -65,6 +67,7 @@ class VLMSettings:
     tiling: dict[str, Any] = field(default_factory=dict)
     llm_revision: str | None = None
     llm_fingerprint: str | None = None
+    llm_four_bit: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     git_revision: str | None = None
     format_version: int = FORMAT_VERSION
@@ -129,6 +132,9 @@ class SlideVLM(nn.Module):
         self.llm = llm
         self.checkpoint_layers = False
         self.encoder_learned = False  # set by a run that trains it, also after it was frozen again
+        self.llm_learned = False  # whether a result holds a language model of its own
+        self.label_smoothing = 0.0  # in training mode only
+        self.projector_average: dict[str, Tensor] | None = None  # see projector_average.py
 
     @property
     def base_llm(self) -> PreTrainedModel:
@@ -146,7 +152,10 @@ class SlideVLM(nn.Module):
         return next((parameter.dtype for parameter in self.projector.parameters()), torch.float32)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Negative log-likelihood of each supervised token, (S,) float32; S may be 0."""
+        """Negative log-likelihood of each supervised token, (S,) float32; S may be 0.
+
+        In training mode with label smoothing (Szegedy et al. 2016) its cross-entropy with the smoothed target.
+        """
         inputs = self.embed(batch)
         decoder = self.base_llm.get_decoder()
         hidden = decoder(**inputs["conditioning"], **position_arguments(inputs["attention_mask"]), use_cache=False)
@@ -236,7 +245,8 @@ class SlideVLM(nn.Module):
         return torch.cat([checkpoint(self._chunk_nll, h, t, use_reentrant=False) for h, t in chunks])
 
     def _chunk_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(hidden).float(), targets, reduction="none")
+        smoothing = self.label_smoothing if self.training else 0.0
+        return F.cross_entropy(self.logits(hidden).float(), targets, reduction="none", label_smoothing=smoothing)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (…, V) of hidden states (…, H), final softcap applied."""
@@ -245,21 +255,26 @@ class SlideVLM(nn.Module):
         softcap = getattr(self.base_llm.config.get_text_config(), "final_logit_softcapping", None)
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
-    def enable_gradient_checkpointing(self) -> None:
+    def enable_gradient_checkpointing(self, use_reentrant: bool = False) -> None:
         """Recompute the activations of the language model's layers in the backward pass instead of keeping them.
 
-        Never re-entrant: that leaves Gemma-3n's loss right and the gradient of the visual tokens wrong. Call it when
-        what is trainable has been decided.
+        Call it when what is trainable has been decided.
 
         Raises:
-            ValueError: the language model is frozen and has dropout, which its layers, put into training mode so that
-                they recompute, would apply.
+            ValueError: re-entrant checkpointing of Gemma-3n, which leaves its loss right and the gradient of the visual
+                tokens wrong; or the language model is frozen and has dropout, which its layers, put into training mode
+                so that they recompute, would apply.
         """
+        if use_reentrant and shares_keys_and_values(self.base_llm):
+            raise ValueError(
+                "re-entrant checkpointing makes the gradient of the visual tokens wrong where layers share keys and "
+                "values, as Gemma-3n's do; leave use_reentrant off"
+            )
         config = self.base_llm.config.get_text_config().to_dict()
         dropout = [key for key, value in config.items() if ("dropout" in key or "pdrop" in key) and value]
         if dropout and not any(parameter.requires_grad for parameter in self.llm.parameters()):
             raise ValueError(f"--gradient_checkpointing would apply {dropout[0]} in the frozen LLM; drop the flag")
-        self.base_llm.activation_checkpointing_enable({"use_reentrant": False})
+        self.base_llm.activation_checkpointing_enable({"use_reentrant": use_reentrant})
         self.checkpoint_layers = True
 
     def train(self, mode: bool = True) -> "SlideVLM":
@@ -290,7 +305,25 @@ class SlideVLM(nn.Module):
         state = {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
         if self.encoder_learned:
             state |= {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}
+        if self.projector_average is not None:
+            state |= {f"projector_average.{name}": value for name, value in self.projector_average.items()}
         return state
+
+    def visual_parameters(self) -> dict[str, Tensor]:
+        """What of projector, reducer and position codes learns, by name."""
+        parts = {name: getattr(self, name) for name in VISUAL_PARTS}
+        named = ((f"{name}.{key}", value) for name, part in parts.items() for key, value in part.named_parameters())
+        return {name: value for name, value in named if value.requires_grad}
+
+    def unfreeze_encoder(self) -> None:
+        """Let the image encoder learn, and be saved with the results of this run even when it is frozen again."""
+        self.encoder.requires_grad_(True)
+        self.encoder_learned = True
+
+    def unfreeze_visual_parts(self) -> None:
+        """Let projector, reducer and position codes learn."""
+        for name in VISUAL_PARTS:
+            getattr(self, name).requires_grad_(True)
 
     def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write a result folder, whole or not at all. A frozen base language model is never copied.
@@ -301,7 +334,7 @@ class SlideVLM(nn.Module):
             folder/projector/model.safetensors   projector, reducer and position codes
             folder/adapter/                      when the language model wears one
             folder/language_model/               when weights of its own learned
-            folder/encoder/                      when it learned
+            folder/encoder/                      when it learned; LoRA is merged into it
             folder/tokenizer/
         """
         folder = Path(folder)
@@ -317,10 +350,10 @@ class SlideVLM(nn.Module):
         save_file(projector_state, temporary / "projector" / "model.safetensors", metadata={"format": "pt"})
         if hasattr(self.llm, "peft_config"):
             self.llm.save_pretrained(temporary / "adapter", safe_serialization=True)
-        elif any(parameter.requires_grad for parameter in self.llm.parameters()):
+        elif self.llm_learned or any(parameter.requires_grad for parameter in self.llm.parameters()):
             self.llm.save_pretrained(temporary / "language_model", safe_serialization=True)
-        if self.encoder_learned:
-            self.encoder.save_pretrained(temporary / "encoder")
+        if self.encoder is not None and (self.encoder_learned or self.encoder.wears_lora):
+            merged_encoder(self.encoder).save_pretrained(temporary / "encoder")
         tokenizer.save_pretrained(temporary / "tokenizer")
         outdated = folder.with_name(folder.name + ".outdated")
         shutil.rmtree(outdated, ignore_errors=True)
@@ -400,10 +433,13 @@ def load_vlm(
     dtype: torch.dtype = torch.float32,
     llm_name: str | None = None,
     encoder_name: str | None = None,
+    four_bit: FourBit | None = None,
+    dequantized: bool = False,
 ) -> tuple[SlideVLM, PreTrainedTokenizerBase]:
     """Open a ``final_model`` folder for inference or further training, in evaluation mode.
 
-    The model's settings say where its language model and encoder were found this time.
+    The model's settings say where its language model and encoder were found this time. A language model whose adapter
+    was trained over 4-bit weights is opened with them, since the adapter makes up for their error as well.
 
     Args:
         folder: result of stage 1 or 2.
@@ -411,6 +447,8 @@ def load_vlm(
         dtype: of the language model; projector and encoder stay in float32.
         llm_name: where the base language model is now, when it moved since training.
         encoder_name: likewise for the image encoder.
+        four_bit: hold the language model in this form from now on.
+        dequantized: compute with the very values of the 4-bit weights, but in full layers, which LoRA merges into.
 
     Raises:
         FileNotFoundError: no such result.
@@ -427,6 +465,12 @@ def load_vlm(
         settings.llm_name = llm_name or settings.llm_name
         llm = load_llm(settings.llm_name, revision=settings.llm_revision, dtype=dtype)
         check_fingerprint(llm, settings)
+    if four_bit is not None:
+        settings.llm_four_bit = four_bit.to_json()
+    if settings.llm_four_bit is not None:
+        quantize(llm, FourBit(**settings.llm_four_bit), device)
+        if dequantized:
+            dequantize(llm)
     if (folder / "adapter").is_dir():
         from peft import PeftModel
 

@@ -23,7 +23,13 @@ from slide_reports.prompt import (
     Prompt,
 )
 from slide_reports.record import Record, patient_of, slide_id_of
-from slide_reports.records import add_data_arguments, read_records, read_training_records, records_digest
+from slide_reports.records import (
+    RECORD_FLAGS,
+    add_data_arguments,
+    read_records,
+    read_training_records,
+    records_digest,
+)
 from slide_reports.splits import split_by_patient
 from slide_reports.table import RecordTable
 
@@ -33,6 +39,7 @@ __all__ = [
     "making_of",
     "DEFAULT_QUESTIONS",
     "Prompt",
+    "RECORD_FLAGS",
     "Record",
     "RecordBatches",
     "RecordTable",
