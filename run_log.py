@@ -60,6 +60,7 @@ class RunLog:
                 "lr": lr,
                 **part_rates,
                 "grad_norm": grad_norm,
+                "seconds": round(seconds, 4),
                 "samples_per_s": round(num_samples / seconds, 3),
                 "supervised_tokens_per_s": round(num_supervised_tokens / seconds, 1),
                 "padding_fraction": round(padding_fraction, 4),

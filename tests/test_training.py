@@ -45,7 +45,9 @@ def test_stage1_leaves_a_whole_run_folder(stage1):
     assert names == {"run.json", "log.jsonl", "curves.png", "checkpoints", "best_model", "final_model"}
     lines = log_lines(stage1)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    fields = "step epoch loss lr grad_norm samples_per_s supervised_tokens_per_s padding_fraction peak_memory_bytes"
+    fields = (
+        "step epoch loss lr grad_norm seconds samples_per_s supervised_tokens_per_s padding_fraction peak_memory_bytes"
+    )
     assert set(lines[0]) == set(fields.split())
     assert [line["epoch"] for line in log_lines(stage1, "val_loss")] == [1, 2, 3]
     assert {path.name for path in (stage1 / "final_model").iterdir()} == {"vlm.json", "projector", "tokenizer"}
