@@ -4,6 +4,9 @@ Shapes: H language model width, V vocabulary.
 """
 
 import hashlib
+import importlib.util
+import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,17 @@ TEXT_PART_NAMES = {
 ELSEWHERE = "give a folder or hub name with --llm_name; gated models need `hf auth login`"
 # peft 0.21 asks transformers 5.23 by the old name of a method.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+# bitsandbytes, which peft opens, takes a CPU kernel from the hub and runs it wherever the package `kernels` is installed,
+# and complains where it is not. It computes without.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+if importlib.util.find_spec("kernels") and "bitsandbytes" not in sys.modules:
+    kernels, sys.modules["kernels"] = sys.modules.get("kernels"), None
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        sys.modules.pop("kernels")
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
 
 
 def llm_width(llm: PreTrainedModel) -> int:

@@ -515,7 +515,7 @@ def test_the_check_tells_models_that_use_the_image_from_those_that_do_not(corpus
     accelerator = Accelerator(cpu=True)
     options = {"image_ablation_records": 20, "batch_size": 4, "num_workers": 0, "seed": 0}
     used = image_ablation(accelerator, model, tokenizer, records, **options)
-    assert used.uses_image and used.shuffled > 1.3 * used.right and used.zero > used.right
+    assert used.uses_image and used.shuffled > 1.03 * used.right and used.zero > used.right
     assert "DOES NOT" not in capsys.readouterr().err
     with torch.no_grad():
         for name, parameter in model.projector.named_parameters():
