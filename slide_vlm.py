@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -35,12 +34,12 @@ from projectors import (
     build_reducer,
     closeness,
 )
+from token_nll import capped, token_nll
 
 FORMAT_VERSION = 1
 IGNORED_LABEL = -100
 IMAGE_MARKER = -200  # stands in a batch's input_ids for a whole slide or image; no tokenizer gives a negative id
 VISUAL_PARTS = ("position_codes", "reducer", "projector")  # what stage 1 trains
-LOGIT_CHUNK = 512  # supervised positions whose logits exist at one time: 0.5 GB in float32 at a vocabulary of 262,400
 
 
 @dataclass
@@ -152,7 +151,12 @@ class SlideVLM(nn.Module):
         hidden = decoder(**inputs["conditioning"], **position_arguments(inputs["attention_mask"]), use_cache=False)
         targets = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)  # position t predicts token t + 1
         supervised = targets != IGNORED_LABEL
-        return self._answer_nll(hidden.last_hidden_state[supervised], targets[supervised])
+        return token_nll(
+            hidden.last_hidden_state[supervised],
+            targets[supervised],
+            self.base_llm.get_output_embeddings(),
+            softcap=self.logit_softcap,
+        )
 
     def visual_tokens(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Visual tokens (I, K, H) in the projector's dtype and their mask (I, K), real tokens first.
@@ -228,22 +232,16 @@ class SlideVLM(nn.Module):
             conditioning["inputs_embeds"] = embeds.masked_scatter(places.unsqueeze(-1), real_visual)
         return {"conditioning": conditioning, **expanded}
 
-    def _answer_nll(self, hidden_SH: Tensor, targets_S: Tensor) -> Tensor:
-        """Cross-entropy in float32 at the supervised positions only, in chunks whose logits are not kept."""
-        if len(targets_S) <= LOGIT_CHUNK:
-            return self._chunk_nll(hidden_SH, targets_S)
-        chunks = zip(hidden_SH.split(LOGIT_CHUNK), targets_S.split(LOGIT_CHUNK), strict=True)
-        return torch.cat([checkpoint(self._chunk_nll, h, t, use_reentrant=False) for h, t in chunks])
-
-    def _chunk_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(hidden).float(), targets, reduction="none")
+    @property
+    def logit_softcap(self) -> float | None:
+        """Bound of the logits, as the language model's configuration has it; None where it has none."""
+        return getattr(self.base_llm.config.get_text_config(), "final_logit_softcapping", None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (…, V) of hidden states (…, H), final softcap applied."""
         head = self.base_llm.get_output_embeddings()
-        logits = head(hidden.to(head.weight.dtype) if not torch.is_autocast_enabled(hidden.device.type) else hidden)
-        softcap = getattr(self.base_llm.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        is_autocast = torch.is_autocast_enabled(hidden.device.type)
+        return capped(head(hidden if is_autocast else hidden.to(head.weight.dtype)), self.logit_softcap)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the activations of the language model's layers in the backward pass instead of keeping them.

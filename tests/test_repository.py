@@ -23,6 +23,7 @@ FLOORS = [
         "hub_access",
         "longnet",
         "projector_parts",
+        "token_nll",
     },
     {"projectors", "encoders", "slide_encoders", "language_model", "accelerator_setup", "run_log", "slide_features"},
     {"slide_vlm"},
