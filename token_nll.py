@@ -1,6 +1,6 @@
 """Negative log-likelihood of tokens behind a language model's head, a few rows of logits at a time.
 
-One row of logits of a vocabulary of 262,400 is 1 MB in float32, and its gradient another. Where the head does not learn,
+One row of logits of a vocabulary of 262,400 is 1 MB in float32, its gradient another. Where the head does not learn,
 each token's gradient with respect to its hidden state is known as soon as its logits are, but for the factor that comes
 from above. So it is worked out in the forward pass, of a chunk of rows whose logits are then gone, and the backward
 pass is a multiplication. The same products of matrices as the plain way, nothing computed twice, two chunks in memory.

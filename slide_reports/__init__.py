@@ -4,9 +4,7 @@ A record is one question and answer about one case.
 """
 
 from slide_reports.batches import (
-    RecordBatches,
     ReportDataset,
-    SampleKey,
     check_input_kind,
     collate,
     default_num_visual_tokens,
@@ -23,6 +21,7 @@ from slide_reports.prompt import (
     Prompt,
 )
 from slide_reports.record import Record, patient_of, slide_id_of
+from slide_reports.record_batches import RecordBatches, SampleKey
 from slide_reports.records import add_data_arguments, read_records, read_training_records, records_digest
 from slide_reports.splits import split_by_patient
 from slide_reports.table import RecordTable

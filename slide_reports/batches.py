@@ -1,33 +1,28 @@
-"""Records to samples to batches: patch choice, labels, order, dynamic padding."""
+"""Records to samples to batches: patch choice, labels, dynamic padding, loaders."""
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from encoders import ImageEncoder
 from slide_reports.cases import read_case, read_images
 from slide_reports.inputs import facts_to_agree_on
+from slide_reports.lengths import record_lengths
 from slide_reports.prompt import Prompt
 from slide_reports.record import Record
+from slide_reports.record_batches import RecordBatches, SampleKey
 from slide_vlm import IGNORED_LABEL, SlideVLM, VLMSettings
 
+WHOLE_BUDGET_REDUCERS = ("perceiver", "qformer")  # which give as many visual tokens of a slide with fewer tiles
 MAX_PATCHES = 16384  # read of one slide when a reducer other than `none` follows; 50 MB at width 1536
-
-
-class SampleKey(NamedTuple):
-    """What the sampler asks the dataset for. A filler (``supervised`` False) evens out batches and teaches nothing."""
-
-    index: int
-    epoch: int
-    supervised: bool
 
 
 @dataclass
@@ -112,6 +107,19 @@ class ReportDataset(Dataset):
                 return self._text(record, supervised=key.supervised and not tried) | inputs | {"is_bad": bool(tried)}
         raise ValueError("no record's input can be read; see the messages above")
 
+    def lengths(self, token_reducer: str) -> np.ndarray:
+        """Tokens of each record to the language model, (N,) int32, as far as is known without reading its inputs."""
+        return record_lengths(
+            self.records,
+            self.tokenizer,
+            self.prompt,
+            self.question,
+            max_question_tokens=self.max_question_tokens,
+            max_answer_tokens=self.max_answer_tokens,
+            num_visual_tokens=self.num_visual_tokens or self.num_patches,
+            tiles_bound_tokens=self.image_transform is None and token_reducer not in WHOLE_BUDGET_REDUCERS,
+        )
+
     def _text(self, record: Record, *, supervised: bool) -> dict[str, list[int]]:
         """Ids and labels of all turns; every answer is supervised, whichever turn it is of."""
         question = record.question or self.question
@@ -175,64 +183,6 @@ def describe_encoder(encoder: ImageEncoder) -> dict[str, Any]:
     }
 
 
-class RecordBatches(Sampler[list[SampleKey]]):
-    """Micro-batches of all processes in order; process p of P takes every P-th.
-
-    Every record comes exactly once an epoch. The last window of an epoch is shared out evenly over its micro-batches,
-    and one that stays empty gets a filler, so every process sees the same number of micro-batches and none is dropped
-    or repeated. The order depends on the seed and the epoch alone.
-    """
-
-    # Accelerate cuts or repeats batches by an integer batch_size; None leaves them as they are.
-    batch_size = None
-    drop_last = False
-
-    def __init__(
-        self,
-        num_records: int,
-        batch_size: int,
-        *,
-        num_processes: int = 1,
-        gradient_accumulation_steps: int = 1,
-        shuffle: bool = False,
-        seed: int = 0,
-    ):
-        self.num_records = num_records
-        self.records_per_batch = batch_size
-        self.window = num_processes * gradient_accumulation_steps
-        self.shuffle = shuffle
-        self.seed = seed
-        self.epoch = 0
-        self.first_step = 0
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch."""
-        return math.ceil(self.num_records / (self.records_per_batch * self.window))
-
-    def start_at(self, epoch: int, first_step: int = 0) -> None:
-        """Choose the epoch, and the step in it to begin with when a run resumes.
-
-        Not named ``set_epoch``: Accelerate calls a method of that name with a count of its own.
-        """
-        self.epoch = epoch
-        self.first_step = first_step
-
-    def __len__(self) -> int:
-        return (self.steps_per_epoch - self.first_step) * self.window
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        order = np.arange(self.num_records)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_records)
-        records_per_step = self.records_per_batch * self.window
-        for step in range(self.first_step, self.steps_per_epoch):
-            of_step = order[step * records_per_step : (step + 1) * records_per_step]
-            for part in np.array_split(of_step, self.window):
-                keys = [SampleKey(int(index), self.epoch, True) for index in part]
-                yield keys or [SampleKey(int(of_step[0]), self.epoch, False)]
-
-
 def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Pad samples to the longest of this batch: token ids, labels and patch tokens each to their own longest."""
     batch = {"is_bad": torch.tensor([sample.get("is_bad", False) for sample in samples])}
@@ -276,10 +226,12 @@ def make_loaders(
     num_processes: int,
     num_workers: int,
     seed: int,
+    random_batches: bool = False,
 ) -> tuple[RecordBatches, DataLoader, DataLoader]:
     """Training batches, which are told where to begin each epoch, and the loaders of training and validation.
 
-    Training shuffles records and draws patches at random; validation does neither. Both leave bad inputs out.
+    Training shuffles records and draws patches at random; validation does neither. Both leave bad inputs out, and both
+    put records of like length together, unless ``random_batches``.
     """
     train_data = ReportDataset.for_model(model, tokenizer, train_records, seed=seed, skip_bad_inputs=True)
     val_data = ReportDataset.for_model(model, tokenizer, val_records, skip_bad_inputs=True)
@@ -290,8 +242,10 @@ def make_loaders(
         gradient_accumulation_steps=gradient_accumulation_steps,
         shuffle=True,
         seed=seed,
+        lengths=None if random_batches else train_data.lengths(model.settings.token_reducer),
     )
-    val_batches = RecordBatches(len(val_data), batch_size, num_processes=num_processes)
+    val_lengths = None if random_batches else val_data.lengths(model.settings.token_reducer)
+    val_batches = RecordBatches(len(val_data), batch_size, num_processes=num_processes, lengths=val_lengths)
     return (
         train_batches,
         make_loader(train_data, train_batches, num_workers),
