@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from per_layer_table import has_per_layer_table, load_with_table_on_cpu
+
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 
 # Names of the language layers in a multimodal checkpoint, by their names in a causal language model.
@@ -58,7 +60,12 @@ def first_line(error: Exception) -> str:
 
 
 def load_llm(
-    name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, **kwargs: Any
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    ple_device: str = "model",
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Load the language layers of a Hugging Face checkpoint, in evaluation mode.
 
@@ -68,11 +75,13 @@ def load_llm(
         name: hub name or local folder.
         revision: hub revision.
         dtype: of the weights. Gemma-3n overflows in float16, so it is refused for every model.
+        ple_device: ``cpu`` leaves Gemma-3n's table of per-layer embeddings in CPU memory, mapped from its file,
+            wherever the model goes; ``model`` keeps it with the rest.
         **kwargs: further arguments of ``from_pretrained``, such as ``quantization_config``.
 
     Raises:
         ValueError: there is no such model, a weight is missing from the checkpoint, or the model scales its logits in a
-            way that the loss does not know.
+            way that the loss does not know; ``cpu`` for a model without per-layer embeddings.
     """
     if dtype == torch.float16:
         raise ValueError("float16 overflows in Gemma-3n; use bf16 or no mixed precision")
@@ -92,9 +101,13 @@ def load_llm(
         ) from None
     if config is not text_config and not text_config.model_type.startswith("gemma3n"):
         kwargs["key_mapping"] = TEXT_PART_NAMES  # transformers itself knows Gemma-3n's
-    llm, report = model_class.from_pretrained(
-        name, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True, **kwargs
-    )
+    kwargs |= {"revision": revision, "dtype": dtype, "trust_remote_code": False}
+    if ple_device == "cpu":
+        if not has_per_layer_table(model_class):
+            raise ValueError(f"--ple_device cpu: {config.model_type} has no per-layer embeddings; drop the flag")
+        llm, report = load_with_table_on_cpu(model_class, name, **kwargs)
+    else:
+        llm, report = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
     if report["missing_keys"] or report["mismatched_keys"]:
         missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise ValueError(

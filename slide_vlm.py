@@ -398,6 +398,7 @@ def load_vlm(
     dtype: torch.dtype = torch.float32,
     llm_name: str | None = None,
     encoder_name: str | None = None,
+    ple_device: str = "model",
 ) -> tuple[SlideVLM, PreTrainedTokenizerBase]:
     """Open a ``final_model`` folder for inference or further training, in evaluation mode.
 
@@ -409,6 +410,7 @@ def load_vlm(
         dtype: of the language model; projector and encoder stay in float32.
         llm_name: where the base language model is now, when it moved since training.
         encoder_name: likewise for the image encoder.
+        ple_device: where Gemma-3n's per-layer embeddings are, as for :func:`language_model.load_llm`.
 
     Raises:
         FileNotFoundError: no such result.
@@ -419,11 +421,11 @@ def load_vlm(
     tokenizer = load_tokenizer(folder / "tokenizer")
     if (folder / "language_model").is_dir():
         settings.llm_name, settings.llm_revision = str(folder / "language_model"), None
-        llm = load_llm(settings.llm_name, dtype=dtype)
+        llm = load_llm(settings.llm_name, dtype=dtype, ple_device=ple_device)
         settings.llm_fingerprint = fingerprint(llm)
     else:
         settings.llm_name = llm_name or settings.llm_name
-        llm = load_llm(settings.llm_name, revision=settings.llm_revision, dtype=dtype)
+        llm = load_llm(settings.llm_name, revision=settings.llm_revision, dtype=dtype, ple_device=ple_device)
         check_fingerprint(llm, settings)
     if (folder / "adapter").is_dir():
         from peft import PeftModel

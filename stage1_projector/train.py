@@ -129,7 +129,7 @@ def main() -> int:
     # Model
     tokenizer = load_tokenizer(args.llm_name, revision=args.llm_revision)
     llm_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    llm = load_llm(args.llm_name, revision=args.llm_revision, dtype=llm_dtype)
+    llm = load_llm(args.llm_name, revision=args.llm_revision, dtype=llm_dtype, ple_device=args.ple_device)
     encoder = load_encoder(args.vision_model_name) if args.image_root else None
     inputs = describe_encoder(encoder) if encoder else describe_features(train_records[0].inputs[0])
     projector, reducer = choose_parts(args.projector, args.token_reducer, encoder.patch_grid if encoder else None)
@@ -171,6 +171,7 @@ def main() -> int:
         num_processes=accelerator.num_processes,
         num_workers=args.num_workers,
         seed=args.seed,
+        random_batches=args.random_batches,
     )
 
     # Optimizer

@@ -124,6 +124,7 @@ def main() -> int:
         dtype=torch.bfloat16 if is_bf16 else torch.float32,
         llm_name=args.llm_name,
         encoder_name=args.vision_model_name,
+        ple_device=args.ple_device,
     )
     model.settings.question = args.question or settings.question
     model.settings.max_question_tokens = args.max_question_tokens or settings.max_question_tokens
@@ -157,6 +158,7 @@ def main() -> int:
         num_processes=accelerator.num_processes,
         num_workers=args.num_workers,
         seed=args.seed,
+        random_batches=args.random_batches,
     )
 
     # Optimizer
