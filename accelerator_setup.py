@@ -103,6 +103,11 @@ def add_optimizer_arguments(parser, *, learning_rate: float, num_epochs: int) ->
         action="store_true",
         help="records of any length in a batch; default: records of like length, so that little of it is padding",
     )
+    group.add_argument(
+        "--packing",
+        action="store_true",
+        help="all questions about a case in one row of the LLM, behind one copy of its visual tokens; the same losses",
+    )
 
 
 def runs_on_cpu() -> bool:

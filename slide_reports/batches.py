@@ -1,5 +1,6 @@
 """Records to samples to batches: patch choice, labels, dynamic padding, loaders."""
 
+import hashlib
 import math
 import sys
 from collections.abc import Sequence
@@ -13,12 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from encoders import ImageEncoder
+from projectors import PROMPT_TOPK
 from slide_reports.cases import read_case, read_images
 from slide_reports.inputs import facts_to_agree_on
 from slide_reports.lengths import record_lengths
 from slide_reports.prompt import Prompt
 from slide_reports.record import Record
 from slide_reports.record_batches import RecordBatches, SampleKey
+from slide_reports.table import fields
 from slide_vlm import IGNORED_LABEL, SlideVLM, VLMSettings
 
 WHOLE_BUDGET_REDUCERS = ("perceiver", "qformer")  # which give as many visual tokens of a slide with fewer tiles
@@ -39,6 +42,8 @@ class ReportDataset(Dataset):
         expected: how feature files must have been made, as :func:`making_of` says it of the model's.
         patches_per_image: patch tokens that the encoder gives of an image; None where that is unknown.
         num_visual_tokens: shared by the slides or images of a case; None for as many as ``num_patches``.
+        cases: a number for each record, the same for records of the same slides or images; patches are then drawn for
+            the case, not for the record, and samples say their case, so that they are packed. None for neither.
         skip_bad_inputs: put a filler in the place of a record whose input cannot be read, and say so; else raise.
     """
 
@@ -54,6 +59,7 @@ class ReportDataset(Dataset):
     expected: dict[str, Any] | None = None
     patches_per_image: int | None = None
     num_visual_tokens: int | None = None
+    cases: np.ndarray | None = None
     skip_bad_inputs: bool = False
 
     @classmethod
@@ -65,8 +71,9 @@ class ReportDataset(Dataset):
         *,
         seed: int | None = None,
         skip_bad_inputs: bool = False,
+        packing: bool = False,
     ) -> "ReportDataset":
-        """Dataset that prepares records as the model's settings say."""
+        """Dataset that prepares records as the model's settings say, for rows of several records if asked."""
         settings = model.settings
         has_grid = model.encoder is not None and model.encoder.patch_grid is not None
         return cls(
@@ -82,6 +89,7 @@ class ReportDataset(Dataset):
             expected=making_of(settings),
             patches_per_image=math.prod(model.encoder.patch_grid) if has_grid else None,
             num_visual_tokens=settings.num_visual_tokens,
+            cases=case_numbers(records, apart=settings.token_reducer == PROMPT_TOPK) if packing else None,
             skip_bad_inputs=skip_bad_inputs,
         )
 
@@ -104,7 +112,8 @@ class ReportDataset(Dataset):
                     raise
                 print(f"left out of epoch {key.epoch + 1}: {record.id}: {error}", file=sys.stderr)
             else:
-                return self._text(record, supervised=key.supervised and not tried) | inputs | {"is_bad": bool(tried)}
+                about = {"is_bad": bool(tried)} | ({} if self.cases is None else {"case_id": int(self.cases[index])})
+                return self._text(record, supervised=key.supervised and not tried) | inputs | about
         raise ValueError("no record's input can be read; see the messages above")
 
     def lengths(self, token_reducer: str) -> np.ndarray:
@@ -137,13 +146,23 @@ class ReportDataset(Dataset):
 
     def _inputs(self, record: Record, index: int, epoch: int) -> dict[str, Any]:
         """What is drawn depends on seed, epoch and the record's place alone, whichever process and worker reads it."""
-        rng = None if self.seed is None else np.random.default_rng([self.seed, epoch, index])
+        drawn_for = index if self.cases is None else int(self.cases[index])
+        rng = None if self.seed is None else np.random.default_rng([self.seed, epoch, drawn_for])
         budgets = {"num_patches": self.num_patches, "num_visual_tokens": self.num_visual_tokens or self.num_patches}
         if self.image_transform is None:
             return read_case(record.inputs, **budgets, rng=rng, expected=self.expected)
         return read_images(
             record.inputs, self.image_transform, **budgets, rng=rng, patches_per_image=self.patches_per_image
         )
+
+
+def case_numbers(records: Sequence[Record], *, apart: bool = False) -> np.ndarray:
+    """For each record, the place of the first record with the same inputs, (N,) int64; its own if all stand apart."""
+    if apart:
+        return np.arange(len(records))
+    first: dict[bytes, int] = {}
+    digests = (hashlib.sha256("\0".join(paths).encode()).digest() for (paths,) in fields(records, "inputs"))
+    return np.array([first.setdefault(digest, place) for place, digest in enumerate(digests)], dtype=np.int64)
 
 
 def making_of(settings: VLMSettings) -> dict[str, Any]:
@@ -192,6 +211,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     batch["input_ids"] = pad(ids, batch_first=True, padding_value=0)
     batch["labels"] = pad(labels, batch_first=True, padding_value=IGNORED_LABEL)
     batch["attention_mask"] = pad([torch.ones_like(row) for row in ids], batch_first=True, padding_value=0)
+    if "case_id" in samples[0]:
+        batch["case_ids"] = torch.tensor([sample["case_id"] for sample in samples])
     if "question_ids" in samples[0]:
         questions = [torch.tensor(sample["question_ids"], dtype=torch.long) for sample in samples]
         batch["question_ids"] = pad(questions, batch_first=True, padding_value=0)
@@ -227,14 +248,26 @@ def make_loaders(
     num_workers: int,
     seed: int,
     random_batches: bool = False,
+    packing: bool = False,
 ) -> tuple[RecordBatches, DataLoader, DataLoader]:
     """Training batches, which are told where to begin each epoch, and the loaders of training and validation.
 
     Training shuffles records and draws patches at random; validation does neither. Both leave bad inputs out, and both
-    put records of like length together, unless ``random_batches``.
+    put records of like length together, unless ``random_batches``, or with ``packing`` those of one case.
+
+    Raises:
+        ValueError: packing would not be exact with this language model.
     """
-    train_data = ReportDataset.for_model(model, tokenizer, train_records, seed=seed, skip_bad_inputs=True)
-    val_data = ReportDataset.for_model(model, tokenizer, val_records, skip_bad_inputs=True)
+    if packing:
+        model.check_packing()
+    preparing = {"skip_bad_inputs": True, "packing": packing}
+    train_data = ReportDataset.for_model(model, tokenizer, train_records, seed=seed, **preparing)
+    val_data = ReportDataset.for_model(model, tokenizer, val_records, **preparing)
+
+    def alike(data: ReportDataset) -> dict[str, np.ndarray | None]:
+        wanted = not (packing or random_batches)
+        return {"lengths": data.lengths(model.settings.token_reducer) if wanted else None, "cases": data.cases}
+
     train_batches = RecordBatches(
         len(train_data),
         batch_size,
@@ -242,10 +275,9 @@ def make_loaders(
         gradient_accumulation_steps=gradient_accumulation_steps,
         shuffle=True,
         seed=seed,
-        lengths=None if random_batches else train_data.lengths(model.settings.token_reducer),
+        **alike(train_data),
     )
-    val_lengths = None if random_batches else val_data.lengths(model.settings.token_reducer)
-    val_batches = RecordBatches(len(val_data), batch_size, num_processes=num_processes, lengths=val_lengths)
+    val_batches = RecordBatches(len(val_data), batch_size, num_processes=num_processes, **alike(val_data))
     return (
         train_batches,
         make_loader(train_data, train_batches, num_workers),

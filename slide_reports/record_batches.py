@@ -30,6 +30,9 @@ class RecordBatches(Sampler[list[SampleKey]]):
     are taken in stretches of `STEPS_SORTED_TOGETHER` steps; each is sorted by length, ties in shuffled order, and cut
     into steps, which are shuffled again. So a record meets others of like length in its step, other ones each epoch,
     and steps of all lengths alternate. Not shuffled, all records are sorted by length.
+
+    With ``cases``, a number for each record, cases are shuffled and the records of each follow one another, in shuffled
+    order; the end of a step may part them.
     """
 
     # Accelerate cuts or repeats batches by an integer batch_size; None leaves them as they are.
@@ -46,14 +49,17 @@ class RecordBatches(Sampler[list[SampleKey]]):
         shuffle: bool = False,
         seed: int = 0,
         lengths: Sequence[int] | np.ndarray | None = None,
+        cases: Sequence[int] | np.ndarray | None = None,
     ):
-        assert lengths is None or len(lengths) == num_records
+        assert lengths is None or cases is None
+        assert all(given is None or len(given) == num_records for given in (lengths, cases))
         self.num_records = num_records
         self.records_per_batch = batch_size
         self.window = num_processes * gradient_accumulation_steps
         self.shuffle = shuffle
         self.seed = seed
         self.lengths = None if lengths is None else np.asarray(lengths)
+        self.cases = None if cases is None else np.unique(np.asarray(cases), return_inverse=True)[1]
         self.epoch = 0
         self.first_step = 0
 
@@ -88,6 +94,10 @@ class RecordBatches(Sampler[list[SampleKey]]):
         """The records of each step of this epoch."""
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(self.num_records) if self.shuffle else np.arange(self.num_records)
+        if self.cases is not None:
+            place = np.arange(num_cases := 1 + self.cases.max(initial=-1))
+            place = rng.permutation(num_cases) if self.shuffle else place
+            order = order[np.argsort(place[self.cases[order]], kind="stable")]
         if self.lengths is None:
             return _cut(order, [self.records_per_step] * self.steps_per_epoch)
         stretch = STEPS_SORTED_TOGETHER * self.records_per_step if self.shuffle else max(1, self.num_records)

@@ -159,6 +159,7 @@ def main() -> int:
         num_workers=args.num_workers,
         seed=args.seed,
         random_batches=args.random_batches,
+        packing=args.packing,
     )
 
     # Optimizer

@@ -22,6 +22,7 @@ FLOORS = [
         "hdf5_rows",
         "hub_access",
         "longnet",
+        "packing",
         "per_layer_table",
         "projector_parts",
         "token_nll",
