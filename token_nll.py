@@ -27,7 +27,7 @@ def token_nll(
     softcap: float | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy of each token, (S,) float32; S may be 0.
+    """Cross-entropy of each token, (S,) float32 (float64 if all else is); S may be 0.
 
     Args:
         hidden_SH: last hidden states at the positions that predict the targets.
@@ -42,7 +42,7 @@ def token_nll(
         )
 
     def nll_of(hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = capped(head(hidden.to(_product_dtype(head, hidden))).float(), softcap)
+        logits = capped(_at_least_float32(head(hidden.to(_product_dtype(head, hidden)))), softcap)
         return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
 
     if len(targets_S) <= ROWS_PER_CHUNK:
@@ -54,6 +54,10 @@ def token_nll(
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
     """Logits with the final softcap applied, if the model has one."""
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _is_plain_and_frozen(head: nn.Module) -> bool:
@@ -82,12 +86,13 @@ class _FrozenHeadNLL(torch.autograd.Function):
     ) -> Tensor:
         weight = weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        exact = torch.promote_types(dtype, torch.float32)
+        nll = torch.empty(len(targets), dtype=exact, device=hidden.device)
+        gradient = torch.empty_like(hidden, dtype=exact) if ctx.needs_input_grad[0] else None
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(targets), ROWS_PER_CHUNK):
                 rows = slice(start, start + ROWS_PER_CHUNK)
-                logits = F.linear(hidden[rows].to(dtype), weight, bias).float()
+                logits = _at_least_float32(F.linear(hidden[rows].to(dtype), weight, bias))
                 nll[rows], by_logit = _nll_and_gradient(
                     logits, targets[rows], softcap, label_smoothing, with_gradient=gradient is not None
                 )
