@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 LONGEST_WAIT = timedelta(days=30)
 # Flags that may differ when a run is resumed; all others decide what it learns.
 FREE_ON_RESUME = {"output_dir", "resume_from_checkpoint", "overwrite", "save_steps", "keep_checkpoints", "num_workers"}
-FREE_ON_RESUME |= {"wandb_project", "tensorboard", "gradient_checkpointing"}
+FREE_ON_RESUME |= {"wandb_project", "tensorboard", "gradient_checkpointing", "ple_device"}
 FREE_ON_RESUME |= {"early_stopping_patience", "image_ablation_records"}
 # Places that may have moved; what lies there is compared by its content.
 FREE_ON_RESUME |= {"train_json", "val_json", "features_dir", "image_root", "llm_name", "vision_model_name"}
@@ -103,6 +103,23 @@ def add_optimizer_arguments(parser, *, learning_rate: float, num_epochs: int) ->
         "--gradient_checkpointing",
         action="store_true",
         help="recompute LLM activations in the backward pass: less memory, more time",
+    )
+    group.add_argument(
+        "--ple_device",
+        choices=["model", "cpu"],
+        default="model",
+        help="where Gemma-3n's table of per-layer embeddings is; cpu: in its file, mapped, 4 GB less of a GPU for E2B, "
+        "the same losses",
+    )
+    group.add_argument(
+        "--random_batches",
+        action="store_true",
+        help="records of any length in a batch; default: records of like length, so that little of it is padding",
+    )
+    group.add_argument(
+        "--packing",
+        action="store_true",
+        help="all questions about a case in one row of the LLM, behind one copy of its visual tokens; the same losses",
     )
 
 

@@ -24,6 +24,8 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from per_layer_table import has_per_layer_table, load_with_table_on_cpu
+
 OLDEST_TRANSFORMERS = "5.21"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 
@@ -37,7 +39,7 @@ TEXT_PART_NAMES = {
 ELSEWHERE = "give a folder or hub name with --llm_name; gated models need `hf auth login`"
 # peft 0.21 asks transformers 5.23 by the old name of a method.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-# bitsandbytes, which peft opens, takes a CPU kernel from the hub and runs it wherever the package `kernels` is installed,
+# bitsandbytes, which peft opens, takes a CPU kernel from the hub and runs it wherever the package `kernels` is there,
 # and complains where it is not. It computes without.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 if importlib.util.find_spec("kernels") and "bitsandbytes" not in sys.modules:
@@ -78,7 +80,12 @@ def first_line(error: Exception) -> str:
 
 
 def load_llm(
-    name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, **kwargs: Any
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    ple_device: str = "model",
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Load the language layers of a Hugging Face checkpoint, in evaluation mode.
 
@@ -88,11 +95,13 @@ def load_llm(
         name: hub name or local folder.
         revision: hub revision.
         dtype: of the weights. Gemma-3n overflows in float16, so it is refused for every model.
+        ple_device: ``cpu`` leaves Gemma-3n's table of per-layer embeddings in CPU memory, mapped from its file,
+            wherever the model goes; ``model`` keeps it with the rest.
         **kwargs: further arguments of ``from_pretrained``, such as ``quantization_config``.
 
     Raises:
         ValueError: there is no such model, a weight is missing from the checkpoint, the model scales its logits in a
-            way that the loss does not know, or transformers is too old.
+            way that the loss does not know, transformers is too old; ``cpu`` for a model without per-layer embeddings.
     """
     refuse_old_transformers()
     if dtype == torch.float16:
@@ -113,9 +122,13 @@ def load_llm(
         ) from None
     if config is not text_config and not text_config.model_type.startswith("gemma3n"):
         kwargs["key_mapping"] = TEXT_PART_NAMES  # transformers itself knows Gemma-3n's
-    llm, report = model_class.from_pretrained(
-        name, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True, **kwargs
-    )
+    kwargs |= {"revision": revision, "dtype": dtype, "trust_remote_code": False}
+    if ple_device == "cpu":
+        if not has_per_layer_table(model_class):
+            raise ValueError(f"--ple_device cpu: {config.model_type} has no per-layer embeddings; drop the flag")
+        llm, report = load_with_table_on_cpu(model_class, name, **kwargs)
+    else:
+        llm, report = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
     if report["missing_keys"] or report["mismatched_keys"]:
         missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise ValueError(

@@ -20,14 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from encoder_lora import merged_encoder
 from encoders import ImageEncoder, load_encoder
 from four_bit import FourBit, dequantize, quantize
 from language_model import fingerprint, llm_width, load_llm, load_tokenizer, shares_keys_and_values
+from packing import PADDING, PackedRows, pack
 from projectors import (
     PROMPT_TOPK,
     UM_PER_IMAGE_PATCH,
@@ -37,12 +37,13 @@ from projectors import (
     build_reducer,
     closeness,
 )
+from token_nll import capped, token_nll
 
 FORMAT_VERSION = 1
 IGNORED_LABEL = -100
 IMAGE_MARKER = -200  # stands in a batch's input_ids for a whole slide or image; no tokenizer gives a negative id
+MAX_PACKING_ERROR = 0.05  # of what a leak between records would change: above the rounding of bfloat16
 VISUAL_PARTS = ("position_codes", "reducer", "projector")  # what stage 1 trains
-LOGIT_CHUNK = 512  # supervised positions whose logits exist at one time: 0.5 GB in float32 at a vocabulary of 262,400
 
 
 @dataclass
@@ -112,7 +113,9 @@ class SlideVLM(nn.Module):
     ``patch_mask`` (I, N) bool, or ``pixel_values`` (I, 3, height, width) for the encoder; ``chosen_patches`` (I, N)
     int64, padded with -1, keeps some of their patch tokens. ``visual_budgets`` (I,) int64 is the share of each input in
     its case's visual tokens; without, each has them all. Position codes take ``um_per_px`` (I,) float32; the reducer
-    ``prompt_topk`` needs ``question_ids`` and ``question_mask`` (B, Q): the question's tokens alone.
+    ``prompt_topk`` needs ``question_ids`` and ``question_mask`` (B, Q): the question's tokens alone. With ``case_ids``
+    (B,) int64, the records of the batch are packed: those of one case share a row and its visual tokens, of which they
+    must have the same (see `packing`).
     """
 
     def __init__(
@@ -156,12 +159,28 @@ class SlideVLM(nn.Module):
 
         In training mode with label smoothing (Szegedy et al. 2016) its cross-entropy with the smoothed target.
         """
-        inputs = self.embed(batch)
-        decoder = self.base_llm.get_decoder()
-        hidden = decoder(**inputs["conditioning"], **position_arguments(inputs["attention_mask"]), use_cache=False)
-        targets = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)  # position t predicts token t + 1
+        inputs = self.embed_rows(batch) if "case_ids" in batch else self.embed(batch)
+        targets = inputs["targets"] if "targets" in inputs else next_labels(inputs["labels"])
         supervised = targets != IGNORED_LABEL
-        return self._answer_nll(hidden.last_hidden_state[supervised], targets[supervised])
+        return token_nll(
+            self._hidden(inputs)[supervised],
+            targets[supervised],
+            self.base_llm.get_output_embeddings(),
+            softcap=self.logit_softcap,
+            label_smoothing=self.label_smoothing if self.training else 0.0,
+        )
+
+    def _hidden(self, inputs: dict[str, Any]) -> Tensor:
+        """Last hidden states of what :meth:`embed` or :meth:`embed_rows` gave."""
+        if "rows" in inputs:
+            rows: PackedRows = inputs["rows"]
+            places = {
+                "position_ids": rows.position_ids_RC,
+                "attention_mask": packed_masks(self.base_llm.get_decoder().config, rows),
+            }
+        else:
+            places = position_arguments(inputs["attention_mask"])
+        return self.base_llm.get_decoder()(**inputs["conditioning"], **places, use_cache=False).last_hidden_state
 
     def visual_tokens(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Visual tokens (I, K, H) in the projector's dtype and their mask (I, K), real tokens first.
@@ -221,39 +240,90 @@ class SlideVLM(nn.Module):
             ``conditioning`` (arguments of the decoder: embeddings (B, L, H) and, for Gemma-3n, per-layer inputs),
             ``input_ids`` (B, L) with the placeholder id at every visual position, ``attention_mask`` and ``labels``.
         """
-        has_image = "pixel_values" in batch or "patch_tokens" in batch
-        visual, visual_mask = self.visual_tokens(batch) if has_image else (None, None)
-        if has_image:
-            counts = visual_mask.sum(1)
-        else:  # a marker without an image stays one placeholder
-            counts = torch.ones_like(batch["input_ids"][batch["input_ids"] == IMAGE_MARKER])
-        expanded = expand_image_markers(batch, counts, padding_side)
+        expanded, visual = self._expand(batch, padding_side)
         places = expanded["input_ids"] == IMAGE_MARKER
         expanded["input_ids"] = expanded["input_ids"].masked_fill(places, self.settings.placeholder_id)
-        conditioning = self.embed_text(expanded["input_ids"])
-        if has_image:
+        return {"conditioning": self._condition(expanded["input_ids"], places, visual), **expanded}
+
+    def embed_rows(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """The same with several records in a row, where ``case_ids`` of the batch say which are of one case.
+
+        Returns:
+            ``conditioning`` with rows of embeddings (R, C, H), ``rows`` with the places of all tokens, and ``targets``
+            (R, C), the label that each is to predict.
+        """
+        expanded, visual = self._expand(batch)
+        ids = expanded["input_ids"]
+        is_marker, targets = ids == IMAGE_MARKER, next_labels(expanded["labels"])
+        index = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+        shared = (is_marker * index).amax(1)  # up to the last visual token
+        shared = shared.masked_fill(((targets != IGNORED_LABEL) & (index <= shared.unsqueeze(1))).any(1), 0)
+        facts = torch.stack([expanded["attention_mask"].sum(1), shared, batch["case_ids"]]).tolist()
+        rows = pack(ids, *facts)
+        row_ids = rows.take(ids, 0)
+        places = row_ids == IMAGE_MARKER
+        if visual is not None:
+            number = is_marker.flatten().cumsum(0) - 1  # of each visual token, in the order of records
+            visual = visual[number[rows.source_RC[places]]]
+        conditioning = self._condition(row_ids.masked_fill(places, self.settings.placeholder_id), places, visual)
+        return {"conditioning": conditioning, "rows": rows, "targets": rows.take(targets, IGNORED_LABEL)}
+
+    def _expand(self, batch: dict[str, Tensor], padding_side: str = "right") -> tuple[dict[str, Tensor], Tensor | None]:
+        """Text with a marker for each visual token, see :func:`expand_image_markers`, and the visual tokens (…, H)."""
+        if "pixel_values" in batch or "patch_tokens" in batch:
+            visual, visual_mask = self.visual_tokens(batch)
+            return expand_image_markers(batch, visual_mask.sum(1), padding_side), visual[visual_mask]
+        # A marker without an image stays one placeholder.
+        counts = torch.ones_like(batch["input_ids"][batch["input_ids"] == IMAGE_MARKER])
+        return expand_image_markers(batch, counts, padding_side), None
+
+    def _condition(self, input_ids: Tensor, places: Tensor, visual: Tensor | None) -> dict[str, Tensor]:
+        """Arguments of the decoder for ``input_ids`` (B, L), with visual tokens at ``places`` (B, L), in order."""
+        conditioning = self.embed_text(input_ids)
+        if visual is not None:
             embeds = conditioning["inputs_embeds"]
-            real_visual = visual[visual_mask].to(embeds.dtype)
-            conditioning["inputs_embeds"] = embeds.masked_scatter(places.unsqueeze(-1), real_visual)
-        return {"conditioning": conditioning, **expanded}
+            conditioning["inputs_embeds"] = embeds.masked_scatter(places.unsqueeze(-1), visual.to(embeds.dtype))
+        return conditioning
 
-    def _answer_nll(self, hidden_SH: Tensor, targets_S: Tensor) -> Tensor:
-        """Cross-entropy in float32 at the supervised positions only, in chunks whose logits are not kept."""
-        if len(targets_S) <= LOGIT_CHUNK:
-            return self._chunk_nll(hidden_SH, targets_S)
-        chunks = zip(hidden_SH.split(LOGIT_CHUNK), targets_S.split(LOGIT_CHUNK), strict=True)
-        return torch.cat([checkpoint(self._chunk_nll, h, t, use_reentrant=False) for h, t in chunks])
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """Try on a few tokens whether this language model computes packed records as it computes them one by one.
 
-    def _chunk_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        smoothing = self.label_smoothing if self.training else 0.0
-        return F.cross_entropy(self.logits(hidden).float(), targets, reduction="none", label_smoothing=smoothing)
+        Raises:
+            ValueError: it does not, and ``--packing`` would not be exact.
+        """
+        ids = torch.tensor([[3, IMAGE_MARKER, 5, 6, 7, 8], [3, IMAGE_MARKER, 9, 10, 11, 0], [4, 5, 6, 7, 12, 13]])
+        mask = (ids != 0).long()
+        batch = {"input_ids": ids, "attention_mask": mask, "case_ids": torch.tensor([0, 0, 1])}
+        batch = {name: value.to(self.device) for name, value in batch.items()}
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            packed_inputs = self.embed_rows(batch)
+            rows = packed_inputs["rows"]
+            plain = self._hidden(self.embed(batch)).flatten(0, 1)[rows.source_RC.clamp(min=0)]
+            packed = self._hidden(packed_inputs)
+            leaking = self.base_llm.get_decoder()(**packed_inputs["conditioning"], use_cache=False).last_hidden_state
+        except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+            raise ValueError(f"--packing does not work with this language model ({error}); drop the flag") from error
+        finally:
+            for module, training in modes:
+                module.training = training
+        at_tokens = rows.source_RC != PADDING
+        wrong, leak = ((found - plain)[at_tokens].float().abs().mean() for found in (packed, leaking))
+        if not wrong <= MAX_PACKING_ERROR * leak:
+            raise ValueError("--packing is not exact with this language model or its attention; drop the flag")
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """Bound of the logits, as the language model's configuration has it; None where it has none."""
+        return getattr(self.base_llm.config.get_text_config(), "final_logit_softcapping", None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (…, V) of hidden states (…, H), final softcap applied."""
         head = self.base_llm.get_output_embeddings()
-        logits = head(hidden.to(head.weight.dtype) if not torch.is_autocast_enabled(hidden.device.type) else hidden)
-        softcap = getattr(self.base_llm.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        is_autocast = torch.is_autocast_enabled(hidden.device.type)
+        return capped(head(hidden if is_autocast else hidden.to(head.weight.dtype)), self.logit_softcap)
 
     def enable_gradient_checkpointing(self, use_reentrant: bool = False) -> None:
         """Recompute the activations of the language model's layers in the backward pass instead of keeping them.
@@ -420,6 +490,28 @@ def expand_image_markers(batch: dict[str, Tensor], counts: Tensor, padding_side:
     return expanded
 
 
+def next_labels(labels: Tensor) -> Tensor:
+    """The label that each position of ``labels`` (B, L) is to predict: that of the token after it."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+
+
+def packed_masks(config: PreTrainedConfig, rows: PackedRows) -> Tensor | dict[str, Tensor]:
+    """Attention masks (R, 1, C, C) of packed rows, one for each type of layer where the decoder tells them apart.
+
+    Raises:
+        ValueError: an attention that takes no such mask, or a type of layer that is not known.
+    """
+    if config._attn_implementation != "sdpa":
+        raise ValueError(f"attention is {config._attn_implementation}, not sdpa")
+    windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return rows.mask(windows["sliding_attention"])
+    if unknown := set(types) - windows.keys():
+        raise ValueError(f"layers of type {', '.join(sorted(unknown))}")
+    return {name: rows.mask(windows[name]) for name in sorted(set(types))}
+
+
 def position_arguments(attention_mask: Tensor) -> dict[str, Tensor]:
     """Attention mask and positions (B, L) of the decoder; padding does not count, on whichever side it is."""
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -435,6 +527,7 @@ def load_vlm(
     encoder_name: str | None = None,
     four_bit: FourBit | None = None,
     dequantized: bool = False,
+    ple_device: str = "model",
 ) -> tuple[SlideVLM, PreTrainedTokenizerBase]:
     """Open a ``final_model`` folder for inference or further training, in evaluation mode.
 
@@ -449,6 +542,7 @@ def load_vlm(
         encoder_name: likewise for the image encoder.
         four_bit: hold the language model in this form from now on.
         dequantized: compute with the very values of the 4-bit weights, but in full layers, which LoRA merges into.
+        ple_device: where Gemma-3n's per-layer embeddings are, as for :func:`language_model.load_llm`.
 
     Raises:
         FileNotFoundError: no such result.
@@ -459,11 +553,11 @@ def load_vlm(
     tokenizer = load_tokenizer(folder / "tokenizer")
     if (folder / "language_model").is_dir():
         settings.llm_name, settings.llm_revision = str(folder / "language_model"), None
-        llm = load_llm(settings.llm_name, dtype=dtype)
+        llm = load_llm(settings.llm_name, dtype=dtype, ple_device=ple_device)
         settings.llm_fingerprint = fingerprint(llm)
     else:
         settings.llm_name = llm_name or settings.llm_name
-        llm = load_llm(settings.llm_name, revision=settings.llm_revision, dtype=dtype)
+        llm = load_llm(settings.llm_name, revision=settings.llm_revision, dtype=dtype, ple_device=ple_device)
         check_fingerprint(llm, settings)
     if four_bit is not None:
         settings.llm_four_bit = four_bit.to_json()

@@ -83,8 +83,7 @@ def million(folder: Path, args: argparse.Namespace) -> dict[str, float]:
 
 def first_batch(folder: Path) -> tuple[float, int]:
     """Read the records as training does and make a batch, in a process of its own: its CPU seconds and peak bytes."""
-    from slide_reports import Prompt, ReportDataset, read_training_records
-    from slide_reports.batches import RecordBatches, make_loader
+    from slide_reports import Prompt, RecordBatches, ReportDataset, make_loader, read_training_records
 
     train, _, problems = read_training_records(
         str(folder / "records.json"), None, val_fraction=0.1, seed=0, features_dir=str(folder / "features")
@@ -110,8 +109,7 @@ def rows(folder: Path, args: argparse.Namespace) -> dict[str, float]:
 
 
 def loader(folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    from slide_reports import Prompt, Record, ReportDataset
-    from slide_reports.batches import RecordBatches, make_loader
+    from slide_reports import Prompt, Record, RecordBatches, ReportDataset, make_loader
 
     records = [
         Record(str(i), (write_case(folder / f"case_{i}.h5", 5_000, 1536),), "", REPORT, str(i)) for i in range(16)

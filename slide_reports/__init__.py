@@ -4,9 +4,8 @@ A record is one question and answer about one case.
 """
 
 from slide_reports.batches import (
-    RecordBatches,
+    LOADER_FLAGS,
     ReportDataset,
-    SampleKey,
     check_input_kind,
     collate,
     default_num_visual_tokens,
@@ -23,6 +22,7 @@ from slide_reports.prompt import (
     Prompt,
 )
 from slide_reports.record import Record, patient_of, slide_id_of
+from slide_reports.record_batches import RecordBatches, SampleKey
 from slide_reports.records import (
     RECORD_FLAGS,
     add_data_arguments,
@@ -38,6 +38,7 @@ __all__ = [
     "default_num_visual_tokens",
     "making_of",
     "DEFAULT_QUESTIONS",
+    "LOADER_FLAGS",
     "Prompt",
     "RECORD_FLAGS",
     "Record",

@@ -58,6 +58,7 @@ from report_loss import optimizer_step
 from run_log import RunLog
 from slide_reports import (
     DEFAULT_QUESTIONS,
+    LOADER_FLAGS,
     RECORD_FLAGS,
     Prompt,
     add_data_arguments,
@@ -143,7 +144,7 @@ def main() -> int:
         train_records,
         val_records,
         num_processes=accelerator.num_processes,
-        **chosen(args, ("batch_size", "gradient_accumulation_steps", "num_workers", "seed")),
+        **chosen(args, LOADER_FLAGS),
     )
     reports = written_reports(accelerator, val_records, tokenizer, METRICS, **chosen(args, METRIC_FLAGS))
 
@@ -225,7 +226,7 @@ def build_model(args, mixed_precision: str, first_input: Path):
     """The frozen language model with a new projector and reducer, and its tokenizer."""
     tokenizer = load_tokenizer(args.llm_name, revision=args.llm_revision)
     llm_dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
-    llm = load_llm(args.llm_name, revision=args.llm_revision, dtype=llm_dtype)
+    llm = load_llm(args.llm_name, revision=args.llm_revision, dtype=llm_dtype, ple_device=args.ple_device)
     encoder = load_encoder(args.vision_model_name) if args.image_root else None
     inputs = describe_encoder(encoder) if encoder else describe_features(first_input)
     projector, reducer = choose_parts(args.projector, args.token_reducer, encoder.patch_grid if encoder else None)

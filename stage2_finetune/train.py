@@ -47,6 +47,7 @@ from projector_average import averaged, begin_average, update_average
 from report_loss import optimizer_step
 from run_log import RunLog
 from slide_reports import (
+    LOADER_FLAGS,
     RECORD_FLAGS,
     add_data_arguments,
     make_loaders,
@@ -132,7 +133,7 @@ def main() -> int:
         train_records,
         val_records,
         num_processes=accelerator.num_processes,
-        **chosen(args, ("batch_size", "gradient_accumulation_steps", "num_workers", "seed")),
+        **chosen(args, LOADER_FLAGS),
     )
     reports = written_reports(accelerator, val_records, tokenizer, METRICS, **chosen(args, METRIC_FLAGS))
 

@@ -68,6 +68,7 @@ def open_stage1(args, settings: VLMSettings, accelerator: Accelerator) -> tuple[
         dtype=dtype,
         llm_name=args.llm_name,
         encoder_name=args.vision_model_name,
+        ple_device=args.ple_device,
         four_bit=FourBit(weights_dtype=str(dtype).removeprefix("torch.")) if is_four_bit else None,
     )
     model.settings.question = args.question or settings.question

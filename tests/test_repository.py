@@ -22,7 +22,10 @@ FLOORS = [
         "hdf5_rows",
         "hub_access",
         "longnet",
+        "packing",
+        "per_layer_table",
         "projector_parts",
+        "token_nll",
     },
     {"projectors", "encoders", "slide_encoders", "language_model", "accelerator_setup", "run_log", "slide_features"}
     | {"encoder_lora", "four_bit"},
