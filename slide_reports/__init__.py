@@ -23,7 +23,7 @@ from slide_reports.prompt import (
     Prompt,
 )
 from slide_reports.record import Record, patient_of, slide_id_of
-from slide_reports.records import add_data_arguments, read_records, read_training_records, records_digest
+from slide_reports.records import add_data_arguments, inputs_digest, read_records, read_training_records, records_digest
 from slide_reports.splits import split_by_patient
 from slide_reports.table import RecordTable
 
@@ -43,6 +43,7 @@ __all__ = [
     "collate",
     "describe_encoder",
     "describe_features",
+    "inputs_digest",
     "make_loader",
     "make_loaders",
     "patch_budget",

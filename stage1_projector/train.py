@@ -21,19 +21,10 @@ from transformers import get_scheduler
 from accelerator_setup import (
     add_optimizer_arguments,
     add_run_arguments,
-    begin_run_dir,
-    check_identity,
-    checkpoint_to_resume,
-    checkpoint_trainable_only,
     git_revision,
-    load_checkpoint,
     make_accelerator,
     parameter_groups,
-    read_run_state,
-    refuse_existing_run,
     report_left_out,
-    run_identity,
-    save_checkpoint,
     trainable_parameters,
     windows,
     write_run_json,
@@ -50,7 +41,18 @@ from language_model import (
 )
 from projectors import choose_parts
 from report_loss import evaluation_loss, optimizer_step
+from run_checkpoints import (
+    begin_run_dir,
+    check_identity,
+    checkpoint_to_resume,
+    load_checkpoint,
+    read_run_state,
+    refuse_existing_run,
+    run_identity,
+    save_checkpoint,
+)
 from run_log import RunLog
+from sharded_weights import save_result
 from slide_reports import (
     DEFAULT_QUESTIONS,
     Prompt,
@@ -58,6 +60,7 @@ from slide_reports import (
     default_num_visual_tokens,
     describe_encoder,
     describe_features,
+    inputs_digest,
     make_loaders,
     read_training_records,
     records_digest,
@@ -183,15 +186,19 @@ def main() -> int:
     identity = run_identity(
         flags,
         steps_per_epoch=steps_per_epoch,
+        records_per_step=args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
         records=records_digest(train_records),
+        inputs=inputs_digest(train_records),
+        val_records=records_digest(val_records),
         llm=model.settings.llm_fingerprint,
+        encoder=model.settings.encoder_fingerprint,
     )
+    resuming = {"state": state, "identity": identity, "keep": args.keep_checkpoints}
     check_identity(checkpoint, identity)
     model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
-    checkpoint_trainable_only(accelerator)
     begin_run_dir(accelerator, run_dir, overwrite=args.overwrite and checkpoint is None)
     if checkpoint:
-        load_checkpoint(accelerator, run_dir, checkpoint, scheduler)
+        load_checkpoint(accelerator, run_dir, checkpoint, model, optimizer, scheduler)
     log = RunLog(accelerator, run_dir, state.step, args.wandb_project or "slidescribe", flags)
     vlm = accelerator.unwrap_model(model)
     write_run_json(
@@ -221,20 +228,19 @@ def main() -> int:
             progress.update()
             progress.set_postfix(loss=f"{result.loss:.4f}")
             if state.step % args.save_steps == 0 and state.step % steps_per_epoch != 0:
-                save_checkpoint(accelerator, run_dir, state, scheduler, identity, args.keep_checkpoints)
+                save_checkpoint(accelerator, run_dir, model, optimizer, scheduler, **resuming)
         if len(val_records):
             val_loss = evaluation_loss(accelerator, model, val_loader)
             log.evaluation(state.step, epoch + 1, val_loss)
             if val_loss < state.best_loss:
                 state.best_loss = val_loss
-                if accelerator.is_main_process:
-                    vlm.save(run_dir / "best_model", tokenizer)
-        save_checkpoint(accelerator, run_dir, state, scheduler, identity, args.keep_checkpoints)
+                save_result(accelerator, model, run_dir / "best_model", tokenizer)
+        save_checkpoint(accelerator, run_dir, model, optimizer, scheduler, **resuming)
     progress.close()
 
     # Save
+    save_result(accelerator, model, run_dir / "final_model", tokenizer)
     if accelerator.is_main_process:
-        vlm.save(run_dir / "final_model", tokenizer)
         log.draw()
         print(f"{run_dir / 'final_model'}", file=sys.stdout)
     accelerator.wait_for_everyone()
