@@ -11,6 +11,8 @@ language model width, T text tokens, L tokens of the whole sequence, S supervise
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -395,8 +397,29 @@ class SlideVLM(nn.Module):
         for name in VISUAL_PARTS:
             getattr(self, name).requires_grad_(True)
 
-    def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def result_state(self) -> dict[str, Tensor]:
+        """Every weight that :meth:`save` writes, by name: the visual parts, and of LLM and encoder what learned."""
+        parts = {part: getattr(self, part).state_dict() for part in VISUAL_PARTS}
+        state = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+        learning = [name for name, parameter in self.llm.named_parameters() if parameter.requires_grad]
+        if hasattr(self.llm, "peft_config"):
+            adapter = {
+                name: value for name, value in self.llm.state_dict().items() if "lora_" in name or name in learning
+            }
+            state |= {f"llm.{name}": value for name, value in adapter.items()}
+        elif learning or self.llm_learned:
+            tied = set(self.llm.all_tied_weights_keys)
+            state |= {f"llm.{name}": value for name, value in self.llm.state_dict().items() if name not in tied}
+        if self.encoder_learned:
+            state |= {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}
+        return state
+
+    def save(
+        self, folder: str | Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
+    ) -> None:
         """Write a result folder, whole or not at all. A frozen base language model is never copied.
+
+        ``weights`` are those of :meth:`result_state` where the model itself holds shards of them.
 
         ::
 
@@ -408,22 +431,27 @@ class SlideVLM(nn.Module):
             folder/tokenizer/
         """
         folder = Path(folder)
+        weights = self.result_state() if weights is None else weights
         temporary = folder.with_name(folder.name + ".writing")
         shutil.rmtree(temporary, ignore_errors=True)
         (temporary / "projector").mkdir(parents=True)
         self.settings.write(temporary)
         projector_state = {
-            f"{name}.{key}": value.detach().cpu().contiguous()
-            for name in VISUAL_PARTS
-            for key, value in getattr(self, name).state_dict().items()
+            name: value.detach().cpu().contiguous()
+            for name, value in weights.items()
+            if name.split(".")[0] in VISUAL_PARTS
         }
         save_file(projector_state, temporary / "projector" / "model.safetensors", metadata={"format": "pt"})
+        llm_state = {name.removeprefix("llm."): value for name, value in weights.items() if name.startswith("llm.")}
         if hasattr(self.llm, "peft_config"):
-            self.llm.save_pretrained(temporary / "adapter", safe_serialization=True)
-        elif self.llm_learned or any(parameter.requires_grad for parameter in self.llm.parameters()):
-            self.llm.save_pretrained(temporary / "language_model", safe_serialization=True)
-        if self.encoder is not None and (self.encoder_learned or self.encoder.wears_lora):
+            self.llm.save_pretrained(temporary / "adapter", state_dict=llm_state, safe_serialization=True)
+        elif llm_state:
+            self.llm.save_pretrained(temporary / "language_model", state_dict=llm_state, safe_serialization=True)
+        if self.encoder is not None and self.encoder.wears_lora:
             merged_encoder(self.encoder).save_pretrained(temporary / "encoder")
+        elif self.encoder_learned:
+            with _state_dict_gives(self.encoder, weights, prefix="encoder."):
+                self.encoder.save_pretrained(temporary / "encoder")
         tokenizer.save_pretrained(temporary / "tokenizer")
         outdated = folder.with_name(folder.name + ".outdated")
         shutil.rmtree(outdated, ignore_errors=True)
@@ -452,6 +480,23 @@ class SlideVLM(nn.Module):
                 getattr(self, name).load_state_dict(part)
             except RuntimeError as error:
                 raise ValueError(f"{path}: does not fit this model's {name}: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def _state_dict_gives(module: nn.Module, weights: dict[str, Tensor], prefix: str) -> Iterator[None]:
+    """Let ``state_dict()`` of a module and of those in it give these weights, for libraries that save by it."""
+
+    def give(part: nn.Module, state: dict[str, Tensor], within: str, _metadata: object) -> None:
+        own_names = {key: names[part] + key.removeprefix(within) for key in state}
+        state.update({key: weights[name] for key, name in own_names.items() if name in weights})
+
+    names = {part: f"{prefix}{name}." if name else prefix for name, part in module.named_modules()}
+    hooks = [part.register_state_dict_post_hook(give) for part in module.children()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def expand_image_markers(batch: dict[str, Tensor], counts: Tensor, padding_side: str = "right") -> dict[str, Tensor]:

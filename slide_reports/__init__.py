@@ -26,6 +26,7 @@ from slide_reports.record_batches import RecordBatches, SampleKey
 from slide_reports.records import (
     RECORD_FLAGS,
     add_data_arguments,
+    inputs_digest,
     read_records,
     read_training_records,
     records_digest,
@@ -51,6 +52,7 @@ __all__ = [
     "collate",
     "describe_encoder",
     "describe_features",
+    "inputs_digest",
     "make_loader",
     "make_loaders",
     "patch_budget",

@@ -19,21 +19,12 @@ from accelerator_setup import (
     SCHEDULE_FLAGS,
     add_optimizer_arguments,
     add_run_arguments,
-    begin_run_dir,
-    check_identity,
-    checkpoint_to_resume,
-    checkpoint_trainable_only,
     forget_frozen,
     learning_rates_now,
-    load_checkpoint,
     make_accelerator,
     make_scheduler,
     parameter_groups,
-    read_run_state,
-    refuse_existing_run,
     report_left_out,
-    run_identity,
-    save_checkpoint,
     trainable_parameters,
     windows,
     write_run_json,
@@ -45,11 +36,24 @@ from image_ablation import ABLATION_FLAGS, image_ablation
 from language_model import add_lora, unfreeze_llm
 from projector_average import averaged, begin_average, update_average
 from report_loss import optimizer_step
+from run_checkpoints import (
+    begin_run_dir,
+    check_identity,
+    checkpoint_to_resume,
+    file_digest,
+    load_checkpoint,
+    read_run_state,
+    refuse_existing_run,
+    run_identity,
+    save_checkpoint,
+)
 from run_log import RunLog
+from sharded_weights import save_result
 from slide_reports import (
     LOADER_FLAGS,
     RECORD_FLAGS,
     add_data_arguments,
+    inputs_digest,
     make_loaders,
     making_of,
     read_training_records,
@@ -146,8 +150,18 @@ def main() -> int:
     scheduler = make_scheduler(optimizer, num_steps, **chosen(args, SCHEDULE_FLAGS))
 
     # Resume
-    content = {"records": records_digest(train_records), "llm": model.settings.llm_fingerprint}
-    identity = run_identity(flags, steps_per_epoch=steps_per_epoch, **content)
+    identity = run_identity(
+        flags,
+        steps_per_epoch=steps_per_epoch,
+        records_per_step=args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
+        records=records_digest(train_records),
+        inputs=inputs_digest(train_records),
+        val_records=records_digest(val_records),
+        llm=model.settings.llm_fingerprint,
+        encoder=model.settings.encoder_fingerprint,
+        stage1_projector=file_digest(Path(args.stage1_projector_path) / "projector" / "model.safetensors"),
+    )
+    resuming = {"state": state, "identity": identity, "keep": args.keep_checkpoints}
     check_identity(checkpoint, identity)
     if args.train_ve_first_epoch and state.step >= steps_per_epoch:
         model.encoder.requires_grad_(False)
@@ -156,10 +170,9 @@ def main() -> int:
     vlm = accelerator.unwrap_model(model)
     if args.projector_ema:
         begin_average(vlm)
-    checkpoint_trainable_only(accelerator)
     begin_run_dir(accelerator, run_dir, overwrite=args.overwrite and checkpoint is None)
     if checkpoint:
-        load_checkpoint(accelerator, run_dir, checkpoint, scheduler)
+        load_checkpoint(accelerator, run_dir, checkpoint, model, optimizer, scheduler)
     log = RunLog(accelerator, run_dir, state.step, args.wandb_project or "slidescribe", flags)
     write_run_json(
         accelerator,
@@ -192,23 +205,22 @@ def main() -> int:
             progress.update()
             progress.set_postfix(loss=f"{result.loss:.4f}")
             if state.step % args.save_steps == 0 and state.step % steps_per_epoch != 0:
-                save_checkpoint(accelerator, run_dir, state, scheduler, identity, args.keep_checkpoints)
+                save_checkpoint(accelerator, run_dir, model, optimizer, scheduler, **resuming)
         if len(val_records):
             with averaged(vlm):
                 scores = validate(accelerator, model, val_loader, reports)
                 log.evaluation(state.step, epoch + 1, **scores)
-                if state.note(score_to_go_by(scores, args.best_metric)) and accelerator.is_main_process:
-                    vlm.save(run_dir / "best_model", tokenizer)
+                if state.note(score_to_go_by(scores, args.best_metric)):
+                    save_result(accelerator, model, run_dir / "best_model", tokenizer)
         if args.train_ve_first_epoch and epoch == 0:
             vlm.encoder.requires_grad_(False)
             forget_frozen(optimizer)
-        save_checkpoint(accelerator, run_dir, state, scheduler, identity, args.keep_checkpoints)
+        save_checkpoint(accelerator, run_dir, model, optimizer, scheduler, **resuming)
     progress.close()
 
     # Save
     with averaged(vlm):
-        if accelerator.is_main_process:
-            vlm.save(run_dir / "final_model", tokenizer)
+        save_result(accelerator, model, run_dir / "final_model", tokenizer)
         ablation = image_ablation(accelerator, model, tokenizer, val_records, **chosen(args, ABLATION_FLAGS))
     log.end(state.step, image_ablation=ablation)
     if accelerator.is_main_process:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from transformers import PreTrainedTokenizerBase
 
@@ -59,6 +60,8 @@ def open_stage1(args, settings: VLMSettings, accelerator: Accelerator) -> tuple[
     Weights that do not learn are loaded in the precision of the run, those that learn in float32: small steps get lost
     in bfloat16.
     """
+    if args.encoder_lora_rank and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError("--encoder_lora_rank does not work with sharded weights; use DDP, or --train_ve")
     is_bf16 = accelerator.mixed_precision == "bf16" and args.llm_training != "full"
     dtype = torch.bfloat16 if is_bf16 else torch.float32
     is_four_bit = args.llm_training == "qlora"
