@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import BitsAndBytesConfig, Gemma3nForCausalLM
 
-from accelerator_setup import RunState, learning_rates_now, make_scheduler, parameter_groups
+from accelerator_setup import learning_rates_now, make_scheduler, parameter_groups
 from command_line import run
 from encoder_lora import add_encoder_lora, merged_encoder
 from encoders import load_encoder
@@ -21,6 +21,7 @@ from image_ablation import image_ablation, other_records
 from inference.decoding import generate_answers
 from language_model import add_lora, fingerprint, load_llm, unfreeze_llm
 from projector_average import averaged, begin_average, update_average
+from run_checkpoints import RunState
 from slide_reports import RecordBatches, ReportDataset, make_loader, read_records
 from slide_vlm import load_vlm
 from tests.conftest import run_command
