@@ -4,6 +4,7 @@ The model is loaded in full first, so that its fingerprint is that of its files,
 layers are bitsandbytes' and the codes are those of ``from_pretrained(quantization_config=…)``.
 """
 
+import copy
 from dataclasses import asdict, dataclass
 
 import torch
@@ -19,7 +20,7 @@ class FourBit:
     """How the weights of linear layers are held, as ``vlm.json`` says it.
 
     Attributes:
-        weights_dtype: what the weights were rounded to before they were quantised, and are again when they are used.
+        weights_dtype: what the weights were rounded to before they were quantised.
         quant_storage: dtype of the stored bytes; FSDP2 shards bfloat16, but not bitsandbytes' own uint8.
         quant_type: bitsandbytes' name of the code.
         double_quantization: whether the scales are quantised too.
@@ -91,7 +92,9 @@ def dequantize(llm: PreTrainedModel) -> None:
             continue
         with torch.device("meta"):
             linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(layer.compute_dtype)
+        state = copy.copy(layer.weight.quant_state)
+        state.dtype = layer.compute_dtype  # a 4-bit layer expands its codes straight to the dtype that it computes in
+        weight = dequantize_4bit(layer.weight.data, state)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = layer.bias
         linear.training = layer.training

@@ -81,7 +81,13 @@ def test_two_processes_give_the_first_step_of_one(corpus, tmp_path):
     for processes, batch_size, accumulation in ((1, 4, 1), (2, 2, 1), (1, 1, 4)):
         output = tmp_path / f"{processes}x{batch_size}"
         flags = ["--batch_size", batch_size, "--gradient_accumulation_steps", accumulation, "--num_epochs", 2]
-        run_command(*stage1_flags(corpus, output), *flags, processes=processes)
+        flags += ["--best_metric", "rouge_l", "--max_answer_tokens", 24]
+        done = run_command(*stage1_flags(corpus, output), *flags, processes=processes)
+        assert done.stderr.count("image ablation on 2 records") == 1
+        ablation = log_lines(output, "image_ablation")[0]["image_ablation"]
+        assert json.loads((output / "run.json").read_text())["image_ablation"] == ablation
+        runs[processes, batch_size, "ablation"] = [ablation[name] for name in ("right", "shuffled", "zero")]
+        runs[processes, batch_size, "written"] = [line["val_rouge_l"] for line in log_lines(output, "val_rouge_l")]
         runs[processes, batch_size] = [line["loss"] for line in log_lines(output)]
         norms = [line["grad_norm"] for line in log_lines(output)]
         runs[processes, batch_size, "norm"] = norms
@@ -89,6 +95,7 @@ def test_two_processes_give_the_first_step_of_one(corpus, tmp_path):
     # The command that accelerate documents for CPUs; in 1.15 it starts a single process.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
     flags = [*stage1_flags(corpus, tmp_path / "launched"), "--batch_size", 4, "--num_epochs", 2]
+    flags += ["--max_answer_tokens", 24]
     subprocess.run([*launch, *map(str, flags)], cwd=ROOT, env=environment(), check=True, capture_output=True)
     assert log_lines(tmp_path / "launched")[0]["loss"] == pytest.approx(runs[1, 4][0], abs=1e-5)
 
@@ -98,6 +105,8 @@ def test_two_processes_give_the_first_step_of_one(corpus, tmp_path):
         assert runs[other] == pytest.approx(one, abs=1e-4)  # the last step of an epoch has fewer records
         assert runs[*other, "norm"][0] == pytest.approx(runs[1, 4, "norm"][0], rel=1e-4)
         assert runs[*other, "val"] == pytest.approx(runs[1, 4, "val"], abs=1e-4)
+        assert runs[*other, "ablation"] == pytest.approx(runs[1, 4, "ablation"], abs=1e-4)
+        assert runs[*other, "written"] == pytest.approx(runs[1, 4, "written"], abs=1e-6)
 
 
 def test_killed_lora_run_resumes_to_the_same_losses_and_weights(corpus, stage1, tmp_path):
