@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-
 # What the commands import only when they need it, and every fork would import anew.
 for name in ("bitsandbytes", "peft", "timm", "matplotlib.pyplot", "transformers.models.gemma3n.modeling_gemma3n"):
     importlib.import_module(name)

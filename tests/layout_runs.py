@@ -51,8 +51,7 @@ def main() -> None:
             before=before,
         )
 
-    for layout in LAYOUTS:
-        train(stage1_projector.train.main, stage1, "stage1", layout)
+    train(stage1_projector.train.main, stage1, "stage1", "single", 1)
     for layout in LAYOUTS:
         train(stage2_finetune.train.main, lora, "lora", layout)
     for layout in ("single", "fsdp2"):
