@@ -49,8 +49,8 @@ RATE_SOURCE = "NVIDIA's data sheets, dense (half of the figure with sparsity)"
 FIGURES = {
     "tiles_per_slide": Figure(5000, "tiles of 256 px at 0.5 um/px", "assumed: 0.8 cm2 of tissue; biopsies have fewer"),
     "slide_gb": Figure(1.0, "GB", "assumed: 20x to 40x, JPEG"),
-    "reading_cpu_ms_per_tile": Figure(0.0, "ms of one core", "measured: --measure, SVS at 0.25 um/px, tissue found, tiles decoded and halved"),
-    "feature_bytes_per_tile": Figure(0.0, "bytes", "measured: --measure, file of 1,536 float16 values a tile"),
+    "reading_cpu_ms_per_tile": Figure(0.75, "ms of one core", "measured: --measure, SVS at 0.25 um/px"),
+    "feature_bytes_per_tile": Figure(3174, "bytes", "measured: --measure, file of 1,536 float16 values a tile"),
     "encoder_gflop_per_tile": Figure(
         371, "GFLOP", "computed: ViT-H/14 of UNI2-h, 681 M weights x 265 tokens x 2, and attention"
     ),
@@ -62,7 +62,7 @@ FIGURES = {
     ),
     "head_parameters": Figure(0.54e9, "weights", "published: 262,400 x 2,048, used at supervised tokens only"),
     "tokens_per_record": Figure(330, "tokens", "assumed: 256 visual, prompt, answer"),
-    "supervised_tokens_per_record": Figure(30, "tokens", "measured: median REG 2025 report is 10 words; a report and its end"),
+    "supervised_tokens_per_record": Figure(30, "tokens", "assumed: REG 2025 reports have 3 to 37 words, median 10"),
     "training_utilisation": Figure(0.3, "of the bf16 rate", "assumed; the aim is 0.4"),
     "epochs": Figure(3, "passes, in stage 1 and in stage 2", "default of both train.py"),
     "efficiency_of_8_gpus": Figure(0.95, "", "assumed"),
@@ -150,34 +150,47 @@ def plan(figures: dict[str, float], chip: Gpu, slides: int, gpus: int) -> dict[s
 
 def tables(figures: dict[str, float], gpu: str) -> str:
     """The tables of docs/scaling.md."""
-    lines = ["| figure | value | unit | from |", "|---|---|---|---|"]
-    lines += [f"| {name} | {figures[name]:,.4g} | {f.unit} | {f.origin} |" for name, f in FIGURES.items()]
-    lines += ["", f"Rates: {RATE_SOURCE}. Rents:", "", "| GPU | bf16 TFLOP/s | GB | $/h | from |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {name} | {chip.tflops:g} | {chip.memory_gb} | {chip.dollars_per_hour} | {chip.price_source} |"
-        for name, chip in CHIPS.items()
-    ]
-    lines += ["", "| slides | slides TB | features TB | both, $/month |", "|---|---|---|---|"]
-    for slides in SLIDES:
-        raw = slides * figures["slide_gb"] / 1000
-        features = slides * figures["tiles_per_slide"] * figures["feature_bytes_per_tile"] / 1e12
-        cost = (raw + features) * figures["storage_dollars_per_tb_month"]
-        lines += [f"| {slides:,} | {raw:,.0f} | {features:,.2f} | {cost:,.0f} |"]
-    lines += ["", f"On {gpu} (stage 2: LoRA with gradient checkpointing):", ""]
-    lines += ["| slides | GPUs | stage 0, h | limited by | stage 1, h | stage 2, h | rent, $ |", "|" + "---|" * 7]
-    for slides in SLIDES:
-        for gpus in GPUS:
-            found = plan(figures, CHIPS[gpu], slides, gpus)
-            hours = " | ".join(f"{found[name]:,.1f}" for name in ("stage1", "stage2"))
-            lines += [
-                f"| {slides:,} | {gpus} | {found['stage0']:,.1f} | {found['limit']} | {hours} | {found['dollars']:,.0f} |"
-            ]
-    lines += ["", "100,000 slides on 8 GPUs:", "", "| GPU | stage 0, h | stage 1, h | stage 2, h | rent, $ |", "|" + "---|" * 5]
-    for name, chip in CHIPS.items():
-        found = plan(figures, chip, 100_000, 8)
-        hours = " | ".join(f"{found[stage]:,.1f}" for stage in ("stage0", "stage1", "stage2"))
-        lines += [f"| {name} | {hours} | {found['dollars']:,.0f} |"]
-    return "\n".join(lines)
+    origins = [[name, f"{figures[name]:,.4g}", f.unit, f.origin] for name, f in FIGURES.items()]
+    chips = [[name, f"{c.tflops:g}", c.memory_gb, c.dollars_per_hour, c.price_source] for name, c in CHIPS.items()]
+    return "\n".join(
+        [
+            *table(["figure", "value", "unit", "from"], origins),
+            f"\nbf16 rates are from {RATE_SOURCE}.\n",
+            *table(["GPU", "bf16 TFLOP/s", "GB", "$/h", "rent from"], chips),
+            "",
+            *table(["slides", "slides, TB", "features, TB", "both, $/month"], [storage(figures, n) for n in SLIDES]),
+            f"\nOn {gpu}; stage 2 is LoRA with gradient checkpointing:\n",
+            *table(
+                ["slides", "GPUs", "stage 0, h", "limited by", "stage 1, h", "stage 2, h", "rent, $"],
+                [[f"{n:,}", gpus, *hours_and_rent(figures, CHIPS[gpu], n, gpus)] for n in SLIDES for gpus in GPUS],
+            ),
+            "\n100,000 slides on 8 GPUs:\n",
+            *table(
+                ["GPU", "stage 0, h", "limited by", "stage 1, h", "stage 2, h", "rent, $"],
+                [[name, *hours_and_rent(figures, chip, 100_000, 8)] for name, chip in CHIPS.items()],
+            ),
+        ]
+    )
+
+
+def table(head: list[str], rows: list[list]) -> list[str]:
+    """Lines of a Markdown table."""
+    return ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def storage(figures: dict[str, float], slides: int) -> list[str]:
+    """Slides, terabytes of slides and of features, and dollars a month."""
+    raw = slides * figures["slide_gb"] / 1000
+    features = slides * figures["tiles_per_slide"] * figures["feature_bytes_per_tile"] / 1e12
+    dollars = (raw + features) * figures["storage_dollars_per_tb_month"]
+    return [f"{slides:,}", f"{raw:,.0f}", f"{features:,.2f}", f"{dollars:,.0f}"]
+
+
+def hours_and_rent(figures: dict[str, float], chip: Gpu, slides: int, gpus: int) -> list[str]:
+    """Cells of one plan."""
+    found = plan(figures, chip, slides, gpus)
+    hours = [f"{found[stage]:,.2f}" for stage in ("stage1", "stage2")]
+    return [f"{found['stage0']:,.1f}", str(found["limit"]), *hours, f"{found['dollars']:,.0f}"]
 
 
 if __name__ == "__main__":

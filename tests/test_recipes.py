@@ -15,6 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from transformers.models.gemma3n import modeling_gemma3n
 
+from accelerator_setup import make_accelerator
 from tests.conftest import ROOT
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))}
@@ -44,6 +45,24 @@ def test_sharding_wraps_the_decoder_layers_of_gemma3n_and_loads_on_every_process
     assert config["fsdp_version"] == 2 and not config["fsdp_cpu_ram_efficient_loading"]
     assert hasattr(modeling_gemma3n, config["fsdp_transformer_layer_cls_to_wrap"])
     assert not yaml.safe_load(CONFIGS["zero3"].read_text())["deepspeed_config"]["zero3_init_flag"]
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "fsdp2.yaml"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: 2"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            "set it to false",
+        ),
+    ],
+)
+def test_sharding_that_is_not_supported_is_refused(tmp_path, monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        make_accelerator(output_dir=tmp_path, seed=0)
 
 
 def run_block(folder: Path, **variables: str) -> list[list[str]]:
@@ -102,3 +121,25 @@ def test_skypilot_reads_the_cloud_task(tmp_path):
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-3:] == ["/data", "HF_TOKEN", "WANDB_API_KEY"]
+
+
+def test_the_tables_of_the_plan_are_those_that_its_script_prints(capsys, monkeypatch):
+    from benchmarks import scaling_plan
+
+    monkeypatch.setattr("sys.argv", ["scaling_plan.py"])
+    scaling_plan.main()
+    assert capsys.readouterr().out in (ROOT / "docs" / "scaling.md").read_text()
+
+
+def test_the_plan_by_hand():
+    from benchmarks.scaling_plan import CHIPS, FIGURES, plan
+
+    figures = {name: figure.value for name, figure in FIGURES.items()}
+    figures |= {"encoder_gflop_per_tile": 1000, "tiles_per_slide": 1000, "slide_gb": 0.001, "training_utilisation": 0.5}
+    figures |= {"encoder_utilisation": 0.5, "head_parameters": 0, "tokens_per_record": 100, "epochs": 1}
+    found = plan(figures, CHIPS["H100 SXM"], 10_000, 1)
+    assert found["limit"] == "GPU"
+    assert found["stage0"] == pytest.approx(10_000 * 1000 * 1e12 / (989e12 * 0.5) / 3600)
+    assert found["stage1"] == pytest.approx(10_000 * 100 * 4 * 1.89e9 / (989e12 * 0.5) / 3600)
+    assert found["stage2"] == pytest.approx(found["stage1"] * 1.5)
+    assert found["dollars"] == pytest.approx(3.99 * (found["stage0"] + found["stage1"] + found["stage2"]))
