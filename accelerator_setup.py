@@ -114,6 +114,26 @@ def runs_on_cpu() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
+def refuse_untested_sharding() -> None:
+    """Refuse what `accelerate config` can choose and our checkpoints, results or fingerprints would not survive.
+
+    Raises:
+        ValueError: DeepSpeed, FSDP1, or a language model that only the first process loads.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError("DeepSpeed: its checkpoints are not supported; use recipes/accelerate/fsdp2.yaml")
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise ValueError(
+                "FSDP1: its flattened weights are not supported; set fsdp_version: 2 in `accelerate config`"
+            )
+        if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+            raise ValueError(
+                "fsdp_cpu_ram_efficient_loading: every process checks the language model, so each must load it; "
+                "set it to false in `accelerate config`"
+            )
+
+
 def make_accelerator(
     *,
     output_dir: str | Path,
@@ -126,8 +146,9 @@ def make_accelerator(
     """Accelerator with seeds set and trackers named; :class:`run_log.RunLog` starts them. Collective: every rank.
 
     Raises:
-        ValueError: float16, from the flag or from accelerate's own configuration.
+        ValueError: float16, from the flag or from accelerate's own configuration, or a sharding that is not supported.
     """
+    refuse_untested_sharding()
     trackers = [*(["wandb"] if wandb else []), *(["tensorboard"] if tensorboard else [])]
     accelerator = Accelerator(
         cpu=runs_on_cpu(),

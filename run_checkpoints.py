@@ -115,6 +115,7 @@ def save_checkpoint(
         save_file(tensors, temporary / "optimizer.safetensors", metadata={"format": "pt"})
         progress = {"run": vars(state), "scheduler": scheduler.state_dict(), "optimizer_groups": groups}
         progress |= {"identity": identity, "layout": layout(accelerator)}
+        progress["files"] = {path.name: path.stat().st_size for path in temporary.iterdir()}
         (temporary / "progress.json").write_text(json.dumps(progress))
         _flush(temporary)
         delete_folder(final)
@@ -165,7 +166,15 @@ def _load_random_states(path: Path) -> None:
 def checkpoints(run_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     found = [path for path in (run_dir / "checkpoints").glob("step_*") if path.name.removeprefix("step_").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(filter(is_whole, found), key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint has all its files in their sizes; a bucket may have received a part of them."""
+    if not (folder / "progress.json").is_file():
+        return False
+    files = _read_progress(folder)["files"]
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items())
 
 
 def checkpoint_to_resume(run_dir: Path, choice: str | None) -> Path | None:
@@ -183,9 +192,9 @@ def checkpoint_to_resume(run_dir: Path, choice: str | None) -> Path | None:
     if folder is None:
         print(f"{run_dir} has no checkpoint yet; the run begins", file=sys.stderr)
         return None
-    if not (folder / "progress.json").is_file():
+    if not is_whole(folder):
         raise FileNotFoundError(
-            f"--resume_from_checkpoint {choice}: no such checkpoint; those of this run are under "
+            f"--resume_from_checkpoint {choice}: no such checkpoint, or not all of it; those of this run are under "
             f"{run_dir / 'checkpoints'}"
         )
     return folder

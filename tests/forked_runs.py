@@ -4,6 +4,7 @@ Processes of one run are started as torchrun starts them: by environment variabl
 (``OMP_NUM_THREADS=1``) and compute nothing before it forks.
 """
 
+import importlib
 import os
 import signal
 import socket
@@ -12,6 +13,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+# What the commands import only when they need it, and every fork would import anew.
+for name in ("bitsandbytes", "peft", "timm", "matplotlib.pyplot", "transformers.models.gemma3n.modeling_gemma3n"):
+    importlib.import_module(name)
 
 
 @dataclass

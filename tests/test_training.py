@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from command_line import run
+from run_checkpoints import checkpoint_to_resume, checkpoints
 from tests.conftest import ROOT, command, environment, run_command
 
 STAGE1, STAGE2 = "stage1_projector/train.py", "stage2_finetune/train.py"
@@ -233,6 +234,8 @@ def test_refusals_are_one_line(corpus, stage1, tmp_path, monkeypatch, capsys, st
         ({"--batch_size": 2}, "batch_size was 4 and is 2"),
         ({"--seed": 7}, "seed was 0 and is 7"),
         ({"--train_json": "shorter"}, "records was"),
+        ({"--features_dir": "made anew"}, "inputs was"),
+        ({"--val_json": "other"}, "val_records was"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_not_resumed(corpus, stage1, tmp_path, monkeypatch, capsys, changes, message):
@@ -242,6 +245,18 @@ def test_a_checkpoint_of_another_run_is_not_resumed(corpus, stage1, tmp_path, mo
         shorter = tmp_path / "shorter.json"
         shorter.write_text(json.dumps(json.loads(corpus.reports.read_text())[:18]))
         changes = {"--train_json": shorter}
+    if "--features_dir" in changes:
+        shutil.copytree(corpus.features, tmp_path / "features")
+        one = next(iter((tmp_path / "features").iterdir()))
+        others = sorted((tmp_path / "features").iterdir())
+        shutil.copy(next(path for path in others if path.stat().st_size != one.stat().st_size), one)
+        changes = {"--features_dir": tmp_path / "features"}
+    if "--val_json" in changes:
+        changed = json.loads(corpus.reports.read_text())
+        (tmp_path / "val.json").write_text(json.dumps([changed[0] | {"id": "PIT_02_00000_00.tiff"}]))
+        shutil.copytree(corpus.features, tmp_path / "features")
+        shutil.copy(tmp_path / "features" / "PIT_01_00000_00.h5", tmp_path / "features" / "PIT_02_00000_00.h5")
+        changes = {"--val_json": tmp_path / "val.json", "--features_dir": tmp_path / "features"}
     words = [*flags, *(word for pair in changes.items() for word in pair)]
     monkeypatch.setattr("sys.argv", list(map(str, words)))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -250,6 +265,21 @@ def test_a_checkpoint_of_another_run_is_not_resumed(corpus, stage1, tmp_path, mo
     AcceleratorState._reset_state(reset_partial_state=True)
     assert left.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_lacks_a_part_is_passed_over(tmp_path):
+    folders = [tmp_path / "checkpoints" / f"step_{step}" for step in (9, 10, 11)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "trainable.safetensors").write_bytes(b"weights")
+        progress = {"layout": {}, "files": {"trainable.safetensors": 7}}
+        (folder / "progress.json").write_text(json.dumps(progress))
+    (folders[2] / "trainable.safetensors").write_bytes(b"wei")
+    assert checkpoints(tmp_path) == folders[:2]
+    assert checkpoint_to_resume(tmp_path, "latest") == folders[1]
+    with pytest.raises(FileNotFoundError, match="not all of it"):
+        checkpoint_to_resume(tmp_path, str(folders[2]))
+    assert checkpoint_to_resume(tmp_path / "another", "latest") is None
 
 
 def test_float16_is_refused_even_from_accelerate_config(corpus, tmp_path):
