@@ -16,7 +16,8 @@ where the file is absent), behind 256 visual tokens.
     padding  share of tokens that is padding, in an epoch: batches at random, of like length, packed.
     batches  four questions about each case; samples/s of batches of like length, and packed, / those of batches at
              random, all three with our loss and padded to the longest of the batch. Higher is better.
-    ple      --ple_device cpu / model: seconds of a step, and memory that the loaded model takes, in an own process.
+    ple      --ple_device cpu / model: seconds of forward and backward, and memory that the model takes when it is loaded
+             from a checkpoint in bfloat16, each in a process of its own.
     gpu      E2B-shaped, in bfloat16: see train_step_gpu.py. Says why when it cannot run.
 
 The usual way needs about 1.7 GB a sample of memory; --batch_size 1 fits small machines. The order of a repetition's
@@ -237,7 +238,7 @@ def ple(args: argparse.Namespace) -> tuple[dict, str]:
         return {}, "skipped: reads /proc"
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        Gemma3nForCausalLM(cpu_config(args.vocab_size)).save_pretrained(folder)
+        Gemma3nForCausalLM(cpu_config(args.vocab_size)).to(torch.bfloat16).save_pretrained(folder)
         made = {place: json.loads(in_a_process(args, "ple", f"{place}:{folder}")) for place in ("model", "cpu")}
     ratio = made["cpu"]["seconds"] / made["model"]["seconds"]
     saved = made["model"]["anonymous_bytes"] - made["cpu"]["anonymous_bytes"]

@@ -1,7 +1,7 @@
 """The `gpu` part of `train_step.py`: steps of an E2B-shaped Gemma-3n of random weights, in bfloat16 on one GPU.
 
 For stage 1, stage 2 with LoRA, and QLoRA with the per-layer table in CPU memory: samples/s, peak of allocated memory,
-and model FLOP/s as a share of the rate at which this GPU multiplies large bfloat16 matrices, measured first. Model FLOPs
+and model FLOP/s as a share of the rate at which this GPU multiplies large bfloat16 matrices, measured first. The FLOPs
 are the products of matrices and the attention that one step asks for, counted by torch's flop counter on the same batch
 with no activation checkpointing: forward, gradients of activations, and gradients of the weights that learn. What
 checkpointing computes again does not count, nor does what 4-bit weights cost to unpack.
