@@ -78,8 +78,8 @@ def pack(input_ids: Tensor, lengths: Sequence[int], shared: Sequence[int], cases
                 first = shared[record] if part else 0
                 place = _put(table, number, place, (first, shared[record]), record * columns, group, 0)
                 place = _put(table, number, place, (shared[record], lengths[record]), record * columns, group, part + 1)
-        # Padding follows the last record, as in a row of its own. By itself it would be all zeros, whose gradient is not
-        # finite in Gemma-3n, and attention would hand it on, times zero.
+        # Padding follows the last record, as in a row of its own. By itself it would be all zeros, whose gradient is
+        # not finite in Gemma-3n, and attention would hand it on, times zero.
         table[1:, number, place:] = table[1:, number, place - 1 : place]
     return PackedRows(*table.to(input_ids.device))
 

@@ -16,8 +16,8 @@ where the file is absent), behind 256 visual tokens.
     padding  share of tokens that is padding, in an epoch: batches at random, of like length, packed.
     batches  four questions about each case; samples/s of batches of like length, and packed, / those of batches at
              random, all three with our loss and padded to the longest of the batch. Higher is better.
-    ple      --ple_device cpu / model: seconds of forward and backward, and memory that the model takes when it is loaded
-             from a checkpoint in bfloat16, each in a process of its own.
+    ple      --ple_device cpu / model: seconds of forward and backward, and memory that the model takes, loaded from a
+             checkpoint in bfloat16, each in a process of its own.
     gpu      E2B-shaped, in bfloat16: see train_step_gpu.py. Says why when it cannot run.
 
 The usual way needs about 1.7 GB a sample of memory; --batch_size 1 fits small machines. The order of a repetition's
