@@ -26,7 +26,7 @@ class PackedRows:
     Attributes:
         source_RC: place of each token among the (B, L) tokens of all records, flattened; `PADDING` at padding.
         position_ids_RC: position of each token in its own record.
-        case_RC: which case it is of; `PADDING` at padding.
+        case_RC: which case it is of; padding is of that of the last record of its row.
         part_RC: 0 in what records of a case share, else the number of its record within the case.
     """
 
@@ -78,8 +78,9 @@ def pack(input_ids: Tensor, lengths: Sequence[int], shared: Sequence[int], cases
                 first = shared[record] if part else 0
                 place = _put(table, number, place, (first, shared[record]), record * columns, group, 0)
                 place = _put(table, number, place, (shared[record], lengths[record]), record * columns, group, part + 1)
-        table[1, number, place:] = torch.arange(longest - place)
-        table[3, number, place:] = 0
+        # Padding follows the last record, as in a row of its own. By itself it would be all zeros, whose gradient is
+        # not finite in Gemma-3n, and attention would hand it on, times zero.
+        table[1:, number, place:] = table[1:, number, place - 1 : place]
     return PackedRows(*table.to(input_ids.device))
 
 

@@ -78,7 +78,7 @@ def load_with_table_on_cpu(
         table = llm.get_decoder().embed_tokens_per_layer
         llm.get_decoder().embed_tokens_per_layer = PerLayerTable(table.weight.detach().cpu(), table.embed_scale, dtype)
         return llm, report
-    llm, report = _without_table(model_class).from_pretrained(name, **loading)
+    llm, report = without_table(model_class).from_pretrained(name, **loading)
     llm.__class__ = model_class
     config = llm.config.get_text_config()
     wanted = (config.vocab_size_per_layer_input, config.num_hidden_layers * config.hidden_size_per_layer_input)
@@ -89,7 +89,7 @@ def load_with_table_on_cpu(
     return llm, report
 
 
-def _without_table(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def without_table(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The same class under the same name, by which the library knows it, whose models are built without the table."""
 
     def build(self, config, *arguments, **kwargs) -> None:

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import packing
 from language_model import add_lora
 from packing import PADDING, pack, rows_for
 from slide_reports import Record, RecordBatches, ReportDataset, collate, make_loader
@@ -65,9 +66,10 @@ def packed_batch(tokenizer, cases=(0, 0, 1, 0, 2, 1), sizes=(9, 3, 20)):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("reducer", ["none", "grid_pool"])
-def test_loss_and_gradients_equal_those_of_a_row_each(family, reducer):
+@pytest.mark.parametrize("reducer, even_row", [("none", packing.EVEN_ROW), ("none", 100), ("grid_pool", 30)])
+def test_loss_and_gradients_equal_those_of_a_row_each(family, reducer, even_row, monkeypatch):
     """The window of sliding layers, 16 tokens, is shorter than the visual tokens of a case and its records."""
+    monkeypatch.setattr(packing, "EVEN_ROW", even_row)
     model, tokenizer = make_model(family, reducer, num_visual_tokens=20)
     model.llm.requires_grad_(False)
     torch.manual_seed(1)
@@ -76,6 +78,9 @@ def test_loss_and_gradients_equal_those_of_a_row_each(family, reducer):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     packed, plain = packed_batch(tokenizer)
+    with torch.no_grad():
+        rows = model.embed_rows(packed)["rows"].source_RC
+    assert (len(rows) > 1 and (rows == PADDING).any()) == (even_row <= 100)
     results = []
     for batch in (packed, plain):
         nll = model(batch)

@@ -61,7 +61,7 @@ def test_accumulation_equals_one_large_batch(trained, order):
         "packed": {"cases": data[1].cases},
     }[order]
     loss, gradient = first_step(trained, 12, 1, **order)
-    for batch_size, accumulation in ((4, 3), (3, 4), (1, 12)):
+    for batch_size, accumulation in ((4, 3), (1, 12)):
         other_loss, other = first_step(trained, batch_size, accumulation, **order)
         assert other_loss == pytest.approx(loss, rel=1e-6)
         torch.testing.assert_close(other, gradient, rtol=1e-6, atol=1e-6 * float(gradient.abs().max()))
