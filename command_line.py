@@ -8,7 +8,7 @@ the traceback behind a one-line refusal.
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -49,6 +49,11 @@ def flags_of(args: Namespace) -> dict[str, Any]:
     plain = (bool, int, float, str, list, type(None))
     values = {name: value for name, value in vars(args).items() if name != "config"}
     return {name: value if isinstance(value, plain) else str(value) for name, value in values.items()}
+
+
+def chosen(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Some of the flags, as keyword arguments."""
+    return {name: getattr(args, name) for name in names}
 
 
 def run(main: Callable[[], int], *, to_go_on: str = "the same command goes on where this one stopped") -> NoReturn:

@@ -85,8 +85,7 @@ def million(folder: Path, args: argparse.Namespace) -> dict[str, float]:
 
 def first_batch(folder: Path) -> tuple[float, int]:
     """Read the records as training does and make a batch, in a process of its own: its CPU seconds and peak bytes."""
-    from slide_reports import Prompt, ReportDataset, read_training_records
-    from slide_reports.batches import RecordBatches, make_loader
+    from slide_reports import Prompt, RecordBatches, ReportDataset, make_loader, read_training_records
 
     train, _, problems = read_training_records(
         str(folder / "records.json"), None, val_fraction=0.1, seed=0, features_dir=str(folder / "features")
@@ -134,7 +133,7 @@ def load_all(data, seconds_per_sample: float) -> dict[str, float]:
     import psutil
 
     from accelerator_setup import add_run_arguments
-    from slide_reports.batches import RecordBatches, make_loader
+    from slide_reports import RecordBatches, make_loader
 
     parser = make_parser(None)
     add_run_arguments(parser)

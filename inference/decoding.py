@@ -122,4 +122,5 @@ def open_model(args, device: str | torch.device | None = None):
         dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
         llm_name=args.llm_name,
         encoder_name=args.vision_model_name,
+        ple_device=args.ple_device,
     )

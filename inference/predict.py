@@ -134,7 +134,7 @@ def answer_batch(
 
 def run_description(args) -> dict:
     """What decides the answers; progress made under another description is not continued."""
-    free = {"output", "batch_size", "overwrite", "device"}
+    free = {"output", "batch_size", "overwrite", "device", "ple_device"}
     described = {name: value for name, value in flags_of(args).items() if name not in free}
     files = [Path(args.test_json), *sorted(path for path in Path(args.model).rglob("*") if path.is_file())]
     return described | {"sha256": {str(path): hash_of(path) for path in files}}

@@ -1,6 +1,7 @@
 """Annotation files to records: every known form, cleaned of what is to be left out, and split for training."""
 
 import hashlib
+import math
 import os
 import re
 import sys
@@ -151,6 +152,21 @@ def records_digest(records: Sequence[Record]) -> str:
     for name, turns in fields(records, "id", "turns"):
         texts = (text for turn in turns for text in turn)
         digest.update("\0".join((name, *texts, "")).encode())
+    return digest.hexdigest()
+
+
+def inputs_digest(records: Sequence[Record], max_files: int = 10_000, max_read: int = 64) -> str:
+    """SHA-256 of an even sample of the records' input files: names and sizes, and of a few their first 64 KiB.
+
+    Tells features that were made anew, or other images, wherever they lie now.
+    """
+    inputs = sorted({path for (paths,) in fields(records, "inputs") for path in paths}, key=os.path.basename)
+    stride = max(1, math.ceil(len(inputs) / max_files))
+    sizes = [(Path(path), os.path.getsize(path)) for path in inputs[::stride] if os.path.isfile(path)]
+    digest = hashlib.sha256(str([(path.name, size) for path, size in sizes]).encode())
+    for path, _ in sizes[:: max(1, math.ceil(len(sizes) / max_read))]:
+        with path.open("rb") as file:
+            digest.update(file.read(2**16))
     return digest.hexdigest()
 
 
