@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 
+import run_log
 import stage1_projector.train
 import stage2_finetune.train
 from run_checkpoints import checkpoints
@@ -40,7 +41,7 @@ def main() -> None:
     def train(main, flags: list, name: str, layout: str, epochs: int = 2, *more: object) -> None:
         processes = LAYOUTS[layout]
         words = [*flags, "--batch_size", GLOBAL_BATCH // processes, "--num_epochs", epochs, *more]
-        variables, before = (sharding, shard_on_cpu) if layout == "fsdp2" else ({}, None)
+        variables, before = (sharding, shard_on_cpu) if layout == "fsdp2" else ({}, draw_no_curves)
         output = root / f"{name}_{layout}"
         finish_run(
             main,
@@ -76,8 +77,14 @@ def sharding_variables() -> dict[str, str]:
     return {name: value for name, value in made.items() if os.environ.get(name) != value}
 
 
+def draw_no_curves() -> None:
+    """Pictures take most of the time of so short a run, and are not what is compared."""
+    run_log.draw_curves = lambda *_: None
+
+
 def shard_on_cpu() -> None:
     """Let accelerate's state accept sharding among processes on CPUs."""
+    draw_no_curves()
     original = AcceleratorState.__init__
 
     def with_sharding(self, *args, **kwargs):
