@@ -146,6 +146,13 @@ def _beside(annotation: Path, where: str, name: object, key: str) -> Path:
     return path
 
 
+# The flags of :func:`add_data_arguments`, and the seed, that :func:`read_training_records` takes.
+RECORD_FLAGS = (
+    *("train_json", "val_json", "val_fraction", "seed", "splits", "fold"),
+    *("features_dir", "image_root", "group_pattern", "exclude", "revise"),
+)
+
+
 def records_digest(records: Sequence[Record]) -> str:
     """SHA-256 of ids, questions and answers, in order: tells a changed annotation file."""
     digest = hashlib.sha256()
