@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stage0_tiling import strips
+from stage0_tiling import strips, white_balance
 from stage0_tiling.artefacts import find_on_thumbnail, tile_fractions
 from stage0_tiling.groups import drop_small, drop_unmarked, fill_small, grow
 from stage0_tiling.tissue import Grid, TissueMask, sums_above_left
 from stage0_tiling.tissue_methods import METHODS, chroma_threshold, tissue_mask
+from stage0_tiling.white_balance import find_balance
 from tests.plain_tissue import plain_artefacts, plain_grow, plain_mask, plain_threshold, plain_without_small
 from tests.slides import INKS, PALE_PINK, DrawnSlide
 
@@ -61,6 +62,18 @@ def test_the_fast_mask_is_the_plain_one_on_clouds(seed):
     shown = np.clip(shown + rng.normal(0, 3, shown.shape), 0, 255).astype(np.uint8)
     mask = tissue_mask(shown, mpp=8.0)
     np.testing.assert_array_equal(mask, plain_mask(shown, 8.0))
+
+
+@pytest.mark.parametrize("name", ["plain", "pale on grey", "tinted", "black border", "blue pen"])
+def test_an_eighth_of_the_rows_tells_the_colour_of_the_glass(name, monkeypatch):
+    """As on the thumbnails of the largest slides: gains differ by two grey levels at most, and masks by a few pixels."""
+    mpp, how = CASES[name]
+    shown = picture(**how)
+    all_rows, whole = find_balance(shown, mpp), tissue_mask(shown, mpp)
+    monkeypatch.setattr(white_balance, "SAMPLE_PX", shown.shape[0] * shown.shape[1] // 8)
+    some_rows, sampled = find_balance(shown, mpp), tissue_mask(shown, mpp)
+    assert np.abs(all_rows.gains.astype(int) - some_rows.gains).max() <= 2
+    assert (whole == sampled).mean() >= 0.999
 
 
 @pytest.mark.parametrize("seed", range(3))
