@@ -66,7 +66,7 @@ def test_the_fast_mask_is_the_plain_one_on_clouds(seed):
 
 @pytest.mark.parametrize("name", ["plain", "pale on grey", "tinted", "black border", "blue pen"])
 def test_an_eighth_of_the_rows_tells_the_colour_of_the_glass(name, monkeypatch):
-    """As on the thumbnails of the largest slides: gains differ by two grey levels at most, and masks by a few pixels."""
+    """As on the thumbnails of the largest slides: gains differ by 2 levels at most, masks by few pixels."""
     mpp, how = CASES[name]
     shown = picture(**how)
     all_rows, whole = find_balance(shown, mpp), tissue_mask(shown, mpp)
