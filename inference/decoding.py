@@ -20,10 +20,11 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 from transformers.cache_utils import Cache
 
 from inference.choice import Constraint, choice_processors
+from inference.loading import open_model as open_model
 from inference.prefix_cache import Prefix, SharedPrefixCache, Sharing, can_share_prefix, shared_attention
 from projectors import PROMPT_TOPK
 from slide_reports import Prompt, collate
-from slide_vlm import IGNORED_LABEL, IMAGE_MARKER, SlideVLM, load_vlm, position_arguments
+from slide_vlm import IGNORED_LABEL, IMAGE_MARKER, SlideVLM, position_arguments
 
 SCORED_AT_ONCE = 128  # positions whose logits exist at one time
 
@@ -421,20 +422,3 @@ def decode_samples(
 def text_of(tokenizer, answer: Decoded) -> str:
     """The answer as text, without special tokens and blanks around it."""
     return tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip()
-
-
-def open_model(args, device: str | torch.device | None = None):
-    """Model and tokenizer as the flags say, in evaluation mode on its device."""
-    try:
-        device = torch.device(device or args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device or args.device}: {str(error).splitlines()[0]}; use cuda or cpu") from error
-    dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    return load_vlm(
-        args.model,
-        device=device,
-        dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
-        llm_name=args.llm_name,
-        encoder_name=args.vision_model_name,
-    )
