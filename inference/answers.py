@@ -1,19 +1,18 @@
 """From cases and questions to answers, the same for one slide and for many: decoding, limits, confidence."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from inference.arguments import decoding_flags
+from inference.arguments import MEASURES, decoding_flags
 from inference.choice import Constraint
 from inference.constraints import AllowedReports, Grammar, nearest, texts_of
 from inference.decoding import Decoded, Decoding, decode_samples, text_of
 from slide_reports import Prompt, making_of, patch_budget, read_case, read_images
 from slide_vlm import IGNORED_LABEL, SlideVLM, VLMSettings
-
-MEASURES = ("mean_token_probability", "min_token_probability", "probability")
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,22 @@ class Answering:
             raise ValueError("give --allowed_reports or --grammar, not both")
         constraint: Constraint | None = None
         if args.allowed_reports:
-            constraint = AllowedReports(tokenizer, texts_of(args.allowed_reports, "--allowed_reports"))
+            texts = texts_of(args.allowed_reports, "--allowed_reports")
+            constraint = AllowedReports(tokenizer, texts, Prompt(**settings.prompt).after_answer)
         if args.grammar:
             constraint = Grammar(tokenizer, args.grammar)
         decoding = Decoding(**decoding_flags(args, settings.decoding))
         snap_texts = texts_of(args.snap_to, "--snap_to") if args.snap_to else []
         if snap_texts:
             nearest("", snap_texts)  # says at once if its package is missing
-        return cls(decoding, constraint, snap_texts, settings.decoding.get("uncertain") or {})
+        uncertain = settings.decoding.get("uncertain") or {}
+        for name, value in (uncertain.get("decoding") or {}).items():
+            if getattr(decoding, name, getattr(args, name, value)) != value:
+                print(
+                    f"the threshold of uncertainty was chosen with --{name} {value}; choose it anew for other decoding",
+                    file=sys.stderr,
+                )
+        return cls(decoding, constraint, snap_texts, uncertain)
 
     def answer(
         self,

@@ -2,6 +2,7 @@
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
+MEASURES = ("mean_token_probability", "min_token_probability", "probability")  # of confidence in an answer
 SAVED = ("num_beams", "max_new_tokens", "length_penalty")  # what vlm.json may hold, and flags override
 DEFAULTS = {"num_beams": 3, "max_new_tokens": 256, "length_penalty": 1.0}
 

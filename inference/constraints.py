@@ -31,10 +31,11 @@ def texts_of(path: str, flag: str) -> list[str]:
 
 
 class AllowedReports:
-    """A trie of the token ids of texts: an answer is one of them, word for word."""
+    """A trie of the token ids of texts: an answer is one of them, word for word, and ends as answers were taught to."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: list[str], after_answer: str = ""):
         self.trie: dict = {}
+        self.end = tokenizer(after_answer, add_special_tokens=False)["input_ids"][:1]
         for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
             node = self.trie
             for token in ids:
@@ -46,7 +47,7 @@ class AllowedReports:
             node = self._node(ids[prompt_length:].tolist())
             if node is None:  # an answer that ended, or a beam that nothing was left for
                 return stop_ids
-            return [token for token in node if token is not None] + (stop_ids if None in node else [])
+            return [token for token in node if token is not None] + ((self.end or stop_ids) if None in node else [])
 
         return PrefixConstrainedLogitsProcessor(allowed, num_beams)
 

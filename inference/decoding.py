@@ -5,7 +5,7 @@ beam. Here a prompt is read in two pieces through :meth:`SlideVLM.embed`: the pr
 for all questions about a slide, and the rest of each question behind a copy of its cache. Then beams share what was
 read, and ``generate`` goes on from there. Rows are padded on the left.
 
-Shapes: B rows, L columns of the prompts, W columns behind the shared ones, R answers, T tokens of the longest answer.
+Shapes: B rows, L columns of the prompts, W columns behind the shared ones.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,14 +19,12 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from inference.choice import Constraint, choice_processors
+from inference.choice import BeamRecorder, Constraint, Recorder, choice_processors
 from inference.loading import open_model as open_model
 from inference.prefix_cache import Prefix, SharedPrefixCache, Sharing, can_share_prefix, shared_attention
 from projectors import PROMPT_TOPK
 from slide_reports import Prompt, collate
 from slide_vlm import IGNORED_LABEL, IMAGE_MARKER, SlideVLM, position_arguments
-
-SCORED_AT_ONCE = 128  # positions whose logits exist at one time
 
 
 @dataclass(frozen=True)
@@ -222,9 +220,10 @@ def _generate(
     """The answers to all rows, one after the other."""
     cache = rows.read(model, decoding.num_beams, decoding.max_new_tokens)
     length = rows.input_ids.shape[1]
-    processors = choice_processors(decoding, constraint, keys, prompt_length=length, stop_ids=stop_ids)
+    recorder = BeamRecorder(decoding.num_beams, stop_ids) if decoding.num_beams > 1 else Recorder()
+    processors = choice_processors(decoding, constraint, recorder, keys, prompt_length=length, stop_ids=stop_ids)
     kept = 1 if decoding.do_sample else decoding.num_return
-    generated = model.base_llm.generate(
+    output = model.base_llm.generate(
         input_ids=rows.input_ids,
         attention_mask=rows.attention_mask,
         past_key_values=cache,
@@ -236,9 +235,10 @@ def _generate(
         eos_token_id=stop_ids,
         pad_token_id=stop_ids[0],
         logits_processor=LogitsProcessorList(processors),
+        return_dict_in_generate=True,
     )
-    ended = [_with_end(answer, stop_ids) for answer in generated[:, length:].tolist()]
-    log_probs = _log_probs(model, rows, cache, ended, num_beams=decoding.num_beams, kept=kept)
+    ended = [_with_end(answer, stop_ids) for answer in output.sequences[:, length:].tolist()]
+    log_probs = recorder.log_probs_of(ended, getattr(output, "beam_indices", None))
     return [_decoded(ids, logs, stop_ids, decoding) for ids, logs in zip(ended, log_probs, strict=True)]
 
 
@@ -325,34 +325,6 @@ def _read(model: SlideVLM, conditioning: dict[str, Tensor], attention_mask: Tens
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
-
-
-def _log_probs(
-    model: SlideVLM, rows: _Rows, cache: Cache, answers: list[list[int]], *, num_beams: int, kept: int
-) -> list[list[float]]:
-    """Log-probabilities of the tokens of R answers, read in one pass behind the prompts' cache.
-
-    ``generate`` would keep the logits of all beams and steps for them: 5 GB for 20 beams and Gemma's vocabulary.
-    """
-    of_answer = [beam // kept for beam in range(len(answers))]
-    chosen = torch.tensor(of_answer, device=rows.input_ids.device)
-    if isinstance(cache, SharedPrefixCache):
-        places = [(answer // kept) * num_beams + answer % kept for answer in range(len(answers))]
-        cache.back_to_prompt(torch.tensor(places, device=chosen.device))
-    else:
-        cache = rows.read(model, 1, 0)
-        cache.batch_select_indices(chosen)
-    lengths = [len(answer) for answer in answers]
-    targets = torch.zeros((len(answers), max(lengths)), dtype=torch.long, device=chosen.device)
-    for row, answer in zip(targets, answers, strict=True):
-        row[: len(answer)] = row.new_tensor(answer)
-    read = torch.cat([rows.input_ids[chosen, -1:], targets[:, :-1]], dim=1)
-    mask = torch.cat([rows.attention_mask[chosen], torch.ones_like(targets[:, :-1])], dim=1)
-    hidden = _read(model, model.embed_text(read), mask, cache).flatten(0, 1)
-    chunks = zip(hidden.split(SCORED_AT_ONCE), targets.flatten().split(SCORED_AT_ONCE), strict=True)
-    found = [model.logits(h).float().log_softmax(-1).gather(1, t[:, None]).squeeze(1) for h, t in chunks]
-    scored = torch.cat(found).view_as(targets).tolist()
-    return [values[:length] for values, length in zip(scored, lengths, strict=True)]
 
 
 def _decoded(ids: list[int], log_probs: list[float], stop_ids: list[int], decoding: Decoding) -> Decoded:

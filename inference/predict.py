@@ -102,7 +102,7 @@ def main() -> int:
     else:
         records, slides = records_to_answer(args.test_json, args.features_dir, args.image_root), {}
     FORMATS[args.format].check(records)
-    description = run_description(args, list(slides.values()))
+    description = run_description(args, settings.decoding, list(slides.values()))
     is_complete = not args.overwrite and answers_everything(output, progress_dir, description)
     state.wait_for_everyone()
     if is_complete:

@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 SHAREABLE = {"full_attention", "sliding_attention", "dummy"}
 ATTENTION = "shared_prefix"
-LOWEST = torch.finfo(torch.float32).min
+LOWEST, SMALLEST = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,6 @@ class Sharing:
         """Let each row be as many."""
         self.group_sizes = [size * times for size in self.group_sizes]
         self.paddings = self.paddings.repeat_interleave(times)
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Let only some rows remain, in order, as many of each group in proportion."""
-        self.group_sizes = [size * len(rows) // len(self.paddings) for size in self.group_sizes]
-        self.paddings = self.paddings[rows]
 
     def hidden_prefix(self, mask: Tensor, first: int, length: int, *, is_sliding: bool) -> Tensor:
         """Where rows do not see their prefixes, (B, Q, P): from a mask (B, 1, Q, columns from ``first`` on)."""
@@ -159,12 +154,6 @@ class SharedPrefixLayer(CacheLayerMixin):
                 larger[:, :, :, : self.length] = buffer[:, None, :, : self.length]
                 setattr(self, name, larger.flatten(0, 1))
 
-    def back_to_prompt(self, rows: Tensor) -> None:
-        """Forget all behind the columns in which copies are alike, and keep only some rows."""
-        self.length = self.num_alike
-        if self.is_initialized:
-            self.keys, self.values = self.keys[rows], self.values[rows]
-
 
 class SharedPrefixCache(Cache):
     """A :class:`SharedPrefixLayer` for each attention layer that stores keys and values.
@@ -205,12 +194,6 @@ class SharedPrefixCache(Cache):
         self.sharing.repeat_rows(times)
         for layer in self.stores:
             layer.repeat_rows(times, more_columns)
-
-    def back_to_prompt(self, rows: Tensor) -> None:
-        """See :meth:`SharedPrefixLayer.back_to_prompt`."""
-        self.sharing.keep_rows(rows)
-        for layer in self.stores:
-            layer.back_to_prompt(rows)
 
 
 def can_share_prefix(llm: PreTrainedModel) -> bool:
@@ -284,20 +267,25 @@ def attend(
     hidden = ~attention_mask[:, :, None, :, max(0, sharing.columns - first) :]
     own = (query.flatten(2, 3) @ key.transpose(2, 3)).float().unflatten(2, (-1, num_queries))  # B H r Q W
     own = own.masked_fill_(hidden, -torch.inf)
-    if first >= sharing.columns:  # the window has left the prefix behind
-        mixed = own.softmax(-1).to(value.dtype).flatten(2, 3) @ value
-        return _as_output(mixed, query.shape), None
-    keys, values = layer.prefix
-    hidden = sharing.hidden_prefix(attention_mask, first, keys.shape[2], is_sliding=layer.is_sliding)
-    scores = _per_group(query, keys.transpose(2, 3), sharing.group_sizes).float()  # B H r Q P
-    scores = scores.masked_fill_(hidden[:, None, None], -torch.inf)
-    # Finite also for a query of a padded column, which sees nothing and which nothing sees.
-    top = torch.maximum(own.amax(-1, keepdim=True), scores.amax(-1, keepdim=True)).clamp(min=LOWEST)
-    own, scores = (own - top).exp_(), (scores - top).exp_()
-    total = own.sum(-1, keepdim=True) + scores.sum(-1, keepdim=True)
-    mixed = _per_group(scores.to(values.dtype), values, sharing.group_sizes).float()
-    mixed = mixed + (own.to(value.dtype).flatten(2, 3) @ value).reshape(mixed.shape).float()
-    return _as_output((mixed / total).to(value.dtype).flatten(2, 3), query.shape), None
+    top = own.amax(-1, keepdim=True)
+    reaches_prefix = first < sharing.columns  # else the window has left it behind
+    if reaches_prefix:
+        keys, values = layer.prefix
+        hidden = sharing.hidden_prefix(attention_mask, first, keys.shape[2], is_sliding=layer.is_sliding)
+        scores = _per_group(query, keys.transpose(2, 3), sharing.group_sizes).float()  # B H r Q P
+        scores = scores.masked_fill_(hidden[:, None, None], -torch.inf)
+        top = torch.maximum(top, scores.amax(-1, keepdim=True))
+    # A query of a padded column sees nothing. It must come out finite all the same: zero times NaN is NaN.
+    top = top.clamp(min=LOWEST)
+    own = (own - top).exp_()
+    total = own.sum(-1, keepdim=True)
+    mixed = (own.to(value.dtype).flatten(2, 3) @ value).reshape(*own.shape[:-1], width).float()
+    if reaches_prefix:
+        scores = (scores - top).exp_()
+        total = total + scores.sum(-1, keepdim=True)
+        mixed = mixed + _per_group(scores.to(values.dtype), values, sharing.group_sizes).float()
+    mixed = (mixed / total.clamp(min=SMALLEST)).to(value.dtype)
+    return mixed.flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
 def _per_group(rows: Tensor, shared: Tensor, group_sizes: list[int]) -> Tensor:
@@ -308,11 +296,6 @@ def _per_group(rows: Tensor, shared: Tensor, group_sizes: list[int]) -> Tensor:
     grouped = rows.unflatten(0, (len(group_sizes), -1)).transpose(1, 2)  # G H n r Q X
     product = grouped.flatten(2, 4) @ shared
     return product.view(*grouped.shape[:-1], shared.shape[-1]).transpose(1, 2).flatten(0, 1)
-
-
-def _as_output(mixed: Tensor, shape: torch.Size) -> Tensor:
-    rows, heads, repeats, num_queries, width = shape
-    return mixed.reshape(rows, heads * repeats, num_queries, -1).transpose(1, 2).contiguous()
 
 
 def whole_mask(*args: object, **kwargs: object) -> Tensor | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 from command_line import flags_of
+from inference.arguments import decoding_flags
 from slide_features import atomic_path
 
 # Flags that do not change the answers.
@@ -14,9 +15,10 @@ FREE = {"output", "batch_size", "overwrite", "device", "format", "details", "sav
 FREE |= {"tile_batch_size", "compile"}
 
 
-def run_description(args, slides: list) -> dict:
+def run_description(args, saved_decoding: dict, slides: list) -> dict:
     """What decides the answers; progress made under another description is not continued."""
     described = {name: value for name, value in flags_of(args).items() if name not in FREE}
+    described |= decoding_flags(args, saved_decoding)
     given = (args.test_json, args.allowed_reports, args.grammar, args.snap_to)
     files = [Path(path) for path in given if path is not None and Path(path).is_file()]
     files += sorted(path for path in Path(args.model).rglob("*") if path.is_file())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inference.answers import MEASURES
+from inference.arguments import MEASURES
 from slide_features import atomic_path
 from slide_reports import Record
 

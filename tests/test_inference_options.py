@@ -3,12 +3,10 @@
 import io
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.test_inference import save_model
 
 
