@@ -372,6 +372,8 @@ def decode_samples(
 
     ``rows_at_once`` bounds how many are decoded together; all their prefixes are read together.
     """
+    if not samples:
+        return []
     stop_ids = Prompt(**model.settings.prompt).stop_ids(tokenizer, model.base_llm)
     prefixes = read_prefixes(model, samples)
     questions = [sample["input_ids"][_cut(sample) :] for sample in samples]

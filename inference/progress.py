@@ -25,7 +25,7 @@ def run_description(args, saved_decoding: dict, slides: list) -> dict:
     described["sha256"] = {str(path): hash_of(path) for path in files}
     for entry in slides:
         found = entry.path.stat()
-        described.setdefault("slides", {})[str(entry.path)] = [found.st_size, found.st_mtime_ns]
+        described.setdefault("slide_files", {})[str(entry.path)] = [found.st_size, found.st_mtime_ns]
     return described
 
 

@@ -1,5 +1,7 @@
 """Linear layers of a language model in 8 or 4 bits for inference, by bitsandbytes."""
 
+import logging
+
 import torch
 from torch import nn
 
@@ -21,6 +23,8 @@ def quantize_llm(llm: nn.Module, kind: str, device: str | torch.device) -> None:
         from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
     except (ImportError, RuntimeError, OSError) as error:
         raise ValueError(f"--load_in needs bitsandbytes, which does not open here ({error})") from error
+    # It says with every product that its input is rounded to float16 on the way to int8.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for name, linear in list(llm.named_modules()):
         if type(linear) is not nn.Linear or any(part in KEPT + ADAPTERS for part in name.split(".")):
             continue
