@@ -47,9 +47,8 @@ def main() -> None:
         small, _ = peak_and_weights(Path(folder) / "small", 1, args.dtype)
         large, weights = peak_and_weights(Path(folder) / "large", args.megabytes, args.dtype)
     ratio = (large - small) / weights
-    print(
-        f"weights {weights / 1e6:.0f} MB, peak {large / 1e6:.0f} MB, without weights {small / 1e6:.0f} MB: {ratio:.2f} x"
-    )
+    sizes = {"weights": weights, "peak": large, "peak without weights": small}
+    print(", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in sizes.items()) + f": ratio {ratio:.2f}")
     if args.json:
         figures = {"weights": weights, "peak": large, "peak_without": small, "ratio": ratio, "dtype": args.dtype}
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
