@@ -60,6 +60,12 @@ def add_decoding_arguments(parser) -> None:
         default=None,
         help="of PyTorch on a CPU; default: OMP_NUM_THREADS, else the cores",
     )
+    group.add_argument(
+        "--ple_device",
+        choices=["model", "cpu"],
+        default="model",
+        help="where Gemma-3n's table of per-layer embeddings is; cpu: 4 GB less of a GPU for E2B, the same reports",
+    )
     group.add_argument("--llm_name", default=None, help="where the base LLM is now, if it moved since training")
     group.add_argument("--vision_model_name", default=None, help="where the image encoder is now, if it moved")
 

@@ -57,6 +57,7 @@ def open_model(args, device: str | torch.device | None = None) -> tuple[SlideVLM
         dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
         llm_name=args.llm_name,
         encoder_name=args.vision_model_name,
+        ple_device=getattr(args, "ple_device", "model"),
     )
     if load_in:
         from inference.quantized import quantize_llm

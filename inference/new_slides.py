@@ -45,9 +45,8 @@ class SlideReader:
     """Slides to patch tokens with the encoder of a model, which is loaded once."""
 
     def __init__(self, args, model):
-        from encoders import load_encoder
+        from inference.slide_tokens import load_encoders
         from slide_features import MAKING_FACTS
-        from slide_vlm import check_encoder
 
         settings = model.settings
         name = args.vision_model_name or settings.encoder
@@ -60,8 +59,7 @@ class SlideReader:
             )
         if unknown := self.tiling.keys() - MAKING_FACTS.keys():
             raise ValueError(f"{args.model} was trained on tiles with {', '.join(sorted(unknown))}; update SlideScribe")
-        self.encoder = load_encoder(name).to(model.device)
-        check_encoder(self.encoder, settings)
+        self.encoder, self.finish = load_encoders(settings, model.device, args.vision_model_name)
         self.sources = tissue_sources_of(args)
         self.args = args
         self.settings = settings
@@ -88,5 +86,5 @@ class SlideReader:
                 **{"assume_mpp": self.args.assume_mpp} | of_slide,
             )
             print(f"{Path(path).name}: {len(slide.coords)} tiles", file=sys.stderr)
-            slides.append(slide)
+            slides.append(self.finish(slide))
         return case_of_slides(slides, **budgets_of(self.settings))

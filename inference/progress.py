@@ -12,7 +12,7 @@ from slide_features import atomic_path
 
 # Flags that do not change the answers.
 FREE = {"output", "batch_size", "overwrite", "device", "format", "details", "save_decoding", "num_workers", "threads"}
-FREE |= {"tile_batch_size", "compile"}
+FREE |= {"tile_batch_size", "compile", "ple_device"}
 
 
 def run_description(args, saved_decoding: dict, slides: list) -> dict:

@@ -21,9 +21,9 @@ from stage0_tiling.slide import Slide, SlideError
 from tests.conftest import ROOT, environment, heed_interrupts, run_command
 from tests.slides import DrawnSlide
 
-COLUMNS = "slide_id,path,status,format,width,height,levels,mpp,mpp_source,tissue_fraction,n_tiles,seconds,error".split(
-    ","
-)
+COLUMNS = (
+    "slide_id,path,status,format,width,height,levels,mpp,mpp_source,tissue_fraction,n_tiles,seconds,error,warning"
+).split(",")
 TILING = ("--tile_size", 64, "--mpp", 1.0, "--num_workers", 2)
 SHARED = ROOT.parent / "shared" / "data"
 
