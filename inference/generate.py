@@ -39,6 +39,7 @@ def parse_arguments():
     group.add_argument("--segmenter_preset", choices=("grandqc-tissue", "hest"), default=None, help="as for tile.py")
     group.add_argument("--tile_batch_size", type=PositiveInt, default=64, help="tiles per forward pass of the encoder")
     group.add_argument("--num_workers", type=PositiveInt, default=4, help="threads that read tiles")
+    group.add_argument("--evidence", default=None, help="folder to write which tiles each line of the report rests on")
     group.add_argument("--json", action="store_true", help="print a JSON object with question, beam score, seconds, …")
     add_decoding_arguments(parser)
     args = parser.parse_args()
@@ -68,6 +69,8 @@ def main() -> int:
     sample = {"input_ids": prompt_ids, "labels": labels, "question_ids": bare_ids, **case}
     decoding = {name: getattr(args, name) for name in ("num_beams", "max_new_tokens", "length_penalty")}
     ((report, score),) = answer_samples(model, tokenizer, [sample], **decoding)
+    if args.evidence:
+        write_case_evidence(args, model, tokenizer, sample, report, question)
     if args.json:
         details = {
             "id": ", ".join(Path(path).name for path in paths),
@@ -94,10 +97,27 @@ def check_input(args, settings) -> None:
         check_mpp(args.assume_mpp)
     if settings.input_kind == "images" and not args.image:
         raise ValueError(f"{args.model} was trained on images; give --image")
+    if args.evidence and args.image:
+        raise ValueError("--evidence shows tiles of slides; leave it out for images")
     if settings.input_kind == "features" and args.image:
         raise ValueError(f"{args.model} was trained on slides; give --slide or --features")
     if args.slide:
         tissue_sources_of(args).check_segmenter(settings.tiling.get("segmenter"))
+
+
+def write_case_evidence(args, model, tokenizer, sample: dict, report: str, question: str) -> None:
+    """Find what the report rests on and write it to the folder that --evidence names."""
+    from inference.evidence import explain
+    from inference.evidence_files import tiled_slide, tiled_slide_of_features, write_evidence
+
+    if not report:
+        print("--evidence: the report is empty, and rests on nothing", file=sys.stderr)
+        return
+    tiling = model.settings.tiling | {k: getattr(args, k) for k in ("tile_size", "mpp") if getattr(args, k) is not None}
+    slides = [tiled_slide(path, tiling, args.assume_mpp) for path in args.slide or ()]
+    slides += [tiled_slide_of_features(path) for path in args.features or ()]
+    evidence = explain(model, tokenizer, sample, report)
+    write_evidence(args.evidence, evidence, slides, {"model": str(args.model), "question": question})
 
 
 def tissue_sources_of(args):
