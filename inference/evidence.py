@@ -185,9 +185,7 @@ def batch_with_report(
     return {name: value.to(model.device) for name, value in collate(told).items()}, spans
 
 
-def _gradients(
-    model: SlideVLM, batch: dict[str, Tensor], patches: Tensor, spans: list[Span]
-) -> tuple[Tensor, Tensor]:
+def _gradients(model: SlideVLM, batch: dict[str, Tensor], patches: Tensor, spans: list[Span]) -> tuple[Tensor, Tensor]:
     """Log-probabilities (S,) and the gradient of each span's sum of them at the patch tokens, (R, I, N, E)."""
     patches = patches.detach().requires_grad_()
     log_probs = -model(batch | {"patch_tokens": patches})
@@ -238,7 +236,9 @@ def _rollout(model: SlideVLM, inputs: dict[str, Any]) -> Tensor:
     rolled = None
     for attention in output.attentions:
         heads_mean = attention[0].float().mean(0)
-        layer = (heads_mean / heads_mean.sum(-1, keepdim=True) + torch.eye(len(heads_mean), device=attention.device)) / 2
+        layer = (
+            heads_mean / heads_mean.sum(-1, keepdim=True) + torch.eye(len(heads_mean), device=attention.device)
+        ) / 2
         rolled = layer if rolled is None else layer @ rolled
     return rolled
 

@@ -58,9 +58,7 @@ class TiledSlide:
 def tiled_slide(path: str | Path, tiling: dict[str, Any], assume_mpp: float | None = None) -> TiledSlide:
     """A slide that is at hand, cut as the model's slides are: ``tiling`` has at least ``tile_size`` and ``mpp``."""
     with Slide(path) as slide:
-        grid = make_grid(
-            tiling["tile_size"], tiling.get("overlap") or 0, tiling["mpp"], slide.pixel_size(assume_mpp)
-        )
+        grid = make_grid(tiling["tile_size"], tiling.get("overlap") or 0, tiling["mpp"], slide.pixel_size(assume_mpp))
         return TiledSlide(Path(path).stem, grid, slide.width, slide.height, Path(path), tiling["tile_size"])
 
 
@@ -226,9 +224,7 @@ def draw_legend(width: int, text: str, height: int = 44) -> np.ndarray:
     return np.asarray(strip)
 
 
-def write_tiles(
-    folder: Path, opened: Slide, slide: TiledSlide, coords: np.ndarray, tops: dict[str, list[int]]
-) -> None:
+def write_tiles(folder: Path, opened: Slide, slide: TiledSlide, coords: np.ndarray, tops: dict[str, list[int]]) -> None:
     """Write the pixels of the top tiles, as the encoder was shown them before its own transform."""
     folder.mkdir()
     for name, tiles in tops.items():

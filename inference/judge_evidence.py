@@ -45,8 +45,12 @@ def parse_arguments():
     group.add_argument("--output_dir", required=True, help="folder that receives judged.json and curves.png")
     group = parser.add_argument_group("What is judged")
     group.add_argument("--text", choices=["reference", "written"], default="reference", help="whose grounds are sought")
-    group.add_argument("--lines", type=list[NonNegativeInt], default=[0, 1, 2], help="0 is the report, 1 its first line")
-    group.add_argument("--min_lesion", type=float, default=0.5, help="share of a tile from which on it is of the lesion")
+    group.add_argument(
+        "--lines", type=list[NonNegativeInt], default=[0, 1, 2], help="0 is the report, 1 its first line"
+    )
+    group.add_argument(
+        "--min_lesion", type=float, default=0.5, help="share of a tile from which on it is of the lesion"
+    )
     group.add_argument("--seed", type=NonNegativeInt, default=0, help="of the random maps")
     add_decoding_arguments(parser)
     args = parser.parse_args()
@@ -61,7 +65,6 @@ def main() -> int:
     from inference.decoding import open_model
     from slide_reports import ReportDataset, SampleKey, check_input_kind, read_records
     from slide_vlm import VLMSettings
-    from stage0_tiling.pixel_size import SlideError
     from stage0_tiling.user_masks import check_masks
 
     # Slides and lesions
@@ -81,7 +84,7 @@ def main() -> int:
         try:
             sample = dataset[SampleKey(index, 0, False)]
             judged += judge_slide(args, model, tokenizer, record, sample, lesions_dir, index)
-        except (ValueError, OSError, SlideError) as error:
+        except (ValueError, OSError) as error:
             print(f"failed: {record.id}: {error}", file=sys.stderr)
             failed += 1
     if not judged:
@@ -177,13 +180,17 @@ def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def print_table(table: list[dict], judged: list[dict]) -> None:
-    print(f"{'line':<6}{'map':<22}{'pointing':>9}{'95 % interval':>16}{'chance':>8}{'AUROC':>7}{'deletion':>10}{'insertion':>11}")
+    print(
+        f"{'line':<6}{'map':<22}{'pointing':>9}{'95 % interval':>16}{'chance':>8}{'AUROC':>7}{'deletion':>10}{'insertion':>11}"
+    )
     for entry in table:
         name = "report" if entry["line"] == 0 else str(entry["line"])
         pointing = f"{'-':>9}{'-':>16}{'-':>8}{'-':>7}"
         if entry["pointing_slides"]:
             low, high = entry["interval"]
-            pointing = f"{entry['pointing']:>9.1%}{f'{low:.1%} to {high:.1%}':>16}{entry[CHANCE]:>8.1%}{entry['auroc']:>7.3f}"
+            pointing = (
+                f"{entry['pointing']:>9.1%}{f'{low:.1%} to {high:.1%}':>16}{entry[CHANCE]:>8.1%}{entry['auroc']:>7.3f}"
+            )
         print(f"{name:<6}{entry['map']:<22}{pointing}{entry['deletion']:>10.3f}{entry['insertion']:>11.3f}")
     slides = {line["id"]: line for line in judged}
     unsplit = sum(line["maps"][RANDOM]["hit"] is None for line in slides.values())

@@ -53,7 +53,9 @@ def auroc(values: np.ndarray, is_lesion: np.ndarray) -> float:
 
 
 @torch.no_grad()
-def leave_one_out(model: SlideVLM, tokenizer: Any, sample: dict[str, Any], report: str, at_once: int = 16) -> np.ndarray:
+def leave_one_out(
+    model: SlideVLM, tokenizer: Any, sample: dict[str, Any], report: str, at_once: int = 16
+) -> np.ndarray:
     """How much each line loses when one tile is not read, (R, N) float32: what a map of evidence should foretell.
 
     One forward pass a tile, ``at_once`` of them together; rows as in :class:`inference.evidence.Evidence`.
