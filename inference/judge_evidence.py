@@ -1,4 +1,4 @@
-r"""Judge the maps of evidence on slides whose lesions are outlined: do they point at the lesion, does the model miss it?
+r"""Judge the maps of evidence on slides whose lesions are outlined: do they point there, does the model miss them?
 
   python inference/judge_evidence.py --model runs/stage2/final_model --test_json test.json \
       --features_dir OUT/features --lesions_dir lesions --output_dir judged
@@ -7,7 +7,7 @@ LESIONS/<slide_id>.geojson (polygons in level-0 pixels, as QuPath exports them) 
 slide's aspect ratio) says where the lesion is. For each slide the text of its record (or what the model writes) is read
 behind it, and for the whole report and some of its lines the maps of evidence are made and compared:
 
-  pointing game   share of slides whose tile of most evidence lies in the lesion; chance is the mean share of tiles there
+  pointing game   share of slides whose tile of most evidence lies in the lesion; chance: the share of tiles there
   AUROC           that a tile of the lesion has more evidence than another
   deletion        log-probability per token while tiles are taken away, most evidence first: lower is better
   insertion       the same while they are put back, most evidence first: higher is better
@@ -180,9 +180,8 @@ def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def print_table(table: list[dict], judged: list[dict]) -> None:
-    print(
-        f"{'line':<6}{'map':<22}{'pointing':>9}{'95 % interval':>16}{'chance':>8}{'AUROC':>7}{'deletion':>10}{'insertion':>11}"
-    )
+    head = f"{'line':<8}{'map':<22}{'pointing':>9}{'95 % interval':>16}{'chance':>8}{'AUROC':>7}"
+    print(f"{head}{'deletion':>10}{'insertion':>11}")
     for entry in table:
         name = "report" if entry["line"] == 0 else str(entry["line"])
         pointing = f"{'-':>9}{'-':>16}{'-':>8}{'-':>7}"
@@ -191,7 +190,7 @@ def print_table(table: list[dict], judged: list[dict]) -> None:
             pointing = (
                 f"{entry['pointing']:>9.1%}{f'{low:.1%} to {high:.1%}':>16}{entry[CHANCE]:>8.1%}{entry['auroc']:>7.3f}"
             )
-        print(f"{name:<6}{entry['map']:<22}{pointing}{entry['deletion']:>10.3f}{entry['insertion']:>11.3f}")
+        print(f"{name:<8}{entry['map']:<22}{pointing}{entry['deletion']:>10.3f}{entry['insertion']:>11.3f}")
     slides = {line["id"]: line for line in judged}
     unsplit = sum(line["maps"][RANDOM]["hit"] is None for line in slides.values())
     told = f"{len(slides)} slides, {np.mean([line['num_tiles'] for line in slides.values()]):.1f} tiles each"
