@@ -58,7 +58,10 @@ def main() -> int:
     if args.assume_mpp is not None:
         from stage0_tiling.slide_list import check_mpp
 
-        check_mpp(args.assume_mpp)
+        try:
+            check_mpp(args.assume_mpp)
+        except ValueError as error:
+            raise ValueError(f"--assume_mpp {args.assume_mpp}: {error}") from error
 
     # Address
     listening = listen(args.host, args.port)

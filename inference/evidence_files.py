@@ -32,6 +32,7 @@ INK = (40, 40, 48)
 STRONGEST = 0.75  # opacity of the tile of most evidence
 LONG_SIDE = 1400  # pixels of a picture's longer side
 TOP_TILES = 5
+WORTH_NAMING = 0.05  # of the strongest evidence, for or against, that a top tile has at least
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,9 @@ def row_names(evidence: Evidence) -> list[str]:
 
 
 def top_tiles(values: np.ndarray, count: int = TOP_TILES) -> list[int]:
-    """Tiles of most evidence, best first; those that speak against the line are left out."""
+    """Tiles of most evidence, best first, without those whose evidence is against the line or next to nothing."""
     best = np.argsort(-values, kind="stable")[:count]
-    return [int(tile) for tile in best if values[tile] > 0]
+    return [int(tile) for tile in best if values[tile] > WORTH_NAMING * np.abs(values).max()]
 
 
 def describe(evidence: Evidence, slides: Sequence[TiledSlide]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import re
 import secrets
 import threading
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,8 @@ class SlideFolder:
             if path.suffix.lower() in WHOLE_SLIDE_SUFFIXES and self._is_inside(path):
                 name = path.relative_to(self.root).as_posix()
                 key = hashlib.sha256(os.fsencode(name)).hexdigest()[:20]
-                found[key] = FolderSlide(key, name, path, path.stat().st_size)
+                with suppress(FileNotFoundError):  # removed meanwhile
+                    found[key] = FolderSlide(key, name, path, path.stat().st_size)
         with self._lock:
             self._listed = found
         return sorted(found.values(), key=lambda slide: slide.name.lower())
@@ -154,7 +156,7 @@ class SlideFolder:
             if num_bytes is not None and written != num_bytes:
                 raise NotAccepted(400, f"{written} of {num_bytes} bytes arrived; send it again")
             await to_thread.run_sync(_check_opens, partial)
-            os.link(partial, target)  # unlike a rename, never in the place of another file
+            _name(partial, target)
         except FileExistsError as error:
             raise NotAccepted(409, f"{name} is already there; rename yours") from error
         except OSError as error:
@@ -168,6 +170,18 @@ class SlideFolder:
     def _free_bytes(self) -> int:
         status = os.statvfs(self.root)
         return status.f_bavail * status.f_frsize - MARGIN_BYTES
+
+
+def _name(partial: Path, target: Path) -> None:
+    """Give a finished file its name, which a rename would also take from another; raises FileExistsError instead."""
+    try:
+        os.link(partial, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        with target.open("xb"):  # a file system without hard links: claim the name first
+            pass
+        os.replace(partial, target)
 
 
 def _check_opens(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The page over HTTP: only the folder's slides, only their pyramids, one job after another; and what it refuses."""
 
 import asyncio
+import errno
 import io
 import re
 import shutil
@@ -333,6 +334,22 @@ def test_an_upload_that_breaks_off_or_meets_a_full_disk_leaves_nothing(folder, m
     assert sorted(folder.iterdir()) == before
 
 
+def test_uploads_take_no_name_from_another_where_hard_links_are_missing(served, slide, folder, monkeypatch):
+    client, _ = served
+
+    def link(source, target):
+        raise OSError(errno.EPERM, "no hard links")
+
+    monkeypatch.setattr("inference.slide_folder.os.link", link)
+    assert upload(client, "new.tiff", slide.read_bytes()).status_code == 201
+    assert (folder / "new.tiff").read_bytes() == slide.read_bytes()
+    monkeypatch.setattr(
+        SlideFolder, "check_upload", lambda self, name, size: self.root / name
+    )  # as two at once pass it
+    assert upload(client, "one.tiff", slide.read_bytes()[:-1] + b"x").status_code == 409
+    assert (folder / "one.tiff").read_bytes() == slide.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("text", "expected"), [("4GB", 4 * 10**9), ("500 mb", 5 * 10**8), ("1000", 1000), ("1.5KB", 1500)]
 )
@@ -531,7 +548,7 @@ def test_the_command_serves_loopback_and_ends_on_an_interrupt(folder, model_fold
         ({"--slides": "nowhere"}, "no such folder"),
         ({"--max_upload": "lots"}, "--max_upload"),
         ({"--port": 70000}, "--port 70000"),
-        ({"--assume_mpp": -1}, "mpp"),
+        ({"--assume_mpp": -1}, "--assume_mpp -1"),
         ({"--model": "nowhere"}, "vlm.json"),
         ({"--host": "203.0.113.1"}, "--host 203.0.113.1"),
     ],

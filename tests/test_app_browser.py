@@ -58,10 +58,16 @@ def page(address):
         page.set_default_timeout(60_000)
         page.complaints = []
         page.on("pageerror", lambda error: page.complaints.append(str(error)))
-        page.on("console", lambda m: m.type == "error" and page.complaints.append(m.text))
+        page.on("console", lambda m: complain(page, m))
         page.goto(address)
         yield page
         browser.close()
+
+
+def complain(page, message) -> None:
+    """Keep what the browser calls an error, but for refused requests: the broken slide has no thumbnail."""
+    if message.type == "error" and not message.text.startswith("Failed to load resource"):
+        page.complaints.append(message.text)
 
 
 def painted(page) -> int:
@@ -78,7 +84,11 @@ def pick(page, name: str) -> None:
 
 
 def until(page, script: str) -> None:
-    page.wait_for_function(script)
+    """Wait until an expression is true; the page's own policy forbids Playwright's `wait_for_function`."""
+    deadline = time.monotonic() + 60
+    while not page.evaluate(script):
+        assert time.monotonic() < deadline, script
+        page.wait_for_timeout(30)
 
 
 def test_list_and_empty_state(page):
@@ -108,7 +118,7 @@ def test_a_slide_opens_zooms_and_shows_tissue_and_tiles(page):
     assert painted(page) == 0
     for name in ("Tissue", "Tiles"):
         page.get_by_role("button", name=name, exact=True).click()
-    page.wait_for_function("document.getElementById('show-tiles').title.includes('tiles')")
+    until(page, "document.getElementById('show-tiles').title.includes('tiles')")
     both = painted(page)
     page.get_by_role("button", name="Tissue", exact=True).click()
     assert both > painted(page) > 0
@@ -147,8 +157,7 @@ def test_a_question_is_answered(page):
     assert page.locator(".card h3", has_text="<b>bold</b>").count() == 1, "text stays text"
 
 
-def test_what_goes_wrong_is_said(page, address, tmp_path):
-    assert not page.complaints
+def test_what_goes_wrong_is_said(page, tmp_path):
     pick(page, "broken.tiff")
     until(page, "document.getElementById('view-message').textContent.includes('cannot be shown')")
     pick(page, "blank.tiff")
@@ -183,3 +192,4 @@ def test_small_screens_and_reloads(page):
     page.reload()
     until(page, "document.getElementById('slide-name').textContent === 'added.tiff'")
     assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    assert page.complaints == []

@@ -358,9 +358,7 @@ def test_judge_prints_a_table_and_lists_what_it_could_not_judge(outlined, model_
     maps = {*ev.METHODS, "leave_one_out", "unlike_the_rest", "random"}
     assert {entry["map"] for entry in judged["table"]} == maps
     for entry in judged["table"]:
-        assert entry["pointing_slides"] == 2 and entry["chance"] == pytest.approx(
-            0.25
-        )  # 2 of the 8 tiles that are read
+        assert entry["pointing_slides"] == 2 and entry["chance"] == pytest.approx(0.25)  # 2 of 8
         assert entry["deletion_curve"][0] == pytest.approx(entry["insertion_curve"][-1], rel=1e-4)
         assert done.stdout.count(entry["map"]) == 2
     assert "1 without a lesion, or nothing but lesion" in done.stdout
