@@ -98,7 +98,7 @@ def test_gradients_pass_through_every_reducer(reducer):
 def test_integrated_gradients_add_up_to_what_the_tiles_say(monkeypatch):
     model, tokenizer = make_model("llama")
     sample = case(tokenizer, 6)
-    monkeypatch.setattr(ev, "PATH_STEPS", 400)
+    monkeypatch.setattr(ev, "PATH_STEPS", 60)
     found = ev.explain(model, tokenizer, sample, LINES, (ev.INTEGRATED,))
     batch, spans = ev.batch_with_report(model, tokenizer, [sample], LINES)
     patches = batch["patch_tokens"]
