@@ -66,6 +66,7 @@ class VLMSettings:
     llm_revision: str | None = None
     llm_fingerprint: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    decoding: dict[str, Any] = field(default_factory=dict)
     git_revision: str | None = None
     format_version: int = FORMAT_VERSION
 

@@ -50,6 +50,7 @@ def parse_arguments():
 def main() -> int:
     args = parse_arguments()
 
+    from inference.loading import model_folder
     from inference.slide_folder import SlideFolder, parse_size
     from slide_vlm import VLMSettings
 
@@ -67,6 +68,7 @@ def main() -> int:
     listening = listen(args.host, args.port)
 
     # Model
+    args.model = model_folder(args.model)
     writer = open_writer(args, VLMSettings.read(args.model))
 
     # Page
@@ -105,7 +107,8 @@ def listen(host: str, port: int) -> socket.socket:
 def open_writer(args, settings):
     """Model and encoder, loaded."""
     from encoders import load_encoder
-    from inference.decoding import open_model
+    from inference.answers import Answering
+    from inference.loading import open_model
     from inference.report_writer import ReportWriter, check_settings
     from stage0_tiling.tissue_sources import TissueSources, segmenter_file
 
@@ -121,7 +124,7 @@ def open_writer(args, settings):
         model,
         tokenizer,
         load_encoder(name).to(model.device),
-        decoding={key: getattr(args, key) for key in ("num_beams", "max_new_tokens", "length_penalty")},
+        answering=Answering.of(args, settings, tokenizer),
         sources=sources,
         assume_mpp=args.assume_mpp,
         batch_size=args.tile_batch_size,

@@ -51,7 +51,6 @@ def parse_arguments():
     group.add_argument(
         "--min_lesion", type=float, default=0.5, help="share of a tile from which on it is of the lesion"
     )
-    group.add_argument("--seed", type=NonNegativeInt, default=0, help="of the random maps")
     add_decoding_arguments(parser)
     args = parser.parse_args()
     if not 0 < args.min_lesion <= 1:
@@ -62,6 +61,7 @@ def parse_arguments():
 def main() -> int:
     args = parse_arguments()
 
+    from inference.answers import Answering
     from inference.decoding import open_model
     from slide_reports import ReportDataset, SampleKey, check_input_kind, read_records
     from slide_vlm import VLMSettings
@@ -76,6 +76,7 @@ def main() -> int:
 
     # Model
     model, tokenizer = open_model(args)
+    answering = Answering.of(args, model.settings, tokenizer)
     dataset = ReportDataset.for_model(model, tokenizer, [replace(r, answer="", later_turns=()) for r in records])
 
     # Judge
@@ -83,7 +84,7 @@ def main() -> int:
     for index, record in enumerate(tqdm(records, unit="slide")):
         try:
             sample = dataset[SampleKey(index, 0, False)]
-            judged += judge_slide(args, model, tokenizer, record, sample, lesions_dir, index)
+            judged += judge_slide(args, model, tokenizer, answering, record, sample, lesions_dir, index)
         except (ValueError, OSError) as error:
             print(f"failed: {record.id}: {error}", file=sys.stderr)
             failed += 1
@@ -97,18 +98,16 @@ def main() -> int:
     return SOME_FAILED if failed else DONE
 
 
-def judge_slide(args, model, tokenizer, record, sample: dict, lesions_dir: Path, index: int) -> list[dict]:
+def judge_slide(args, model, tokenizer, answering, record, sample: dict, lesions_dir: Path, index: int) -> list[dict]:
     """Figures of one slide, a dictionary for each line that is judged."""
     from inference import judging
-    from inference.decoding import answer_samples
     from inference.evidence import explain
     from slide_features import read_slide_coords, slide_id_of_features
     from stage0_tiling.user_masks import find_mask
 
     text = record.answer
     if args.text == "written":
-        decoding = {name: getattr(args, name) for name in ("num_beams", "max_new_tokens", "length_penalty")}
-        text = answer_samples(model, tokenizer, [sample], **decoding)[0][0]
+        text = answering.answer(model, tokenizer, [sample])[0]["report"]
     slide_id = slide_id_of_features(record.inputs[0])
     mask = find_mask(lesions_dir, slide_id)
     if mask is None:
@@ -116,7 +115,7 @@ def judge_slide(args, model, tokenizer, record, sample: dict, lesions_dir: Path,
     evidence = explain(model, tokenizer, sample, text)
     shares = judging.lesion_shares(mask, read_slide_coords(record.inputs[0]), evidence.coords[0])
     is_lesion = shares >= args.min_lesion
-    rng = np.random.default_rng([args.seed, index])
+    rng = np.random.default_rng(index)
     maps = {method: of_slides[0] for method, of_slides in evidence.maps.items()}
     maps["leave_one_out"] = judging.leave_one_out(model, tokenizer, sample, text)
     maps["unlike_the_rest"] = judging.unlike_the_rest(sample, evidence)

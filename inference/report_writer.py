@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from inference.decoding import answer_samples
+from inference.answers import Answering, budgets_of, make_sample
 from inference.evidence import METHODS, explain
 from inference.evidence_files import describe, tiled_slide, write_evidence
 from inference.job_queue import Job
 from slide_features import MAKING_FACTS, SlideFeatures
-from slide_reports import Prompt, case_of_slides, patch_budget
-from slide_vlm import IGNORED_LABEL, SlideVLM, VLMSettings, check_encoder
+from slide_reports import case_of_slides
+from slide_vlm import SlideVLM, VLMSettings, check_encoder
 from stage0_tiling.encoding import encode_slide
 from stage0_tiling.geojson import tissue_polygons
 from stage0_tiling.pixel_size import SlideError
@@ -45,7 +45,7 @@ class ReportWriter:
         model: in evaluation mode.
         tokenizer: of its language model.
         encoder: of its tiles.
-        decoding: ``num_beams``, ``max_new_tokens`` and ``length_penalty``.
+        answering: how it answers.
         sources: files that tissue is found with, where the model's slides had a segmenter.
         assume_mpp: um per level-0 pixel of slides that state none.
         batch_size: tiles per forward pass of the encoder.
@@ -58,7 +58,7 @@ class ReportWriter:
         tokenizer: Any,
         encoder: Any,
         *,
-        decoding: dict[str, Any],
+        answering: Answering,
         sources: TissueSources | None = None,
         assume_mpp: float | None = None,
         batch_size: int = 64,
@@ -66,7 +66,7 @@ class ReportWriter:
     ):
         check_encoder(encoder, model.settings)
         self.model, self.tokenizer, self.encoder = model, tokenizer, encoder
-        self.decoding, self.sources, self.assume_mpp = decoding, sources or TissueSources(), assume_mpp
+        self.answering, self.sources, self.assume_mpp = answering, sources or TissueSources(), assume_mpp
         self.batch_size, self.num_workers = batch_size, num_workers
         self._kept: OrderedDict[tuple, SlideFeatures] = OrderedDict()
 
@@ -108,16 +108,17 @@ class ReportWriter:
         began = time.perf_counter()
         slide = self._features(job, path)
         settings = self.model.settings
-        case = case_of_slides([slide], patch_budget(settings), settings.num_visual_tokens)
-        sample = self._asked(question or settings.question) | case
+        case = case_of_slides([slide], **budgets_of(settings))
+        sample = make_sample(self.model, self.tokenizer, question or settings.question, case, 1)
         job.progress("Writing the report" if question is None else "Answering")
-        ((report, score),) = answer_samples(self.model, self.tokenizer, [sample], **self.decoding)
+        (answer,) = self.answering.answer(self.model, self.tokenizer, [sample])
+        report = answer.pop("report")
         if not report:
             raise ValueError("the model wrote nothing; ask another question")
         job.progress("Finding the evidence")
         evidence = explain(self.model, self.tokenizer, sample, report, METHODS[:1])
         where = tiled_slide(path, self.tiling, self.assume_mpp)
-        about = {"question": question or settings.question, "beam_score": score, "num_tiles": len(slide.coords)}
+        about = {"question": question or settings.question, **answer, "num_tiles": len(slide.coords)}
         write_evidence(job.folder / "evidence", evidence, [where], about)
         (job.folder / "report.txt").write_text(report + "\n", encoding="utf-8")
         return {**about, **describe(evidence, [where]), "seconds": round(time.perf_counter() - began, 1)}
@@ -148,13 +149,6 @@ class ReportWriter:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key]
-
-    def _asked(self, question: str) -> dict[str, list[int]]:
-        settings = self.model.settings
-        prompt = Prompt(**settings.prompt)
-        prompt_ids = prompt.question_ids(self.tokenizer, question, settings.max_question_tokens)
-        bare_ids = prompt.bare_question_ids(self.tokenizer, question, settings.max_question_tokens)
-        return {"input_ids": prompt_ids, "labels": [IGNORED_LABEL] * len(prompt_ids), "question_ids": bare_ids}
 
 
 def outline(plan: TilePlan) -> dict[str, Any]:

@@ -23,7 +23,9 @@ from PIL import Image
 
 from encoders import load_encoder
 from inference import app as app_command
+from inference.answers import Answering
 from inference.app_routes import create_app
+from inference.decoding import Decoding
 from inference.deep_zoom import OpenSlides, ZoomedSlide
 from inference.job_queue import MAX_WAITING, Job, JobQueue
 from inference.report_writer import ReportWriter
@@ -460,8 +462,8 @@ def model_folder(corpus, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def writer(corpus, model_folder) -> ReportWriter:
     model, tokenizer = load_vlm(model_folder)
-    decoding = {"num_beams": 2, "max_new_tokens": 10, "length_penalty": 1.0}
-    return ReportWriter(model, tokenizer, load_encoder(str(corpus.encoder)), decoding=decoding, num_workers=1)
+    answering = Answering(Decoding(num_beams=2, max_new_tokens=10))
+    return ReportWriter(model, tokenizer, load_encoder(str(corpus.encoder)), answering=answering, num_workers=1)
 
 
 def test_report_question_evidence_and_files(folder, writer, monkeypatch):

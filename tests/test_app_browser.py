@@ -8,7 +8,9 @@ import pytest
 import uvicorn
 
 from encoders import load_encoder
+from inference.answers import Answering
 from inference.app_routes import create_app
+from inference.decoding import Decoding
 from inference.report_writer import ReportWriter
 from inference.slide_folder import SlideFolder
 from slide_vlm import load_vlm
@@ -30,8 +32,8 @@ def address(corpus, tmp_path_factory):
     about = {"encoder": str(corpus.encoder), "encoder_fingerprint": encoder.fingerprint(), "tiling": TILING}
     folder = save_model(tmp_path_factory.mktemp("m") / "final_model", corpus, patch_width=encoder.width, **about)
     model, tokenizer = load_vlm(folder)
-    decoding = {"num_beams": 1, "max_new_tokens": 12, "length_penalty": 1.0}
-    writer = ReportWriter(model, tokenizer, encoder, decoding=decoding, num_workers=1)
+    answering = Answering(Decoding(num_beams=1, max_new_tokens=12))
+    writer = ReportWriter(model, tokenizer, encoder, answering=answering, num_workers=1)
     shown = {"model": "tiny", "llm": "tiny", "encoder": "tiny", "tile_size": 64, "mpp": 2.0}
     app = create_app(SlideFolder(root, 3_000_000), writer, shown, HOSTS)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))

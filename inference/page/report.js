@@ -113,6 +113,7 @@ function showResult(card, title, job, isReport) {
   const hint = element("p", { className: "hint", textContent: "Click on a line to see the tiles it rests on." });
   const facts = element("div", { className: "row" }, element("span", { textContent: factsOf(result) }));
   const head = isReport ? [] : [element("h3", { textContent: title })]; // the panel is headed "Report" already
+  if (result.uncertain) head.push(element("p", { className: "uncertain", textContent: "Uncertain: have it read." }));
   card.replaceChildren(...head, lines, ...(isReport ? [hint] : []), facts, downloads);
   $("ask").hidden = false;
 }
