@@ -51,7 +51,6 @@ def parse_arguments():
     group.add_argument(
         "--min_lesion", type=float, default=0.5, help="share of a tile from which on it is of the lesion"
     )
-    group.add_argument("--seed", type=NonNegativeInt, default=0, help="of the random maps")
     add_decoding_arguments(parser)
     args = parser.parse_args()
     if not 0 < args.min_lesion <= 1:
@@ -116,7 +115,7 @@ def judge_slide(args, model, tokenizer, record, sample: dict, lesions_dir: Path,
     evidence = explain(model, tokenizer, sample, text)
     shares = judging.lesion_shares(mask, read_slide_coords(record.inputs[0]), evidence.coords[0])
     is_lesion = shares >= args.min_lesion
-    rng = np.random.default_rng([args.seed, index])
+    rng = np.random.default_rng(index)
     maps = {method: of_slides[0] for method, of_slides in evidence.maps.items()}
     maps["leave_one_out"] = judging.leave_one_out(model, tokenizer, sample, text)
     maps["unlike_the_rest"] = judging.unlike_the_rest(sample, evidence)
