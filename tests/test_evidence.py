@@ -307,6 +307,13 @@ def test_generate_writes_evidence_beside_the_report(corpus, model_folder, tmp_pa
     where = tiled_slide_of_features(features)
     assert (where.slide_id, where.grid.tile_width) == (features.stem, 256)
     assert (tmp_path / "e" / features.stem / "report.png").is_file()
+    more = ["--question", "Which organ?", "Which grade?", "--evidence", str(tmp_path / "asked")]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags), *more])
+    assert generate.main() == 0
+    folders = sorted(path.name for path in (tmp_path / "asked").iterdir())
+    assert folders == ["question_1", "question_2"]
+    said = json.loads((tmp_path / "asked" / "question_2" / "evidence.json").read_text())
+    assert said["question"] == "Which grade?" and said["report"] in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["generate.py", "--model", str(model_folder), "--image", str(features)])
     sys.argv += ["--evidence", "e"]
     with pytest.raises(ValueError, match="--evidence"):
