@@ -32,6 +32,7 @@ def parse_arguments():
     group.add_argument(
         "--chat", action="store_true", help="ask on from the keyboard, each question with what was said before"
     )
+    group.add_argument("--evidence", default=None, help="folder to write which tiles each line of the report rests on")
     group.add_argument(
         "--json", action="store_true", help="print a JSON object with question, scores, probabilities of tokens, …"
     )
@@ -74,6 +75,9 @@ def main() -> int:
             "num_patches": sum(map(len, case.get("coords", []))) or None,
             "seconds": round(time.perf_counter() - began, 3),
         }
+        if args.evidence:
+            folder = Path(args.evidence) / f"question_{number + 1}" if len(questions) > 1 else Path(args.evidence)
+            write_case_evidence(args, model, tokenizer, samples[number], details, folder)
         if args.json:
             show_json(details, tokenizer, answers[0])
         else:
@@ -106,12 +110,29 @@ def check_input(args, settings) -> None:
     for path in args.slide or args.features or args.image:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file")
+    if args.evidence and (args.image or args.chat):
+        raise ValueError("--evidence shows what written reports of slides rest on; leave out --image and --chat")
     if settings.input_kind == "images" and not args.image:
         raise ValueError(f"{args.model} was trained on images; give --image")
     if settings.input_kind == "features" and args.image:
         raise ValueError(f"{args.model} was trained on slides; give --slide or --features")
     if args.slide:
         check_slide_arguments(args, settings)
+
+
+def write_case_evidence(args, model, tokenizer, sample: dict, details: dict, folder: Path) -> None:
+    """Find what the best answer to a question rests on and write it to a folder."""
+    from inference.evidence import explain
+    from inference.evidence_files import tiled_slide, tiled_slide_of_features, write_evidence
+
+    if not details["report"]:
+        print("--evidence: the report is empty, and rests on nothing", file=sys.stderr)
+        return
+    tiling = model.settings.tiling | {k: getattr(args, k) for k in ("tile_size", "mpp") if getattr(args, k) is not None}
+    slides = [tiled_slide(path, tiling, args.assume_mpp) for path in args.slide or ()]
+    slides += [tiled_slide_of_features(path) for path in args.features or ()]
+    evidence = explain(model, tokenizer, sample, details["report"])
+    write_evidence(folder, evidence, slides, {"model": str(args.model), "question": details["question"]})
 
 
 def read_case_of(args, model) -> dict:
