@@ -20,8 +20,8 @@ _NOTTINGHAM_TOTAL = re.compile(
     r"(?:nottingham|total|combined|overall)(?: histologic)?(?: score)?(?: is| of|:)?\s*([3-9])\s*(?:/\s*9|\bof 9)", re.I
 )
 _GLEASON = re.compile(
-    r"gleason(?:'?s)?(?: score| grade| sum| pattern)?(?:\s*[:=]|\s+is|\s+of)?\s*(\d{1,2})?\s*[=:]?\s*\(?\s*"
-    r"(?:(\d)\s*\+\s*(\d))?\s*(?:=\s*(\d{1,2}))?",
+    r"gleason(?:'?s)?(?: score| grade| sum| pattern)?(?:\s*[:=]|\s+is|\s+of)?\s*"
+    r"(?:(?:(\d{1,2})\s*[=:]?\s*\(?\s*)?(\d)\s*\+\s*(\d)(?:\s*=\s*(\d{1,2}))?|(\d{1,2})(?![\d.]*\s*%))",
     re.I,
 )
 _GRADE_GROUP = re.compile(
@@ -76,27 +76,33 @@ _INVASION = {
 _DEPTH_ORDER = ("extraprostatic", "serosa", "subserosa", "muscle proper", "submucosa", "muscularis mucosae",
                 "subepithelial connective tissue")  # fmt: skip
 _MUSCLE = re.compile(_DEPTHS["muscle proper"], re.I)
-_MUSCLE_ABSENT = re.compile(r"\b(?:not|no|without|absen\w+|lacks?|lacking)\b", re.I)
-_MUSCLE_PRESENT = re.compile(r"\b(?:includ\w+|present|identified|contain\w+|seen|sampled|represented|uninvolved)\b", re.I)
+_SAMPLED = r"(?:includ|present|identif|contain|seen|sampled|represent)\w*"
+_MUSCLE_ABSENT = re.compile(
+    rf"\b(?:no|without|lacks?|lacking|absence of)\s+(?:\w+\s+){{0,2}}(?:{_DEPTHS['muscle proper']})"
+    rf"|\bnot\s+(?:\w+\s+)?{_SAMPLED}|\babsent\b",
+    re.I,
+)
+_MUSCLE_PRESENT = re.compile(rf"\b(?:{_SAMPLED}|uninvolved|not involved)\b", re.I)
 _UNINVADED = re.compile(r"\b(?:no|not|without|negative for|free of|absence of)\b[^.;]{0,40}$", re.I)
 
 
-def gleason(text: str) -> dict[str, Any]:
+def gleason(stated: str) -> dict[str, Any]:
     """Gleason score, patterns and grade group. A group that is not stated follows from the patterns (ISUP 2014)."""
-    found = next((match for match in _GLEASON.finditer(text) if match.group(1) or match.group(2)), None)
+    text = re.sub(r"gleason pattern [345]\s*:", "", stated, flags=re.I)  # a share of one pattern, not the score
+    found = _GLEASON.search(text)
     group = _GRADE_GROUP.search(text)
     fields: dict[str, Any] = {}
     if found:
-        score, primary, secondary, total = (int(part) if part else None for part in found.groups())
-        if primary:
+        before, primary, secondary, total, alone = (int(part) if part else None for part in found.groups())
+        if primary and secondary:
             fields |= {"gleason_primary": primary, "gleason_secondary": secondary}
-        fields["gleason_score"] = score or total or (primary + secondary if primary and secondary else None)
+        fields["gleason_score"] = before or total or alone or (primary or 0) + (secondary or 0)
     if group:
         fields["grade_group"] = _GROUP_NUMBERS[group.group(1).lower()]
     elif fields.get("gleason_score"):
         fields["grade_group"] = group_of(fields["gleason_score"], fields.get("gleason_primary"))
     for name, expression in (("gleason_pattern_4", _PATTERN_4), ("gleason_pattern_5", _PATTERN_5)):
-        if share := expression.search(text):
+        if share := expression.search(stated):
             fields[name] = float(share.group(1) or share.group(2))
     return fields
 

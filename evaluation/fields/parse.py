@@ -109,15 +109,16 @@ def parse_report(report: str) -> ReportFields:
         result.organ = _organ_in(text)
         result.procedure = _procedure_in(text)
         note, named = text, _named_in_running_text(text)
-        findings = [text] if text else []
+        findings = []
     result.diagnoses = tuple(dict.fromkeys(name for name, _ in named if name))
     for name, finding in named:
         _read_finding(result, name or "", finding)
-    if not heading and named:
-        _read_finding(result, result.diagnoses[0], text)
+    if not heading:
+        _read_finding(result, next(iter(result.diagnoses), ""), text)
     result.muscle_proper = grades.muscle_proper(note) or grades.muscle_proper(body)
-    result.no_tumor = NO_TUMOR_NAME in result.diagnoses
     result.behavior = _worst(named)
+    denied = NO_TUMOR_NAME in result.diagnoses or bool(NO_TUMOR.search(body))
+    result.no_tumor = denied and result.behavior in (None, BEHAVIORS[0])
     result.features = tuple(sorted({feature for finding in findings for feature in _features(finding)} - {""}))
     return result
 
@@ -162,6 +163,7 @@ def _named_in_running_text(text: str) -> list[tuple[str, str]]:
             if NEGATION.search(sentence[: match.end()]):
                 continue
             name = NOT_OF_THE_NAME.sub("", match.group(1)).lower().strip()
+            name = re.sub(r"^(?:low|high)[- ]grade (?=.*urothelial)", "", name)
             found.setdefault(SYNONYMS.get(name, name), sentence)
     malignant = any(behavior_of(name) in BEHAVIORS[2:] for name in found)
     no_tumor = [(NO_TUMOR_NAME, text)] if denied and not malignant else []

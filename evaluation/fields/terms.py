@@ -17,6 +17,7 @@ SPELLINGS = [
     (r"\bsignet[- ]ring[- ]cell\b", "signet ring cell"),
     (r"\bb[- ]cell\b", "b cell"),
     (r"\bnoninvasive\b", "non-invasive"),
+    (r"\bbiopsies\b", "biopsy"),
 ]
 SPELLINGS = [(re.compile(wrong, re.IGNORECASE), right) for wrong, right in SPELLINGS]
 
@@ -70,7 +71,7 @@ ORGAN_IN_TEXT = {organ: re.compile(rf"\b(?:{words})\b", re.IGNORECASE) for organ
 
 PROCEDURE = re.compile(
     r"((?:[\w-]+[ ]){0,3}?(?:[\w-]+ )?(?:biops(?:y|ies)|resection|excision(?:al procedure)?|excision procedure|dissection|polypectomy"
-    r"|curettage|curetting|brushing|aspiration|conization|\w*(?:mast|lob|col|prostat|cyst|gastr|hyster|nephr|thyroid|append)ectomy"
+    r"|curettage|curetting|brushing|aspiration|conization|leep|lletz|turbt?|\w*(?:mast|lob|col|prostat|cyst|gastr|hyster|nephr|thyroid|append)ectomy"
     r"|\w*lumpectomy|pneumonectomy))",
     re.IGNORECASE,
 )
@@ -146,8 +147,8 @@ _STEM = (
 DIAGNOSIS_IN_TEXT = re.compile(rf"((?:[a-z][\w-]*[ ]){{0,4}}(?:{_STEM}))\b", re.IGNORECASE)
 # Words before a diagnosis in running text that are no part of its name.
 NOT_OF_THE_NAME = re.compile(
-    r"^.*\b(?:show(?:s|ing)?|reveal(?:s|ed)?|demonstrat\w+|with|of|is|are|a|an|the|and|consistent|diagnosis|tissue|by|in|for"
-    r"|contains?|including|from|foci|focus|has|arising|background|favor|sections?|biops(?:y|ies)|cores?|differentiated|grade)\s+(?=\S)",
+    r"^.*\b(?:show(?:s|ing)?|reveal(?:s|ed)?|demonstrat\w+|with|of|is|are|a|an|the|and|consistent|diagnosis|tissue|by|in(?! situ)|for"
+    r"|contains?|including|from|foci|focus|has|arising|background|favor|sections?|biops(?:y|ies)|cores?|differentiated|grade [0-9i]+)\s+(?=\S)",
     re.IGNORECASE,
 )
 
