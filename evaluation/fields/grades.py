@@ -25,7 +25,8 @@ _GLEASON = re.compile(
     re.I,
 )
 _GRADE_GROUP = re.compile(
-    r"(?:grade group|isup(?: grade)?(?: group)?|who grade group|prognostic grade group)(?: is| of|:)?\s*(i{1,3}v?|iv|v|[1-5])\b", re.I
+    r"(?:grade group|isup(?: grade)?(?: group)?|who grade group|prognostic grade group)(?: is| of|:)?\s*(i{1,3}v?|iv|v|[1-5])\b",
+    re.I,
 )
 _GROUP_NUMBERS = {"i": 1, "ii": 2, "iii": 3, "iv": 4, "v": 5} | {str(number): number for number in range(1, 6)}
 _VOLUME = [
@@ -35,16 +36,20 @@ _VOLUME = [
 ]  # fmt: skip
 _PATTERN_4 = re.compile(rf"pattern\s*4{_ABOUT}{_NUMBER}\s*%|{_NUMBER}\s*%\s*(?:gleason )?pattern\s*4", re.I)
 _PATTERN_5 = re.compile(rf"pattern\s*5{_ABOUT}{_NUMBER}\s*%|{_NUMBER}\s*%\s*(?:gleason )?pattern\s*5", re.I)
-_DYSPLASIA = re.compile(r"(low|high)[- ]grade (?:epithelial |glandular )?dysplasia|dysplasia,?\s*(low|high)[- ]grade", re.I)
+_DYSPLASIA = re.compile(
+    r"(low|high)[- ]grade (?:epithelial |glandular )?dysplasia|dysplasia,?\s*(low|high)[- ]grade", re.I
+)
 _WHO_GRADE = re.compile(r"(low|high)[- ]grade(?! (?:dysplasia|squamous|prostatic|nuclear|intraepithelial))", re.I)
 _DIFFERENTIATION = re.compile(
-    r"\b(well|moderate(?:ly)?|poor(?:ly)?|un)(?:[- ]to[- ](well|moderate(?:ly)?|poor(?:ly)?))?[- ]?differentiated\b", re.I
+    r"\b(well|moderate(?:ly)?|poor(?:ly)?|un)(?:[- ]to[- ](well|moderate(?:ly)?|poor(?:ly)?))?[- ]?differentiated\b",
+    re.I,
 )
 _CIN = re.compile(r"\bcin\s*[- ]?\s*(iii|ii|i|[123])\b", re.I)
 _NEUROENDOCRINE = re.compile(r"neuroendocrine|carcinoid|\bnet\b", re.I)
 _NET_GRADE = re.compile(r"\bg\s?([123])\b|grade\s*(iii|ii|i|[123])\b", re.I)
 _NUCLEAR_GRADE = re.compile(
-    r"nuclear grade\s*[:,]?\s*(low|intermediate|high)|(low|intermediate|high)[- ](?:nuclear[- ]grade|grade nuclei)", re.I
+    r"nuclear grade\s*[:,]?\s*(low|intermediate|high)|(low|intermediate|high)[- ](?:nuclear[- ]grade|grade nuclei)",
+    re.I,
 )
 _GROWTH_PATTERN = re.compile(
     r"\btype\s*:\s*([\w, /]+?)(?=\s*(?:-|nuclear grade|necrosis|$|\n|\d+\.|[.;]))"
@@ -73,6 +78,7 @@ _INVASION = {
     )
     for depth, words in _DEPTHS.items()
 }
+_ANY_LAYER = re.compile("|".join(_DEPTHS.values()), re.I)
 _DEPTH_ORDER = ("extraprostatic", "serosa", "subserosa", "muscle proper", "submucosa", "muscularis mucosae",
                 "subepithelial connective tissue")  # fmt: skip
 _MUSCLE = re.compile(_DEPTHS["muscle proper"], re.I)
@@ -199,6 +205,8 @@ def necrosis(text: str) -> str | None:
 
 def invasion_depth(text: str) -> str | None:
     """Deepest layer that the text says is invaded."""
+    if not _ANY_LAYER.search(text):
+        return None
     for depth in _DEPTH_ORDER:
         for found in _INVASION[depth].finditer(text):
             if not _UNINVADED.search(text[: found.start()]):
@@ -208,6 +216,8 @@ def invasion_depth(text: str) -> str | None:
 
 def muscle_proper(text: str) -> str | None:
     """ "present" or "absent" in the specimen, as a sentence about the specimen says; an invaded muscle is present."""
+    if not _MUSCLE.search(text):
+        return None
     for sentence in re.split(r"[.;\n]", text):
         if _MUSCLE.search(sentence) and not _INVASION["muscle proper"].search(sentence):
             if _MUSCLE_ABSENT.search(sentence):

@@ -6,13 +6,14 @@ from dataclasses import dataclass, fields
 from evaluation.fields import grades
 from evaluation.fields.terms import (
     BEHAVIORS,
-    DIAGNOSIS_IN_TEXT,
+    DIAGNOSIS_STEM,
     NEGATION,
     NO_TUMOR,
     NOT_OF_THE_NAME,
     ORGAN_IN_TEXT,
-    PROCEDURE,
+    PROCEDURE_STEM,
     SYNONYMS,
+    WORDS_BEFORE,
     behavior_of,
     canonical_organ,
     is_organ,
@@ -77,7 +78,9 @@ _NOT_A_FEATURE = re.compile(
     r"involvement of (?!.*glandular)|dysplasia|necrosis|^tumor volume|^gleason|^grade|^$|nuclear grade|atypia$", re.I
 )
 _FAVORED = re.compile(r"\bfavor(?:s|ing|ed)?\s+([a-z][\w -]*?)\s*(?=[,.;()\n]|$)", re.IGNORECASE)
-_PRIMARY = re.compile(r"\bfrom (?:the )?([a-z][\w ]*?) primary|(?:primary|origin) (?:in|of) (?:the )?(\w+)|([\w]+) primary$", re.I)
+_PRIMARY = re.compile(
+    r"\bfrom (?:the )?([a-z][\w ]*?) primary|(?:primary|origin) (?:in|of) (?:the )?(\w+)|([\w]+) primary$", re.I
+)
 _UROTHELIAL = re.compile(r"urothelial|papillary urothelial|transitional cell", re.IGNORECASE)
 
 
@@ -128,7 +131,7 @@ def _split_heading(text: str) -> tuple[tuple[str, str], str] | tuple[None, str]:
     found = re.match(r"\s*([^,;\n]{2,40}),\s*([^;\n]{3,80})(?:;|\n|$)(.*)$", text, re.DOTALL)
     if found and is_organ(found.group(1)):
         procedure = " ".join(found.group(2).lower().split()).rstrip(" .:")
-        if PROCEDURE.search(procedure) or found.group(3).strip():
+        if PROCEDURE_STEM.search(procedure) or found.group(3).strip():
             return (canonical_organ(found.group(1)), procedure), found.group(3)
     return None, text
 
@@ -159,10 +162,11 @@ def _named_in_running_text(text: str) -> list[tuple[str, str]]:
     denied = False
     for sentence in re.split(r"(?<=[a-z)%])[.;]\s|\n|;", text):
         denied |= bool(NO_TUMOR.search(sentence))
-        for match in DIAGNOSIS_IN_TEXT.finditer(sentence):
-            if NEGATION.search(sentence[: match.end()]):
+        for stem in DIAGNOSIS_STEM.finditer(sentence):
+            if NEGATION.search(sentence[: stem.end()]):
                 continue
-            name = NOT_OF_THE_NAME.sub("", match.group(1)).lower().strip()
+            before = WORDS_BEFORE.search(sentence[: stem.start()])
+            name = NOT_OF_THE_NAME.sub("", (before.group() if before else "") + stem.group()).lower().strip()
             name = re.sub(r"^(?:low|high)[- ]grade (?=.*urothelial)", "", name)
             found.setdefault(SYNONYMS.get(name, name), sentence)
     malignant = any(behavior_of(name) in BEHAVIORS[2:] for name in found)
@@ -171,17 +175,18 @@ def _named_in_running_text(text: str) -> list[tuple[str, str]]:
 
 
 def _organ_in(text: str) -> str | None:
-    """Organ that running text names first; the longer name where two begin together."""
-    places = [(found.start(), -len(found.group()), name) for name, rule in ORGAN_IN_TEXT.items() if (found := rule.search(text))]
-    return min(places)[2] if places else None
+    """Organ that running text names first."""
+    found = ORGAN_IN_TEXT.search(text)
+    return canonical_organ(found.group()) if found else None
 
 
 def _procedure_in(text: str) -> str | None:
-    found = PROCEDURE.search(text)
+    found = PROCEDURE_STEM.search(text)
     if not found:
         return None
-    words = found.group(1).lower().split()
-    organs = [word for word in words if any(rule.fullmatch(word) for rule in ORGAN_IN_TEXT.values())]
+    before = WORDS_BEFORE.search(text[: found.start()])
+    words = ((before.group() if before else "") + found.group()).lower().split()
+    organs = [word for word in words if is_organ(word)]
     kept = words[max((words.index(word) + 1 for word in organs if word != words[-1]), default=0) :]
     return NOT_OF_THE_NAME.sub("", " ".join(kept)) or None
 
@@ -221,6 +226,8 @@ def _features(finding: str) -> list[str]:
 
 def _worst(named: list[tuple[str, str]]) -> str | None:
     """Worst behavior of the findings, or None where not one is known."""
-    known = [behavior_of(name, dysplasia=grades.dysplasia(" ".join(finding.split()))) for name, finding in named if name]
+    known = [
+        behavior_of(name, dysplasia=grades.dysplasia(" ".join(finding.split()))) for name, finding in named if name
+    ]
     ranks = [BEHAVIORS.index(behavior) for behavior in known if behavior]
     return BEHAVIORS[max(ranks)] if ranks else None

@@ -19,7 +19,9 @@ SPELLINGS = [
     (r"\bnoninvasive\b", "non-invasive"),
     (r"\bbiopsies\b", "biopsy"),
 ]
-SPELLINGS = [(re.compile(wrong, re.IGNORECASE), right) for wrong, right in SPELLINGS]
+_MISSPELLED = re.compile("|".join(f"({wrong})" for wrong, _ in SPELLINGS), re.IGNORECASE)
+_MENDED = [right for _, right in SPELLINGS]
+_TYPOGRAPHY = str.maketrans({"\u2019": "'", "\u2013": "-", "\u2014": "-", "\u00a0": " "})
 
 # Canonical organ -> words that mean it where a report has no heading of its own.
 ORGANS = {
@@ -49,7 +51,7 @@ ORGANS = {
     "thyroid": "thyroid",
     "parathyroid": "parathyroid",
     "salivary gland": "salivary gland|parotid",
-    "lymph node": "lymph nodes?",
+    "lymph node": "lymph node|lymph nodes",
     "skin": "skin|cutaneous|epidermis",
     "soft tissue": "soft tissue",
     "bone marrow": "bone marrow",
@@ -66,13 +68,15 @@ ORGANS = {
     "vulva": "vulva|vulvar",
     "vagina": "vagina|vaginal",
 }
+_PATTERNS = [word for words in ORGANS.values() for word in words.split("|")]
 _ORGAN_NAMES = {word: organ for organ, words in ORGANS.items() for word in words.split("|")}
-ORGAN_IN_TEXT = {organ: re.compile(rf"\b(?:{words})\b", re.IGNORECASE) for organ, words in ORGANS.items()}
+# Longer names first, so that "urinary bladder" is not found as "bladder".
+ORGAN_IN_TEXT = re.compile(rf"\b(?:{'|'.join(sorted(_PATTERNS, key=len, reverse=True))})\b", re.IGNORECASE)
 
-PROCEDURE = re.compile(
-    r"((?:[\w-]+[ ]){0,3}?(?:[\w-]+ )?(?:biops(?:y|ies)|resection|excision(?:al procedure)?|excision procedure|dissection|polypectomy"
-    r"|curettage|curetting|brushing|aspiration|conization|leep|lletz|turbt?|\w*(?:mast|lob|col|prostat|cyst|gastr|hyster|nephr|thyroid|append)ectomy"
-    r"|\w*lumpectomy|pneumonectomy))",
+PROCEDURE_STEM = re.compile(
+    r"\b(?:biopsy|resection|excisional procedure|excision procedure|excision|dissection|polypectomy|curettage|curetting"
+    r"|brushing|aspiration|conization|leep|lletz|turbt?|lumpectomy|pneumonectomy"
+    r"|\w*(?:mast|lob|col|prostat|cyst|gastr|hyster|nephr|thyroid|append)ectomy)\b",
     re.IGNORECASE,
 )
 
@@ -117,15 +121,24 @@ SYNONYMS = {
 NO_NEOPLASM, BENIGN, UNCERTAIN, IN_SITU, MALIGNANT = "no neoplasm", "benign", "uncertain", "in situ", "malignant"
 BEHAVIORS = (NO_NEOPLASM, BENIGN, UNCERTAIN, IN_SITU, MALIGNANT)
 _BEHAVIOR_RULES = [
-    (NO_NEOPLASM, r"^no tumor|^benign (?:tissue|glands)|radiation|consistent with|reactive|regenerative|carcinoid syndrome"),
+    (
+        NO_NEOPLASM,
+        r"^no tumor|^benign (?:tissue|glands)|radiation|consistent with|reactive|regenerative|carcinoid syndrome",
+    ),
     (BENIGN, r"low[- ]grade squamous intraepithelial|condyloma|\bcin 1\b|squamous papilloma"),
     (IN_SITU, r"in situ\b|non-invasive papillary|high[- ]grade squamous intraepithelial|\bcin [23]\b"),
     (IN_SITU, r"high[- ]grade (?:prostatic|glandular|pancreatic) intraepithelial|paget"),
     (UNCERTAIN, r"metastatic leiomyoma|desmoid|uncertain malignant|low malignant potential|borderline|phyllodes"),
     (UNCERTAIN, r"atypical|flat epithelial atypia|^papillary neoplasm|^fibroepithelial|mucocele-like|\bneoplasm$"),
     (MALIGNANT, r"carcinoma|sarcoma|lymphoma|melanoma|malignan|metasta|carcinoid|neuroendocrine (?:tumor|neoplasm)"),
-    (MALIGNANT, r"stromal tumor|leuk[ae]*mia|myeloma|seminoma|mesothelioma|plasmacytoma|glioblastoma|blastoma|\bcancer"),
-    (BENIGN, r"adenoma\b|papilloma|leiomyoma|lipoma|hamartoma|pneumocytoma|h[ae]*mangioma|n[ae]*vus|schwannoma|neurofibroma"),
+    (
+        MALIGNANT,
+        r"stromal tumor|leuk[ae]*mia|myeloma|seminoma|mesothelioma|plasmacytoma|glioblastoma|blastoma|\bcancer",
+    ),
+    (
+        BENIGN,
+        r"adenoma\b|papilloma|leiomyoma|lipoma|hamartoma|pneumocytoma|h[ae]*mangioma|n[ae]*vus|schwannoma|neurofibroma",
+    ),
     (BENIGN, r"serrated lesion|cystadenoma|oncocytoma|teratoma|fibroma\b"),
     (
         NO_NEOPLASM,
@@ -144,7 +157,8 @@ _STEM = (
     r"|inflammation|hyperplasia|metaplasia|fibrocystic changes?|duct ectasia|adenosis|\w+ polyp|fat necrosis"
     r"|microcalcifications?|amyloidosis"
 )
-DIAGNOSIS_IN_TEXT = re.compile(rf"((?:[a-z][\w-]*[ ]){{0,4}}(?:{_STEM}))\b", re.IGNORECASE)
+DIAGNOSIS_STEM = re.compile(rf"\b(?:{_STEM})\b", re.IGNORECASE)
+WORDS_BEFORE = re.compile(r"(?:[a-z][\w-]*[ ]){1,4}$", re.IGNORECASE)
 # Words before a diagnosis in running text that are no part of its name.
 NOT_OF_THE_NAME = re.compile(
     r"^.*\b(?:show(?:s|ing)?|reveal(?:s|ed)?|demonstrat\w+|with|of|is|are|a|an|the|and|consistent|diagnosis|tissue|by|in(?! situ)|for"
@@ -155,10 +169,7 @@ NOT_OF_THE_NAME = re.compile(
 
 def mend(text: str) -> str:
     """Text with its known misspellings mended and typographic quotes and dashes made plain."""
-    text = text.replace("\u2019", "'").replace("\u2013", "-").replace("\u2014", "-").replace("\u00a0", " ")
-    for wrong, right in SPELLINGS:
-        text = wrong.sub(right, text)
-    return text
+    return _MISSPELLED.sub(lambda found: _MENDED[(found.lastindex or 1) - 1], text.translate(_TYPOGRAPHY))
 
 
 def canonical_organ(name: str) -> str:

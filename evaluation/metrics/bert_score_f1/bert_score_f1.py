@@ -7,11 +7,13 @@ from typing import Any
 
 import evaluate
 
-from evaluation.metrics.face import text_pairs_info
 from evaluation.metrics.bert_score_f1.formula import bert_score
+from evaluation.metrics.face import text_pairs_info
 from evaluation.metrics.text_encoder import TextEncoder
 
-CITATION = "@inproceedings{zhang2020bertscore, title={{BERTScore}: evaluating text generation with {BERT}}, year={2020}}"
+CITATION = (
+    "@inproceedings{zhang2020bertscore, title={{BERTScore}: evaluating text generation with {BERT}}, year={2020}}"
+)
 
 
 class BertScoreF1(evaluate.Metric):

@@ -7,8 +7,8 @@ from typing import Any
 
 import evaluate
 
-from evaluation.metrics.face import text_pairs_info
 from evaluation.metrics.chrf.formula import chrf
+from evaluation.metrics.face import text_pairs_info
 
 CITATION = "@inproceedings{popovic2015chrf, title={{chrF}: character n-gram {F}-score for automatic {MT} evaluation}, year={2015}}"
 

@@ -34,4 +34,6 @@ def chrf_of(counts: np.ndarray) -> np.ndarray:
     precision = (np.where(counted, matched, 0) / np.maximum(hypothesis, 1)).sum(axis=-1) / num_orders
     recall = (np.where(counted, matched, 0) / np.maximum(reference, 1)).sum(axis=-1) / num_orders
     denominator = BETA**2 * precision + recall
-    return np.where(denominator > 0, (1 + BETA**2) * precision * recall / np.where(denominator > 0, denominator, 1), 0.0)
+    return np.where(
+        denominator > 0, (1 + BETA**2) * precision * recall / np.where(denominator > 0, denominator, 1), 0.0
+    )

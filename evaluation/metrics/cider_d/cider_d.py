@@ -7,10 +7,12 @@ from typing import Any
 
 import evaluate
 
-from evaluation.metrics.face import text_pairs_info
 from evaluation.metrics.cider_d.formula import cider_d
+from evaluation.metrics.face import text_pairs_info
 
-CITATION = "@inproceedings{vedantam2015cider, title={{CIDEr}: consensus-based image description evaluation}, year={2015}}"
+CITATION = (
+    "@inproceedings{vedantam2015cider, title={{CIDEr}: consensus-based image description evaluation}, year={2015}}"
+)
 
 
 class CiderD(evaluate.Metric):

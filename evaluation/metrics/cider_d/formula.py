@@ -19,18 +19,23 @@ def cider_d(hypotheses: Sequence[str], references: Sequence[str]) -> float:
     return float(cider_pairs(hypotheses, references).mean())
 
 
-def cider_pairs(hypotheses: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """CIDEr-D of each pair, (N,), from 0 to 10. Text is split at whitespace; document frequencies are the references'.
+def cider_pairs(
+    hypotheses: Sequence[str], references: Sequence[str], corpus: Sequence[str] | None = None
+) -> np.ndarray:
+    """CIDEr-D of each pair, (N,), from 0 to 10. Text is split at whitespace.
+
+    Document frequencies are those of `corpus`, or of the references where that is None.
 
     Definition: Vedantam et al. 2015, as https://github.com/salaniz/pycocoevalcap computes it (no stemming, document
     frequency of an unseen n-gram 1, the length in the Gaussian penalty counted in bigrams). Where all references are
     one text every n-gram is as common as can be and the score is 0.
     """
+    documents = references if corpus is None else corpus
     frequency: Counter[tuple[str, ...]] = Counter()
-    for reference, count in Counter(references).items():
+    for reference, count in Counter(documents).items():
         for grams in _grams(reference):
             frequency.update(dict.fromkeys(grams, count))
-    log_documents = math.log(len(references))
+    log_documents = math.log(len(documents))
 
     @lru_cache(maxsize=4096)
     def vectors(text: str) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import evaluate
 
-from evaluation.metrics.face import text_pairs_info
 from evaluation.metrics.coco_rouge.formula import coco_rouge_l
+from evaluation.metrics.face import text_pairs_info
 
 CITATION = "@inproceedings{lin2004rouge, title={{ROUGE}: a package for automatic evaluation of summaries}, year={2004}}"
 

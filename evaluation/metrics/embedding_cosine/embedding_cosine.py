@@ -7,8 +7,8 @@ from typing import Any
 
 import evaluate
 
-from evaluation.metrics.face import text_pairs_info
 from evaluation.metrics.embedding_cosine.formula import embedding_cosine
+from evaluation.metrics.face import text_pairs_info
 from evaluation.metrics.text_encoder import TextEncoder
 
 CITATION = ""

@@ -7,8 +7,8 @@ from typing import Any
 
 import evaluate
 
-from evaluation.metrics.face import text_pairs_info
 from evaluation.metrics.exact_match.formula import exact_match
+from evaluation.metrics.face import text_pairs_info
 
 CITATION = ""
 

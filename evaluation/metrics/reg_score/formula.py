@@ -123,7 +123,9 @@ def load_entities(model: str = ENTITY_MODEL) -> Entities:
     try:
         import spacy
     except ImportError:
-        raise ValueError(f"--entity_model {model}: spaCy is not installed; pip install 'slidescribe[keywords]'") from None
+        raise ValueError(
+            f"--entity_model {model}: spaCy is not installed; pip install 'slidescribe[keywords]'"
+        ) from None
     try:
         return spacy_entities(spacy.load(model))
     except OSError:

@@ -20,7 +20,13 @@ class RegScore(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return text_pairs_info(__doc__, CITATION)
 
-    def _compute(self, predictions: list[str], references: list[str], entity_model: str | None = None, embedding_model: str | None = None) -> dict[str, Any]:
+    def _compute(
+        self,
+        predictions: list[str],
+        references: list[str],
+        entity_model: str | None = None,
+        embedding_model: str | None = None,
+    ) -> dict[str, Any]:
         entities = load_entities(entity_model) if entity_model else None
         embed = TextEncoder(embedding_model).mean_pooled if embedding_model else None
         return reg_score(predictions, references, entities=entities, embed=embed)
