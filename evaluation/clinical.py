@@ -1,12 +1,13 @@
 """What a clinician asks of the predictions: fields, serious mistakes, calibration, survival."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from jsonargparse import Namespace
 
-from evaluation.field_scores import field_hits, score_fields
+from evaluation.field_scores import accuracy_intervals, field_hits, score_fields
 from evaluation.fields import ReportFields, parse_report
 from evaluation.mistakes import Mistake, count_mistakes, find_mistakes
 from evaluation.report_files import PairedReports, Reports, finite
@@ -31,7 +32,11 @@ class Clinical:
 
 
 def score_clinically(
-    pairs: PairedReports, predictions: Reports, references: Reports, args: Namespace
+    pairs: PairedReports,
+    predictions: Reports,
+    references: Reports,
+    patients: Mapping[str, str],
+    args: Namespace,
 ) -> Clinical:
     """Parse both sides and compare them."""
     known = {text: parse_report(text) for text in {*pairs.hypotheses, *pairs.references}}
@@ -41,6 +46,11 @@ def score_clinically(
     result = Clinical(predicted, expected, mistakes, {})
     result.metrics["mistakes"] = count_mistakes(mistakes, len(pairs.ids))
     result.metrics["fields"] = score_fields(predicted, expected)
+    if args.num_resamples:
+        owners = [patients[key] for key in pairs.ids]
+        spread = accuracy_intervals(result.hits(), owners, num_resamples=args.num_resamples, seed=args.seed)
+        for name, low_high in spread.items():
+            result.metrics["fields"][name]["accuracy_95"] = low_high
     result.metrics["references_parsed"] = sum(fields.is_complete for fields in expected) / len(expected)
     result.confidences = confidences_of(predictions, pairs.ids)
     if result.confidences:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.fields import BEHAVIORS, FIELD_NAMES, ReportFields
+from evaluation.resampling import intervals, sums_by_patient
 
 # Fields with an order, and the places of their values in it.
 ORDERS: dict[str, tuple[Any, ...]] = {
@@ -39,6 +40,13 @@ ORDERS: dict[str, tuple[Any, ...]] = {
 PERCENTAGES = ("tumor_volume", "gleason_pattern_4", "gleason_pattern_5")
 LISTS = ("diagnoses", "features", "growth_pattern")
 NOT_STATED = "not stated"
+
+
+def field_label(name: str) -> str:
+    """Words for a field's name."""
+    return {"cin": "CIN", "who_grade": "WHO grade", "nottingham_grade": "Nottingham grade"}.get(
+        name, name.replace("_", " ").replace("gleason", "Gleason").replace("nottingham", "Nottingham")
+    )
 
 
 def value_of(fields: ReportFields, name: str) -> Any:
@@ -108,6 +116,25 @@ def _score_field(name: str, ours: list[Any], theirs: list[Any]) -> dict[str, Any
     return scores
 
 
+def accuracy_intervals(
+    hits: dict[str, np.ndarray], patients: Sequence[str], *, num_resamples: int, seed: int = 0
+) -> dict[str, list[float]]:
+    """95 % interval of each field's accuracy over patients drawn with replacement; `hits` are of `field_hits`."""
+    stated = [~np.isnan(values) for values in hits.values()]
+    columns = [np.where(said, values, 0) for said, values in zip(stated, hits.values(), strict=True)]
+    sums = sums_by_patient(np.stack([*columns, *stated], axis=1).astype(float), patients)
+
+    def accuracies(drawn: np.ndarray) -> dict[str, np.ndarray]:
+        with np.errstate(invalid="ignore"):
+            shares = drawn[..., : len(hits)] / drawn[..., len(hits) :]
+        return {name: shares[..., place] for place, name in enumerate(hits)}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = intervals(sums, accuracies, num_resamples=num_resamples, seed=seed)
+    return {name: low_high for name, low_high in found.items() if np.isfinite(low_high).all()}
+
+
 def macro_f1(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
     """Mean F1 over all values of either side; cases where both say nothing are left out."""
     from sklearn.metrics import f1_score
@@ -140,9 +167,10 @@ def _set_f1(ours: tuple[str, ...] | None, theirs: tuple[str, ...]) -> float:
 
 
 def confusion(name: str, predicted: Sequence[ReportFields], expected: Sequence[ReportFields], most: int = 14):
-    """(labels, counts) of a field: rows are references, columns predictions; rare values join in "other".
+    """(row labels, column labels, counts) of a field: rows are references, columns predictions.
 
-    Only cases whose reference states the field count; `counts` is (L, L) int. None where nothing is stated.
+    Rare values join in "other", and predictions that say nothing have a column of their own. Only cases whose reference
+    states the field count; `counts` is int. None where nothing is stated.
     """
     pairs = [(value_of(a, name), value_of(b, name)) for a, b in zip(predicted, expected, strict=True)]
     named = [(NOT_STATED if a is None else _label(a), _label(b)) for a, b in pairs if b is not None]
@@ -156,11 +184,13 @@ def confusion(name: str, predicted: Sequence[ReportFields], expected: Sequence[R
         for _, theirs in named:
             frequent[theirs] = frequent.get(theirs, 0) + 1
         labels = sorted(frequent, key=lambda label: (-frequent[label], label))[:most]
-    labels += [label for label in ("other", NOT_STATED) if any(_place(a, labels) == label for pair in named for a in pair)]
-    counts = np.zeros((len(labels), len(labels)), dtype=int)
+    if any(_place(theirs, labels) == "other" or _place(ours, labels) == "other" for ours, theirs in named):
+        labels.append("other")
+    columns = [*labels, NOT_STATED] if any(ours == NOT_STATED for ours, _ in named) else labels
+    counts = np.zeros((len(labels), len(columns)), dtype=int)
     for ours, theirs in named:
-        counts[labels.index(_place(theirs, labels)), labels.index(_place(ours, labels))] += 1
-    return labels, counts
+        counts[labels.index(_place(theirs, labels)), columns.index(_place(ours, labels))] += 1
+    return labels, columns, counts
 
 
 def _label(value: Any) -> str:

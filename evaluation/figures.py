@@ -38,17 +38,19 @@ def picture(figure: Figure, form: str = "svg") -> bytes:
     return buffer.getvalue()
 
 
-def confusion_figure(title: str, labels: Sequence[str], counts: np.ndarray) -> Figure:
+def confusion_figure(title: str, rows: Sequence[str], columns: Sequence[str], counts: np.ndarray) -> Figure:
     """Confusion of one field: rows are references, columns predictions, shade is the share of the row."""
-    side = max(2.6, 0.42 * len(labels))
-    longest = max(len(label) for label in labels)
-    figure = Figure(figsize=(side + 0.075 * min(longest, 40), side + 0.06 * min(longest, 40)), layout="constrained")
+    margin = 0.06 * min(max(len(label) for label in (*rows, *columns)), 40)
+    cell = 0.42 if len(columns) > 4 else 0.6
+    figure = Figure(
+        figsize=(cell * len(columns) + 0.9 + 1.2 * margin, cell * len(rows) + 1.5 + margin), layout="constrained"
+    )
     axes = figure.add_subplot()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.25)
-    shown = [label if len(label) <= 40 else label[:39] + "…" for label in labels]
-    axes.set_xticks(range(len(labels)), shown, rotation=45, ha="right", fontsize=8, color=INK)
-    axes.set_yticks(range(len(labels)), shown, fontsize=8, color=INK)
+    for labels, put, more in ((columns, axes.set_xticks, {"rotation": 45, "ha": "right"}), (rows, axes.set_yticks, {})):
+        shown = [label if len(label) <= 40 else label[:39] + "…" for label in labels]
+        put(range(len(labels)), shown, fontsize=8, color=INK, **more)
     axes.set_xlabel("predicted", fontsize=9, color=INK)
     axes.set_ylabel("reference", fontsize=9, color=INK)
     axes.set_title(title, fontsize=10, color=INK, loc="left")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from evaluation.field_scores import rank_of
+from evaluation.field_scores import field_label, rank_of
 from evaluation.fields import ReportFields
 from evaluation.fields.grades import group_of
 from evaluation.fields.terms import BENIGN, IN_SITU, MALIGNANT, NO_NEOPLASM, UNCERTAIN
@@ -107,7 +107,7 @@ def _grade(ours: ReportFields, theirs: ReportFields) -> Found:
         expected, written = getattr(theirs, name), getattr(ours, name)
         if expected is None:
             continue
-        label = name.replace("_", " ")
+        label = field_label(name)
         if written is None:
             if ours.behavior == theirs.behavior and ours.organ == theirs.organ:  # graver kinds list the others
                 found.append(("grade left out", f"{label} {expected}", "none stated"))
@@ -151,7 +151,7 @@ def _percentage(ours: ReportFields, theirs: ReportFields) -> Found:
     for name in SHARES:
         expected, written = getattr(theirs, name), getattr(ours, name)
         if expected is not None and written is not None and abs(expected - written) >= PERCENTAGE_POINTS:
-            label = name.replace("_", " ")
+            label = field_label(name)
             found.append(("percentage off", f"{label} {expected:g} %", f"{label} {written:g} %"))
     return found
 

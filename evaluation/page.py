@@ -13,16 +13,32 @@ from typing import Any
 from jsonargparse import Namespace
 
 from evaluation.clinical import Clinical
+from evaluation.field_scores import field_label
 from evaluation.mistakes import KINDS, Mistake
 from evaluation.report_files import WHAT_WAS_DONE, PairedReports
 from evaluation.text_metrics import PairScores
 from slide_features import atomic_path
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
-MOST_MISTAKES = 100  # listed on the page; mistakes.json has them all
+MOST_OF_A_KIND = 12  # mistakes listed on the page; mistakes.json has them all
 THUMBNAIL_PX = 380
 COLUMNS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "sacre_bleu", "rouge_1_f1", "rouge_2_f1", "rouge_l_f1", "rouge_l",
            "meteor", "cider_d", "chrf", "levenshtein_ratio", "embedding_cosine", "bert_score_f1", "exact_match")  # fmt: skip
+METRIC_NAMES = {
+    **{f"bleu_{order}": f"BLEU-{order} (pycocoevalcap)" for order in range(1, 5)},
+    "sacre_bleu": "BLEU (sacrebleu)",
+    "rouge_1_f1": "ROUGE-1 F1 (rouge-score)",
+    "rouge_2_f1": "ROUGE-2 F1 (rouge-score)",
+    "rouge_l_f1": "ROUGE-L F1 (rouge-score)",
+    "rouge_l": "ROUGE-L (pycocoevalcap)",
+    "meteor": "METEOR",
+    "cider_d": "CIDEr-D",
+    "chrf": "chrF2 (sacrebleu)",
+    "levenshtein_ratio": "Levenshtein ratio",
+    "embedding_cosine": "embedding cosine",
+    "bert_score_f1": "BERTScore F1",
+    "exact_match": "right word for word",
+}
 ROW_NAMES = {
     "predictions": "predictions",
     "constant": "most frequent training report",
@@ -115,21 +131,26 @@ def _mistakes(
     if not clinical.mistakes:
         return '<p><span class="badge fine">none found</span></p>'
     texts = dict(zip(pairs.ids, zip(pairs.references, pairs.hypotheses, strict=True), strict=True))
-    rows = "".join(_mistake_row(mistake, *texts[mistake.id]) for mistake in clinical.mistakes[:MOST_MISTAKES])
-    more = len(clinical.mistakes) - MOST_MISTAKES
-    caption = f"The {MOST_MISTAKES} gravest; {more} more are in mistakes.json." if more > 0 else "All of them."
+    by_kind: dict[str, list[Mistake]] = {}
+    for mistake in clinical.mistakes:
+        by_kind.setdefault(mistake.kind, []).append(mistake)
+    shown = [mistake for kind in by_kind.values() for mistake in kind[:MOST_OF_A_KIND]]
+    rows = "".join(_mistake_row(mistake, *texts[mistake.id]) for mistake in shown)
+    more = len(clinical.mistakes) - len(shown)
+    caption = f"Up to {MOST_OF_A_KIND} of each kind; {more} more are in mistakes.json." if more else "All of them."
     return (
-        f'<figure class="wide">{_image(pictures["mistakes"], "share of reports with each kind of mistake")}</figure><br>'
-        f'<div class="card scroll"><table class="mistakes"><caption>{caption}</caption><thead><tr><th>case</th><th>kind</th>'
-        f"<th>reference states</th><th>prediction states</th></tr></thead><tbody>{rows}</tbody></table></div>"
+        f'<figure>{_image(pictures["mistakes"], "share of reports with each kind of mistake")}</figure><br>'
+        '<div class="card mistakes"><div class="line head"><span>case</span><span>kind</span><span>reference states</span>'
+        f'<span>prediction states</span></div>{rows}<p class="note">{caption} Open a line to read both reports.</p></div>'
     )
 
 
 def _mistake_row(mistake: Mistake, reference: str, prediction: str) -> str:
     return (
-        f"<tr><td><details><summary>{escape(mistake.id)}</summary>{_texts(reference, prediction)}</details></td>"
-        f'<td><span class="badge" title="{escape(KINDS[mistake.kind])}">{escape(mistake.kind)}</span></td>'
-        f"<td>{escape(mistake.reference)}</td><td>{escape(mistake.predicted)}</td></tr>"
+        f'<details><summary class="line"><span>{escape(mistake.id)}</span>'
+        f'<span><span class="badge" title="{escape(KINDS[mistake.kind])}">{escape(mistake.kind)}</span></span>'
+        f"<span>{escape(mistake.reference)}</span><span>{escape(mistake.predicted)}</span></summary>"
+        f"{_texts(reference, prediction)}</details>"
     )
 
 
@@ -145,19 +166,18 @@ def _scores(metrics: Mapping[str, Any]) -> str:
     rows = {"predictions": metrics, **(metrics["baselines"] or {})}
     if metrics["shuffled_images"] and "shuffled_images" not in rows:
         rows["shuffled_images"] = metrics["shuffled_images"]
-    columns = [name for name in COLUMNS if name in metrics]
-    head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in columns)
+    head = "".join(f"<th>{escape(ROW_NAMES[name])}</th>" for name in rows)
     body = ""
-    for name, row in rows.items():
+    for column in (name for name in COLUMNS if name in metrics):
         cells = "".join(
-            f"<td>{row[column]:.3f}{f'<small>{_interval(metrics, column)}</small>' if name == 'predictions' else ''}</td>"
-            for column in columns
+            f'<td class="{name}">{row[column]:.3f}{f"<small>{_interval(metrics, column)}</small>" if name == "predictions" else ""}</td>'
+            for name, row in rows.items()
         )
-        body += f'<tr class="{"ours" if name == "predictions" else ""}"><th>{escape(ROW_NAMES[name])}</th>{cells}</tr>'
+        body += f"<tr><th>{escape(METRIC_NAMES.get(column, column.replace('_', ' ')))}</th>{cells}</tr>"
     notes = [
         "Small figures: 95 % bootstrap interval over patients.",
         f"METEOR: {metrics['meteor_variant']}.",
-        "BLEU-1 to 4 and ROUGE-L as pycocoevalcap defines them; CIDEr-D is from 0 to 10.",
+        "CIDEr-D is from 0 to 10, everything else from 0 to 1.",
         f"REG score: {metrics['reg']['reg_status']}.",
     ]
     problems = [f"{count} {WHAT_WAS_DONE[kind]}." for kind, count in metrics["input_problems"].items() if count]
@@ -165,8 +185,8 @@ def _scores(metrics: Mapping[str, Any]) -> str:
         problems.append(f"No baselines: {metrics['baselines_missing_because']}.")
     warning = f'<p><span class="badge">input</span> {escape(" ".join(problems))}</p>' if problems else ""
     return (
-        f'{warning}<div class="card scroll"><table><caption>{escape(" ".join(notes))}</caption><thead><tr><th></th>{head}</tr>'
-        f"</thead><tbody>{body}</tbody></table></div>{_reg(metrics)}"
+        f'{warning}<div class="card scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<p class="note">{escape(" ".join(notes))}</p>{_reg(metrics)}'
     )
 
 
@@ -180,7 +200,7 @@ def _reg(metrics: Mapping[str, Any]) -> str:
     total = "partial" if reg["reg_score"] is None else f"{reg['reg_score']:.3f}"
     caption = f"{reg['reg_status']}. These references would themselves get {ceiling:.3f} of the weight {weight:g} computed."
     return (
-        f'<br><div class="card scroll"><table><caption>{escape(caption)}</caption><thead><tr><th>REG score</th>{head}</tr></thead>'
+        f'<div class="card scroll"><table><caption>{escape(caption)}</caption><thead><tr><th>REG score</th>{head}</tr></thead>'
         f'<tbody><tr class="ours"><th>{total}</th>{cells}</tr></tbody></table></div>'
     )
 
@@ -190,11 +210,16 @@ def _fields(metrics: Mapping[str, Any]) -> str:
                "mean_absolute_error": "mean error, points", "left_out": "left out", "invented": "invented"}  # fmt: skip
     head = "".join(f"<th>{label}</th>" for label in columns.values())
     body = "".join(
-        f"<tr><th>{escape(name.replace('_', ' '))}</th>{''.join(f'<td>{_cell(row.get(key))}</td>' for key in columns)}</tr>"
+        f"<tr><th>{escape(field_label(name))}</th>{''.join(_field_cell(row, key) for key in columns)}</tr>"
         for name, row in metrics["fields"].items()
     )
     caption = "Accuracy: among references that state the field. Left out: stated there, not predicted; invented: the reverse."
     return f'<div class="card scroll"><table><caption>{caption}</caption><thead><tr><th>field</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _field_cell(row: Mapping[str, Any], key: str) -> str:
+    low_high = row.get("accuracy_95") if key == "accuracy" else None
+    return f"<td>{_cell(row.get(key))}{f'<small>{low_high[0]:.3f} to {low_high[1]:.3f}</small>' if low_high else ''}</td>"
 
 
 def _cell(value: Any) -> str:
@@ -203,9 +228,9 @@ def _cell(value: Any) -> str:
 
 def _pictures(pictures: Mapping[str, bytes]) -> str:
     shown = {name: data for name, data in pictures.items() if name != "mistakes"}
-    wide = {"distributions", "confusion_diagnoses"}
+    spans = {"distributions": "wide", "confusion_diagnoses": "wide", "survival": "double", "confusion_organ": "double"}
     return '<div class="pictures">' + "".join(
-        f'<figure class="{"wide" if name in wide else ""}">{_image(data, name.replace("_", " "))}</figure>'
+        f'<figure class="{spans.get(name, "")}">{_image(data, name.replace("_", " "))}</figure>'
         for name, data in shown.items()
     ) + "</div>"  # fmt: skip
 

@@ -9,7 +9,7 @@ import numpy as np
 from jsonargparse import Namespace
 
 from evaluation.clinical import Clinical
-from evaluation.field_scores import confusion
+from evaluation.field_scores import confusion, field_label
 from evaluation.figures import (
     calibration_figure,
     confusion_figure,
@@ -73,8 +73,8 @@ def draw_pictures(metrics: dict[str, Any], scores: PairScores, clinical: Clinica
         figures["mistakes"] = mistakes_figure(metrics["mistakes"]["by_kind"], metrics["n"])
     for name in CONFUSIONS:
         table = confusion(name, clinical.predicted, clinical.expected)
-        if table and len(table[0]) > 1:
-            figures[f"confusion_{name}"] = confusion_figure(name.replace("_", " "), *table)
+        if table and len(table[1]) > 1:
+            figures[f"confusion_{name}"] = confusion_figure(field_label(name), *table)
     figures["distributions"] = distribution_figure({name: scores.means[name] for name in DISTRIBUTIONS})
     if "calibration" in metrics:
         figures["calibration"] = calibration_figure(metrics["calibration"])

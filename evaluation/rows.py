@@ -4,11 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from jsonargparse import Namespace
 
 from evaluation.baselines import constant_report, organ_modal_guesses, retrieval_guesses, shuffled_guesses
+from evaluation.field_scores import value_of
+from evaluation.fields import parse_report
 from evaluation.metrics.meteor.formula import WITH_SYNONYMS, WITHOUT_SYNONYMS
 from evaluation.metrics.reg_score.formula import WEIGHTS, reg_score, reg_status
+from evaluation.mistakes import find_mistakes
 from evaluation.report_files import PairedReports, Reports, read_reports
 from evaluation.resampling import intervals, sums_by_patient
 from evaluation.text_metrics import PairScores, TextModels, score_pairs
@@ -77,6 +81,23 @@ def score_rows(
     metrics["baselines"] = others if "constant" in others else None
     metrics["shuffled_images"] = others.get("shuffled_images")
     return metrics, ours
+
+
+def measure(pairs: PairedReports, models: TextModels) -> PairScores:
+    """Text metrics of each pair, and the share of reports without a serious mistake and with the right organ and diagnoses.
+
+    These three are among the `means`: `no_serious_mistake`, `organ_right`, `diagnoses_right`.
+    """
+    scores = score_pairs(pairs.hypotheses, pairs.references, models)
+    known = {text: parse_report(text) for text in {*pairs.hypotheses, *pairs.references}}
+    predicted = [known[text] for text in pairs.hypotheses]
+    expected = [known[text] for text in pairs.references]
+    wrong = {mistake.id for mistake in find_mistakes(pairs.ids, pairs.hypotheses, predicted, expected)}
+    scores.means["no_serious_mistake"] = np.array([float(key not in wrong) for key in pairs.ids])
+    for name in ("organ", "diagnoses"):
+        equal = [float(value_of(a, name) == value_of(b, name)) for a, b in zip(predicted, expected, strict=True)]
+        scores.means[f"{name}_right"] = np.array(equal)
+    return scores
 
 
 def _reg(ours: PairScores, pairs: PairedReports, models: TextModels) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from evaluation.clinical import score_clinically
 
-    clinical = score_clinically(pairs, predictions, references, args)
+    clinical = score_clinically(pairs, predictions, references, patients, args)
     metrics |= clinical.metrics
 
     # Save
