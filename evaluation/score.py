@@ -142,7 +142,8 @@ def print_results(metrics: dict[str, Any], clinical: Any) -> None:
     for kind, count in mistakes["by_kind"].items():
         print(f"  {count:>6}  {kind}: {KINDS[kind]}")
     print()
-    print(table({"predictions": metrics, **(metrics["baselines"] or {})}))
+    shuffled = metrics["shuffled_images"]
+    print(table({"predictions": metrics} | (metrics["baselines"] or ({"shuffled_images": shuffled} if shuffled else {}))))
     print(f"{metrics['n']} references, METEOR: {metrics['meteor_variant']}")
     reg = metrics["reg"]
     if reg["reg_score"] is None:
@@ -164,7 +165,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def log(message: str) -> None:
     """Say one line on stderr; stdout is for results."""
-    print(f"score.py: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":
