@@ -20,11 +20,20 @@ from jsonargparse.typing import PositiveInt
 from command_line import DONE, make_parser, run
 
 ROOT = Path(__file__).resolve().parent.parent
-ORGANS = ["Breast, biopsy", "Prostate, biopsy", "Stomach, endoscopic biopsy", "Lung, biopsy", "Colon, colonoscopic biopsy"]
-FINDINGS = ["Adenocarcinoma, moderately differentiated", "No tumor present", "Chronic gastritis", "Squamous cell carcinoma",
+ORGANS = [
+    "Breast, biopsy",
+    "Prostate, biopsy",
+    "Stomach, endoscopic biopsy",
+    "Lung, biopsy",
+    "Colon, colonoscopic biopsy",
+]
+FINDINGS = ["Adenocarcinoma, moderately "
+    "differentiated", "No tumor present", "Chronic gastritis", "Squamous cell carcinoma",
             "Acinar adenocarcinoma, Gleason's score 7 (3+4), grade group 2, tumor volume: {}%", "Tubular adenoma",
-            "Invasive carcinoma of no special type, grade II (Tubule formation: 3, Nuclear grade: 2, Mitoses: 1)"]  # fmt: skip
-CLAUSES = ["with focal necrosis", "with involvement of muscle proper", "arising in an adenoma", "{} mm in greatest extent",
+            "Invasive carcinoma of no special type, grade II (Tubule formation: 3, Nuclear grade: 2, "
+                "Mitoses: 1)"]  # fmt: skip
+CLAUSES = ["with focal necrosis", "with involvement of muscle proper", "arising in an adenoma",
+           "{} mm in greatest extent",
            "margins are free by {} mm", "no lymphovascular invasion", "the stroma shows chronic inflammation",
            "with intestinal metaplasia", "in {} of {} cores", "with high grade dysplasia"]  # fmt: skip
 
@@ -58,7 +67,9 @@ def measure(folder: Path, num_pairs: int, with_train: bool) -> tuple[float, floa
         "print(json.dumps([status, used.ru_utime + used.ru_stime, used.ru_maxrss]))"
     )
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", program, *command], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     wall = time.perf_counter() - began
     status, cpu, peak = json.loads(done.stdout)
     if status != DONE:

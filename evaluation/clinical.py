@@ -75,7 +75,7 @@ def score_clinically(
 
 
 def confidences_of(predictions: Reports, ids: list[str]) -> dict[str, float]:
-    """Confidence of each prediction that has a `beam_score` (mean log probability of a token): its exponential, 0 to 1."""
+    """Confidence of each prediction with a `beam_score` (mean log probability of a token): its exponential, 0 to 1."""
     scores = {key: finite(predictions.records.get(key, {}).get("beam_score")) for key in ids}
     return {key: float(np.exp(min(score, 0.0))) for key, score in scores.items() if score is not None}
 

@@ -65,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "b": str(args.b),
         "n": len(sides[0].ids),
         "num_patients": len(set(patients.values())),
-        "problems": {name: {kind: len(ids) for kind, ids in side.problems.items()} for name, side in zip("ab", sides, strict=True)},
+        "problems": {
+            name: {kind: len(ids) for kind, ids in side.problems.items()}
+            for name, side in zip("ab", sides, strict=True)
+        },
         "metrics": rows,
     }
     if args.output:

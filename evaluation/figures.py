@@ -58,7 +58,9 @@ def confusion_figure(title: str, rows: Sequence[str], columns: Sequence[str], co
     axes.spines[:].set_visible(False)
     for row, column in zip(*np.nonzero(counts), strict=True):
         dark = shares[row, column] > 0.6
-        axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=8, color="white" if dark else INK)
+        axes.text(
+            column, row, counts[row, column], ha="center", va="center", fontsize=8, color="white" if dark else INK
+        )
     return figure
 
 
@@ -81,7 +83,9 @@ def distribution_figure(metrics: Mapping[str, np.ndarray]) -> Figure:
 
 def calibration_figure(calibration: Mapping[str, Any]) -> Figure:
     """Share of reports without a serious mistake against the model's confidence, with the bins' 95 % intervals."""
-    figure, axes = _axes(3.8, 3.4, xlabel="confidence", ylabel="reports without a serious mistake", xlim=(0, 1), ylim=(0, 1))
+    figure, axes = _axes(
+        3.8, 3.4, xlabel="confidence", ylabel="reports without a serious mistake", xlim=(0, 1), ylim=(0, 1)
+    )
     axes.plot([0, 1], [0, 1], color=GRID, lw=1.2, zorder=0)
     shares = np.array([row["without_serious_mistake"] for row in calibration["bins"]])
     sizes = np.array([row["n"] for row in calibration["bins"]])
@@ -89,7 +93,9 @@ def calibration_figure(calibration: Mapping[str, Any]) -> Figure:
     xs = [row["confidence"] for row in calibration["bins"]]
     errors = np.maximum([shares - low, high - shares], 0)
     axes.errorbar(xs, shares, yerr=errors, fmt="o-", ms=4, lw=1.2, elinewidth=0.8, color=COLORS[0])
-    axes.set_title(f"calibration error {calibration['expected_calibration_error']:.3f}", fontsize=9.5, loc="left", color=INK)
+    axes.set_title(
+        f"calibration error {calibration['expected_calibration_error']:.3f}", fontsize=9.5, loc="left", color=INK
+    )
     return figure
 
 
@@ -145,7 +151,9 @@ def curves_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         losses.plot([s["step"] for s in steps], [s["loss"] for s in steps], lw=0.8, alpha=0.55, color=color)
         losses.plot([], [], color=color, lw=2, label=name)
         if evaluations:
-            losses.plot([e["step"] for e in evaluations], [e["val_loss"] for e in evaluations], "o-", ms=3, lw=1.4, color=color)
+            losses.plot(
+                [e["step"] for e in evaluations], [e["val_loss"] for e in evaluations], "o-", ms=3, lw=1.4, color=color
+            )
         rates.plot([s["step"] for s in steps], [s["lr"] for s in steps], color=color, lw=1.2)
     losses.set(xlabel="step", ylabel="loss per supervised token", yscale="log")
     losses.set_title("training (thin) and validation (dots)", loc="left")
@@ -164,7 +172,9 @@ def comparison_figure(results: Mapping[str, Mapping[str, Any]], names: Sequence[
     places = np.arange(len(results))[::-1]
     for axes, name in zip(all_axes, names, strict=True):
         _style(axes)
-        for place, (metrics, color) in zip(places, zip(results.values(), COLORS * len(results), strict=False), strict=True):
+        for place, (metrics, color) in zip(
+            places, zip(results.values(), COLORS * len(results), strict=False), strict=True
+        ):
             low, high = metrics.get("intervals_95", {}).get(name) or (metrics[name], metrics[name])
             axes.plot([low, high], [place, place], color=color, lw=2, solid_capstyle="round")
             axes.plot(metrics[name], place, "o", color=color, ms=6)

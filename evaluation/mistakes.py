@@ -83,7 +83,13 @@ def _behavior(ours: ReportFields, theirs: ReportFields) -> Found:
     written, expected = ours.behavior, theirs.behavior
     kind = None
     if expected == MALIGNANT:
-        kind = "malignancy missed" if written in (*HARMLESS, None) else "in situ or invasive" if written == IN_SITU else None
+        kind = (
+            "malignancy missed"
+            if written in (*HARMLESS, None)
+            else "in situ or invasive"
+            if written == IN_SITU
+            else None
+        )
     elif written == MALIGNANT and expected in HARMLESS:
         kind = "malignancy invented"
     elif written == MALIGNANT and expected == IN_SITU:
@@ -180,7 +186,9 @@ def contradictions(fields: ReportFields) -> list[str]:
         total = sum(parts)
         if fields.nottingham_grade != 1 + (total > 5) + (total > 7):
             found.append(f"{'+'.join(map(str, parts))} is not Nottingham grade {fields.nottingham_grade}")
-    found += [f"{name.replace('_', ' ')} of {share:g} %" for name in SHARES if (share := getattr(fields, name) or 0) > 100]
+    found += [
+        f"{name.replace('_', ' ')} of {share:g} %" for name in SHARES if (share := getattr(fields, name) or 0) > 100
+    ]
     return found
 
 

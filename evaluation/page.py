@@ -23,7 +23,8 @@ TEMPLATE = Path(__file__).with_name("report_page.html")
 MOST_OF_A_KIND = 12  # mistakes listed on the page; mistakes.json has them all
 THUMBNAIL_PX = 380
 COLUMNS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "sacre_bleu", "rouge_1_f1", "rouge_2_f1", "rouge_l_f1", "rouge_l",
-           "meteor", "cider_d", "chrf", "levenshtein_ratio", "embedding_cosine", "bert_score_f1", "exact_match")  # fmt: skip
+           "meteor", "cider_d", "chrf", "levenshtein_ratio", "embedding_cosine", "bert_score_f1",
+           "exact_match")  # fmt: skip
 METRIC_NAMES = {
     **{f"bleu_{order}": f"BLEU-{order} (pycocoevalcap)" for order in range(1, 5)},
     "sacre_bleu": "BLEU (sacrebleu)",
@@ -68,7 +69,9 @@ def write_page(
     title = f"Evaluation of {args.predictions.name}"
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
-        subtitle=escape(f"{metrics['n']} reports of {metrics['num_patients']} patients, against {args.references.name}"),
+        subtitle=escape(
+            f"{metrics['n']} reports of {metrics['num_patients']} patients, against {args.references.name}"
+        ),
         links="".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name in sections),
         figures=_figures(metrics),
         sections="\n".join(f'<h2 id="{_anchor(name)}">{escape(name)}</h2>\n{body}' for name, body in sections.items()),
@@ -81,7 +84,9 @@ def marked_differences(reference: str, prediction: str) -> tuple[str, str]:
     """HTML of both texts: words of the reference that are missing in <del>, words that are wrong in <ins>."""
     ours, theirs = (re.findall(r"\s+|[^\s]+", text.strip()) for text in (prediction, reference))
     left, right = [], []
-    matcher = difflib.SequenceMatcher(None, [_norm(word) for word in theirs], [_norm(word) for word in ours], autojunk=False)
+    matcher = difflib.SequenceMatcher(
+        None, [_norm(word) for word in theirs], [_norm(word) for word in ours], autojunk=False
+    )
     for kind, a0, a1, b0, b1 in matcher.get_opcodes():
         missing, written = "".join(theirs[a0:a1]), "".join(ours[b0:b1])
         left.append(escape(missing) if kind == "equal" or not missing.strip() else f"<del>{escape(missing)}</del>")
@@ -101,11 +106,13 @@ def _figures(metrics: Mapping[str, Any]) -> str:
     mistakes, reg = metrics["mistakes"], metrics["reg"]
     whole = reg["reg_score"] is not None
     boxes = [
-        ("Reports with a serious mistake", f"{mistakes['share_affected']:.1%}", f"{mistakes['cases_affected']} of {metrics['n']}", "bad"),
+        ("Reports with a serious mistake", f"{mistakes['share_affected']:.1%}",
+         f"{mistakes['cases_affected']} of {metrics['n']}", "bad"),
         *((label, f"{metrics[name]:.3f}", _interval(metrics, name), "") for label, name in
           (("ROUGE-L", "rouge_l"), ("BLEU-4", "bleu_4"), ("METEOR", "meteor"), ("Right word for word", "exact_match"))),
         ("REG score", f"{reg['reg_score']:.3f}" if whole else "partial",
-         f"references: {reg['reg_ceiling']['ceiling']:.3f}" if whole else reg["reg_status"].removeprefix("partial: "), ""),
+         f"references: {reg['reg_ceiling']['ceiling']:.3f}" if whole else reg["reg_status"].removeprefix("partial: "),
+         ""),
         ("Different texts", str(metrics["distinct_predictions"]), f"references: {metrics['distinct_references']}", ""),
     ]  # fmt: skip
     if "predictions_verbatim_from_training" in metrics:
@@ -139,9 +146,11 @@ def _mistakes(
     more = len(clinical.mistakes) - len(shown)
     caption = f"Up to {MOST_OF_A_KIND} of each kind; {more} more are in mistakes.json." if more else "All of them."
     return (
-        f'<figure>{_image(pictures["mistakes"], "share of reports with each kind of mistake")}</figure><br>'
-        '<div class="card mistakes"><div class="line head"><span>case</span><span>kind</span><span>reference states</span>'
-        f'<span>prediction states</span></div>{rows}<p class="note">{caption} Open a line to read both reports.</p></div>'
+        f"<figure>{_image(pictures['mistakes'], 'share of reports with each kind of mistake')}</figure><br>"
+        '<div class="card mistakes"><div class="line head"><span>case</span><span>kind</span>'
+        "<span>reference states</span>"
+        f'<span>prediction states</span></div>{rows}<p class="note">{caption} Open a line to read both '
+        f"reports.</p></div>"
     )
 
 
@@ -169,8 +178,9 @@ def _scores(metrics: Mapping[str, Any]) -> str:
     head = "".join(f"<th>{escape(ROW_NAMES[name])}</th>" for name in rows)
     body = ""
     for column in (name for name in COLUMNS if name in metrics):
+        spread = f"<small>{_interval(metrics, column)}</small>"
         cells = "".join(
-            f'<td class="{name}">{row[column]:.3f}{f"<small>{_interval(metrics, column)}</small>" if name == "predictions" else ""}</td>'
+            f'<td class="{name}">{row[column]:.3f}{spread if name == "predictions" else ""}</td>'
             for name, row in rows.items()
         )
         body += f"<tr><th>{escape(METRIC_NAMES.get(column, column.replace('_', ' ')))}</th>{cells}</tr>"
@@ -185,7 +195,8 @@ def _scores(metrics: Mapping[str, Any]) -> str:
         problems.append(f"No baselines: {metrics['baselines_missing_because']}.")
     warning = f'<p><span class="badge">input</span> {escape(" ".join(problems))}</p>' if problems else ""
     return (
-        f'{warning}<div class="card scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'{warning}<div class="card scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}'
+        f"</tbody></table></div>"
         f'<p class="note">{escape(" ".join(notes))}</p>{_reg(metrics)}'
     )
 
@@ -193,14 +204,18 @@ def _scores(metrics: Mapping[str, Any]) -> str:
 def _reg(metrics: Mapping[str, Any]) -> str:
     reg = metrics["reg"]
     cells = "".join(
-        f"<td>{'not computed' if reg[f'reg_{name}'] is None else format(reg[f'reg_{name}'], '.3f')}</td>" for name in reg["weights"]
+        f"<td>{'not computed' if reg[f'reg_{name}'] is None else format(reg[f'reg_{name}'], '.3f')}</td>"
+        for name in reg["weights"]
     )
     head = "".join(f"<th>{name.upper()} (weight {weight:g})</th>" for name, weight in reg["weights"].items())
     ceiling, weight = reg["reg_ceiling"]["ceiling"], reg["reg_ceiling"]["weight_computed"]
     total = "partial" if reg["reg_score"] is None else f"{reg['reg_score']:.3f}"
-    caption = f"{reg['reg_status']}. These references would themselves get {ceiling:.3f} of the weight {weight:g} computed."
+    caption = (
+        f"{reg['reg_status']}. These references would themselves get {ceiling:.3f} of the weight {weight:g} computed."
+    )
     return (
-        f'<div class="card scroll"><table><caption>{escape(caption)}</caption><thead><tr><th>REG score</th>{head}</tr></thead>'
+        f'<div class="card scroll"><table><caption>{escape(caption)}</caption><thead><tr><th>REG score'
+        f"</th>{head}</tr></thead>"
         f'<tbody><tr class="ours"><th>{total}</th>{cells}</tr></tbody></table></div>'
     )
 
@@ -213,13 +228,20 @@ def _fields(metrics: Mapping[str, Any]) -> str:
         f"<tr><th>{escape(field_label(name))}</th>{''.join(_field_cell(row, key) for key in columns)}</tr>"
         for name, row in metrics["fields"].items()
     )
-    caption = "Accuracy: among references that state the field. Left out: stated there, not predicted; invented: the reverse."
-    return f'<div class="card scroll"><table><caption>{caption}</caption><thead><tr><th>field</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    caption = (
+        "Accuracy: among references that state the field. Left out: stated there, not predicted; invented: the reverse."
+    )
+    return (
+        f'<div class="card scroll"><table><caption>{caption}</caption><thead><tr><th>field</th>{head}'
+        f"</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 def _field_cell(row: Mapping[str, Any], key: str) -> str:
     low_high = row.get("accuracy_95") if key == "accuracy" else None
-    return f"<td>{_cell(row.get(key))}{f'<small>{low_high[0]:.3f} to {low_high[1]:.3f}</small>' if low_high else ''}</td>"
+    return (
+        f"<td>{_cell(row.get(key))}{f'<small>{low_high[0]:.3f} to {low_high[1]:.3f}</small>' if low_high else ''}</td>"
+    )
 
 
 def _cell(value: Any) -> str:
@@ -252,16 +274,23 @@ def _gallery(args: Namespace, pairs: PairedReports, scores: PairScores, clinical
     cards = []
     for place in chosen:
         key = pairs.ids[place]
-        shots = [*_thumbnail(args.stage0_dir and args.stage0_dir / "thumbnails", key), *_thumbnail(args.evidence_dir, key)]
+        shots = [
+            *_thumbnail(args.stage0_dir and args.stage0_dir / "thumbnails", key),
+            *_thumbnail(args.evidence_dir, key),
+        ]
         badges = "".join(f'<span class="badge">{escape(kind)}</span>' for kind in dict.fromkeys(kinds.get(key, [])))
         badges = badges or '<span class="badge fine">no serious mistake</span>'
         rouge = f'<span class="quiet">ROUGE-L {scores.means["rouge_l"][place]:.3f}</span>'
         images = f'<div class="shots">{"".join(shots)}</div>' if shots else ""
         cards.append(
-            f'<article class="card case {"" if shots else "bare"}">{images}<div><div class="head"><h3>{escape(key)}</h3>{badges}{rouge}</div>'
+            f'<article class="card case {"" if shots else "bare"}">{images}<div><div class="head">'
+            f"<h3>{escape(key)}</h3>{badges}{rouge}</div>"
             f"{_texts(pairs.references[place], pairs.hypotheses[place])}</div></article>"
         )
-    legend = "<p>Gravest mistakes first. Words of the reference that are missing are <del>green</del>, words that it does not have <ins>red</ins>.</p>"
+    legend = (
+        "<p>Gravest mistakes first. Words of the reference that are missing are <del>green</del>, "
+        "words that it does not have <ins>red</ins>.</p>"
+    )
     return f'{legend}<div class="cases">{"".join(cards)}</div>'
 
 

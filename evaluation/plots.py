@@ -25,7 +25,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--runs", type=Path, nargs="+", default=[], help="run folders of training, with log.jsonl")
     parser.add_argument("--scores", type=Path, nargs="+", default=[], help="output folders of score.py")
-    parser.add_argument("--names", nargs="+", default=[], help="names of the results, by default those of their folders")
+    parser.add_argument(
+        "--names", nargs="+", default=[], help="names of the results, by default those of their folders"
+    )
     parser.add_argument("--metrics", nargs="+", default=METRICS, help="metrics compared")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder that receives the pictures")
     return parser.parse_args(argv)
@@ -41,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Data
     failures: list[str] = []
-    logs = {name: lines for name, path in zip(_names(args.runs), args.runs, strict=True) if (lines := _log(path, failures))}
+    logs = {
+        name: lines for name, path in zip(_names(args.runs), args.runs, strict=True) if (lines := _log(path, failures))
+    }
     names = args.names or _names(args.scores)
     results = {name: found for name, path in zip(names, args.scores, strict=True) if (found := _result(path, failures))}
 

@@ -12,8 +12,8 @@ from typing import Any
 class Reports:
     """Texts by id, the records they came from, and the ids of what was odd.
 
-    `problems` has, each a list of ids: `duplicates` (the first record of an id counts), `not_text` (None, a number, NaN,
-    a list: read as empty text) and `empty` (nothing but blanks).
+    `problems` has, each a list of ids: `duplicates` (the first record of an id counts), `not_text` (None, a number,
+    NaN, a list: read as empty text) and `empty` (nothing but blanks).
     """
 
     texts: dict[str, str]
@@ -24,8 +24,8 @@ class Reports:
 def read_reports(path: Path, part: str) -> Reports:
     """Read reports from JSON: `[{"id", "report"}]`, `{"id": "report"}`, `{"id": ["report"]}`, or R2Gen's parts.
 
-    `part` is the key taken of an R2Gen file. Raises FileNotFoundError, or ValueError naming the file, the record and what
-    would do; a record with an odd text is kept and counted.
+    `part` is the key taken of an R2Gen file. Raises FileNotFoundError, or ValueError naming the file, the record and
+    what would do; a record with an odd text is kept and counted.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")

@@ -1,7 +1,10 @@
 """The rows of a result: the predictions, and beside them every baseline, scored alike."""
 
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_all_start_methods, get_context
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,8 @@ from evaluation.mistakes import find_mistakes
 from evaluation.report_files import PairedReports, Reports, read_reports
 from evaluation.resampling import intervals, sums_by_patient
 from evaluation.text_metrics import PairScores, TextModels, score_pairs
+
+PAIRS_WORTH_A_PROCESS = 5000
 
 
 @dataclass
@@ -62,7 +67,7 @@ def score_rows(
     rows: Mapping[str, Row], pairs: PairedReports, models: TextModels, patients: Mapping[str, str], args: Namespace
 ) -> tuple[dict[str, Any], PairScores]:
     """Metrics of all rows in the form of metrics.json, and the predictions' scores pair by pair."""
-    scored = {name: score_pairs(row.hypotheses, row.references, models) for name, row in rows.items()}
+    scored = _score_all(rows, models)
     ours = scored["predictions"]
     metrics: dict[str, Any] = ours.corpus() | {"n": len(pairs.ids)}
     owners = [patients[key] for key in pairs.ids]
@@ -83,10 +88,33 @@ def score_rows(
     return metrics, ours
 
 
-def measure(pairs: PairedReports, models: TextModels) -> PairScores:
-    """Text metrics of each pair, and the share of reports without a serious mistake and with the right organ and diagnoses.
+def _score_all(rows: Mapping[str, Row], models: TextModels) -> dict[str, PairScores]:
+    """Score all rows; many pairs in several processes, a row each, unless a neural model is among the metrics."""
+    plain = models.encoder is None and models.entities is None
+    num_pairs = sum(len(row.references) for row in rows.values())
+    workers = min(os.cpu_count() or 1, len(rows))
+    if not plain or num_pairs < PAIRS_WORTH_A_PROCESS or workers < 2 or "fork" not in get_all_start_methods():
+        return {name: score_pairs(row.hypotheses, row.references, models) for name, row in rows.items()}
+    _forked.update(rows=rows, models=models)  # children inherit them, so that nothing is sent but the scores
+    try:
+        with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+            return dict(zip(rows, pool.map(_score_one, rows), strict=True))
+    finally:
+        _forked.clear()
 
-    These three are among the `means`: `no_serious_mistake`, `organ_right`, `diagnoses_right`.
+
+_forked: dict[str, Any] = {}
+
+
+def _score_one(name: str) -> PairScores:
+    row = _forked["rows"][name]
+    return score_pairs(row.hypotheses, row.references, _forked["models"])
+
+
+def measure(pairs: PairedReports, models: TextModels) -> PairScores:
+    """Text metrics of each pair, and whether it has no serious mistake, the right organ, the right diagnoses.
+
+    The last three are among the `means`: `no_serious_mistake`, `organ_right`, `diagnoses_right`.
     """
     scores = score_pairs(pairs.hypotheses, pairs.references, models)
     known = {text: parse_report(text) for text in {*pairs.hypotheses, *pairs.references}}
@@ -116,7 +144,7 @@ def _reg(ours: PairScores, pairs: PairedReports, models: TextModels) -> dict[str
 
 
 def verbatim_and_distinct(pairs: PairedReports, train: Reports | None) -> dict[str, Any]:
-    """How many different texts were written, and how many predictions and references are training texts, word for word."""
+    """How many different texts were written, and how many on either side are training texts word for word."""
     ours, theirs = ([" ".join(text.split()) for text in side] for side in (pairs.hypotheses, pairs.references))
     found: dict[str, Any] = {"distinct_predictions": len({*ours}), "distinct_references": len({*theirs})}
     if train is not None:

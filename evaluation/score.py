@@ -5,8 +5,8 @@ r"""Score predicted reports against reference reports, beside baselines that loo
 Writes to DIR: metrics.json (every figure), mistakes.json (clinically serious mistakes, the gravest first), cases.csv
 (metrics of each report), report.html (all of it to look at) and pictures. Prints a table.
 
-Files are `[{"id", "report"}]` (REG 2025), `{"id": "report"}` or `{"id": ["report"]}`; of an R2Gen file (`{"train": [...],
-"val": [...], "test": [...]}`) the test part is the references and the train part the training reports. Exit status: 0
+Files are `[{"id", "report"}]` (REG 2025), `{"id": "report"}` or `{"id": ["report"]}`; of an R2Gen file (`{"train": […],
+"val": […], "test": […]}`) the test part is the references and the train part the training reports. Exit status: 0
 all scored; 1 some predictions were missing or unusable (scored as empty text); 2 refused.
 """
 
@@ -39,10 +39,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         "--shuffled_predictions",
         type=Path,
         default=None,
-        help="JSON of reports that the model wrote from other slides' features; by default its predictions are exchanged",
+        help="JSON of reports that the model wrote from other slides' features; by default its predictions "
+        "are exchanged",
     )
     beside.add_argument("--group_pattern", default=None, help="regular expression that finds the patient in an id")
-    beside.add_argument("--num_resamples", type=NonNegativeInt, default=1000, help="bootstrap samples; 0 for no intervals")
+    beside.add_argument(
+        "--num_resamples", type=NonNegativeInt, default=1000, help="bootstrap samples; 0 for no intervals"
+    )
     beside.add_argument("--seed", type=NonNegativeInt, default=0, help="of resampling and shuffling")
     models = parser.add_argument_group("models of texts (none is downloaded)")
     models.add_argument("--entity_model", default=None, help="spaCy model for KEY, such as en_core_sci_lg, or a folder")
@@ -51,7 +54,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     survival = parser.add_argument_group("survival, where the references carry follow-up")
     survival.add_argument("--time_field", default="time", help="field of the references: time to event or censoring")
     survival.add_argument("--event_field", default="event", help="field of the references: 1 event, 0 censored")
-    survival.add_argument("--risks", type=Path, default=None, help="CSV or JSON of id and risk, as a survival head gives")
+    survival.add_argument(
+        "--risks", type=Path, default=None, help="CSV or JSON of id and risk, as a survival head gives"
+    )
     page = parser.add_argument_group("page")
     page.add_argument("--stage0_dir", type=Path, default=None, help="output of stage 0, whose thumbnails are shown")
     page.add_argument("--evidence_dir", type=Path, default=None, help="folder of <slide_id>.png or .jpg with evidence")
@@ -143,13 +148,17 @@ def print_results(metrics: dict[str, Any], clinical: Any) -> None:
         print(f"  {count:>6}  {kind}: {KINDS[kind]}")
     print()
     shuffled = metrics["shuffled_images"]
-    print(table({"predictions": metrics} | (metrics["baselines"] or ({"shuffled_images": shuffled} if shuffled else {}))))
+    print(
+        table({"predictions": metrics} | (metrics["baselines"] or ({"shuffled_images": shuffled} if shuffled else {})))
+    )
     print(f"{metrics['n']} references, METEOR: {metrics['meteor_variant']}")
     reg = metrics["reg"]
     if reg["reg_score"] is None:
         print(f"REG score {reg['reg_status']}")
     else:
-        print(f"REG score {reg['reg_score']:.4f}; the references themselves would get {reg['reg_ceiling']['ceiling']:.4f}")
+        print(
+            f"REG score {reg['reg_score']:.4f}; the references themselves would get {reg['reg_ceiling']['ceiling']:.4f}"
+        )
     if reg["reg_score"] is None:
         log(NO_TEXT_MODELS)
     if "baselines_missing_because" in metrics:

@@ -13,11 +13,21 @@ import numpy as np
 from evaluation.fields import ReportFields
 from evaluation.report_files import finite
 
-RISK_WORDS = {"very low": 0, "low": 1, "favorable": 1, "intermediate": 2, "moderate": 2, "high": 3, "poor": 3, "very high": 4}
+RISK_WORDS = {
+    "very low": 0,
+    "low": 1,
+    "favorable": 1,
+    "intermediate": 2,
+    "moderate": 2,
+    "high": 3,
+    "poor": 3,
+    "very high": 4,
+}
 _WORDS = "|".join(sorted(RISK_WORDS, key=len, reverse=True))
 _NUMERIC_RISK = re.compile(r"\brisk(?: score| index)?(?: is| of|\s*[:=])?\s*(-?\d+(?:\.\d+)?)(?![\d%]*\s*%)", re.I)
 _STATED_RISK = re.compile(
-    rf"\b({_WORDS})[- ]risk\b|\brisk(?: group| category| class)?(?: is|\s*[:=])?\s*({_WORDS})\b|prognosis\s*[:=]?\s*({_WORDS})\b",
+    rf"\b({_WORDS})[- ]risk\b|\brisk(?: group| category| class)?(?: is|\s*[:=])?\s*({_WORDS})\b"
+    rf"|prognosis\s*[:=]?\s*({_WORDS})\b",
     re.I,
 )
 # Grades that stand for a risk where a report states none, in the order in which they are looked for.
@@ -109,8 +119,14 @@ def choose_risks(
     """
     stated = {key: risk for key, text in zip(ids, texts, strict=True) if (risk := stated_risk(text)) is not None}
     graded = {key: risk for key, one in zip(ids, fields, strict=True) if (risk := graded_risk(one)) is not None}
-    sources = ((given or {}, "given with the predictions"), (stated, "stated in the reports"), (graded, "grade in the reports"))
-    return next((({key: risks[key] for key in ids if key in risks}, name) for risks, name in sources if risks), ({}, "none"))
+    sources = (
+        (given or {}, "given with the predictions"),
+        (stated, "stated in the reports"),
+        (graded, "grade in the reports"),
+    )
+    return next(
+        (({key: risks[key] for key in ids if key in risks}, name) for risks, name in sources if risks), ({}, "none")
+    )
 
 
 def groups_of(risks: Sequence[float]) -> list[str]:

@@ -60,17 +60,20 @@ def test_reg_sample_labeled_by_hand(reg_reports: dict[str, str]) -> None:
 
 RUNNING_TEXT = [
     (
-        "Core biopsy of the left breast showing invasive ductal carcinoma, Nottingham grade 2 (tubule formation 3, nuclear "
+        "Core biopsy of the left breast showing invasive ductal carcinoma, Nottingham grade 2 (tubule "
+        "formation 3, nuclear "
         "pleomorphism 2, mitotic count 1; total score 6/9). No lymphovascular invasion is seen.",
         {"organ": "breast", "diagnoses": ("invasive carcinoma of no special type",), "nottingham_grade": 2}
         | {"nottingham_total": 6, "nottingham_tubules": 3, "nottingham_nuclei": 2, "nottingham_mitoses": 1},
     ),
     (
-        "Prostate needle biopsy: prostatic adenocarcinoma, Gleason score 4+3=7 (Grade Group 3), involving 40% of the tissue.",
+        "Prostate needle biopsy: prostatic adenocarcinoma, Gleason score 4+3=7 (Grade Group 3), involving "
+        "40% of the tissue.",
         {"procedure": "needle biopsy", "gleason_score": 7, "gleason_primary": 4, "grade_group": 3, "tumor_volume": 40},
     ),
     (
-        "The transurethral resection of the bladder shows high-grade papillary urothelial carcinoma invading the lamina "
+        "The transurethral resection of the bladder shows high-grade papillary urothelial carcinoma "
+        "invading the lamina "
         "propria. Muscularis propria is present and not involved.",
         {"organ": "urinary bladder", "who_grade": "high", "muscle_proper": "present"}
         | {"invasion_depth": "subepithelial connective tissue", "behavior": "malignant"},
@@ -80,7 +83,8 @@ RUNNING_TEXT = [
         {"organ": "prostate", "no_tumor": True, "behavior": "no neoplasm"},
     ),
     (
-        "Endoscopic biopsies of the stomach show a moderately to poorly differentiated adenocarcinoma. There is no evidence "
+        "Endoscopic biopsies of the stomach show a moderately to poorly differentiated adenocarcinoma. "
+        "There is no evidence "
         "of lymphoma.",
         {"diagnoses": ("adenocarcinoma",), "differentiation": "poor", "procedure": "endoscopic biopsy"},
     ),
@@ -93,7 +97,8 @@ RUNNING_TEXT = [
         {"tumor_volume": 70, "gleason_pattern_4": 20, "gleason_score": 7, "grade_group": 2},
     ),
     (
-        "Ductal carcinoma in situ, solid type, high nuclear grade with comedo necrosis. No invasive carcinoma is identified.",
+        "Ductal carcinoma in situ, solid type, high nuclear grade with comedo necrosis. No invasive "
+        "carcinoma is identified.",
         {"diagnoses": ("ductal carcinoma in situ",), "behavior": "in situ", "nuclear_grade": "high"}
         | {"necrosis": "comedo", "growth_pattern": ("solid",)},
     ),
@@ -110,8 +115,10 @@ def test_running_text(report: str, expected: dict) -> None:
 
 def test_several_findings_and_features() -> None:
     report = (
-        "Urinary bladder, transurethral resection;\n  1. Invasive urothelial carcinoma, with \n     1) involvement of muscle "
-        "proper\n     2) squamous differentiation\n  2. Urothelial carcinoma in situ\n\nNote) The specimen includes muscle proper."
+        "Urinary bladder, transurethral resection;\n  1. Invasive urothelial carcinoma, with \n     1) "
+        "involvement of muscle "
+        "proper\n     2) squamous differentiation\n  2. Urothelial carcinoma in situ\n\nNote) The specimen "
+        "includes muscle proper."
     )
     fields = parse_report(report)
     assert fields.diagnoses == ("invasive urothelial carcinoma", "urothelial carcinoma in situ")
@@ -171,7 +178,10 @@ def test_grade_groups_of_epstein() -> None:
     assert group_of(7, None) is None and group_of(12, 6) is None
 
 
-WORDS = "Lung Breast , ; 1. 2) - : biopsy No tumor carcinoma grade II Gleason 3 + 4 % ( ) volume 90 \n Note) muscle with of in situ"
+WORDS = (
+    "Lung Breast , ; 1. 2) - : biopsy No tumor carcinoma grade II Gleason 3 + 4 % ( ) volume 90 \n "
+    "Note) muscle with of in situ"
+)
 
 
 @given(st.one_of(st.text(max_size=120), st.lists(st.sampled_from(WORDS.split(" ")), max_size=30).map(" ".join)))

@@ -89,11 +89,13 @@ def test_field_scores_count_silence_and_invention() -> None:
         ("Colon, biopsy;\n  Adenocarcinoma", "Lung, biopsy;\n  Adenocarcinoma", ["wrong organ"]),
         ("Breast, biopsy;\n  Ductal carcinoma in situ", "Breast, biopsy;\n  Invasive lobular carcinoma",
          ["in situ or invasive"]),
-        ("Colon, biopsy;\n  Adenocarcinoma, well differentiated", "Colon, biopsy;\n  Adenocarcinoma, poorly differentiated",
+        ("Colon, biopsy;\n  Adenocarcinoma, well differentiated", "Colon, biopsy;\n  Adenocarcinoma, poorly "
+            "differentiated",
          ["grade off by two"]),
         ("Colon, biopsy;\n  Adenocarcinoma, well differentiated",
          "Colon, biopsy;\n  Adenocarcinoma, moderately differentiated", []),
-        ("Colon, biopsy;\n  Adenocarcinoma, well differentiated", "Colon, biopsy;\n  Adenocarcinoma", ["grade left out"]),
+        ("Colon, biopsy;\n  Adenocarcinoma, well "
+            "differentiated", "Colon, biopsy;\n  Adenocarcinoma", ["grade left out"]),
         ("Lung, biopsy;\n  Adenocarcinoma", "Lung, biopsy;\n  Small cell carcinoma", ["wrong tumor type"]),
         ("Lung, biopsy;\n  Adenocarcinoma", " ", ["no report"]),
         ("Colon, biopsy;\n  Tubular adenoma with low grade dysplasia", "Colon, biopsy;\n  Chronic active colitis", []),
@@ -112,7 +114,10 @@ def test_contradictions() -> None:
         "Gleason 8 is grade group 4, not 2",
         "tumor volume of 140 %",
     ]
-    breast = "Breast, biopsy;\n  Invasive carcinoma of no special type, grade I (Tubule formation: 3, Nuclear grade: 3, Mitoses: 3)"
+    breast = (
+        "Breast, biopsy;\n  Invasive carcinoma of no special type, grade I (Tubule formation: 3, "
+        "Nuclear grade: 3, Mitoses: 3)"
+    )
     assert contradictions(parse_report(breast)) == ["3+3+3 is not Nottingham grade 1"]
 
 
@@ -151,7 +156,8 @@ def test_survival_against_plain_definitions() -> None:
         members = [follow_up[key] for key in keys if risks[key] == value]
         sides.append(
             CensoredData(
-                uncensored=[one.time for one in members if one.event], right=[one.time for one in members if not one.event]
+                uncensored=[one.time for one in members if one.event],
+                right=[one.time for one in members if not one.event],
             )
         )
     assert scores["log_rank_p"] == pytest.approx(logrank(*sides).pvalue, rel=1e-6)

@@ -211,7 +211,10 @@ def test_the_page_is_self_contained_and_escapes(tmp_path: Path) -> None:
 def test_differences_are_marked_word_by_word() -> None:
     left, right = marked_differences("no tumor\n  in <lung>", "no carcinoma in <lung>")
     assert left == "no <del>tumor</del>\n  in &lt;lung&gt;" and right == "no <ins>carcinoma</ins> in &lt;lung&gt;"
-    assert marked_differences("same", "same") == ("same", "same") and marked_differences("a", "") == ("<del>a</del>", "")
+    assert marked_differences("same", "same") == ("same", "same") and marked_differences("a", "") == (
+        "<del>a</del>",
+        "",
+    )
 
 
 def test_reg_baselines_on_a_patient_split(tmp_path: Path) -> None:
@@ -244,7 +247,9 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(out.read_text())
     row = result["metrics"]["exact_match"]
     assert status == 1 and result["problems"]["a"]["missing_predictions"] == 1 and result["n"] == 24
-    assert row["a"] == 11 / 24 and row["b"] == 21 / 24 and row["low"] < row["difference"] < row["high"] and row["low"] > 0
+    assert (
+        row["a"] == 11 / 24 and row["b"] == 21 / 24 and row["low"] < row["difference"] < row["high"] and row["low"] > 0
+    )
     assert row["p"] < 0.02 <= row["p_holm"] * 20 and row["superiority"] == pytest.approx((10 + 14 / 2) / 24)
     assert "no_serious_mistake" in capsys.readouterr().out
     assert compare.main([str(paths["better"]), str(paths["better"]), *flags]) == 0
@@ -264,7 +269,13 @@ def test_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / name).mkdir()
         run_score(tmp_path / name, REFERENCES, REFERENCES, TRAIN)
     runs = [str(tmp_path / "runs" / name / "stage1") for name in ("one", "two")]
-    flags = ["--scores", str(tmp_path / "one" / "out"), str(tmp_path / "two" / "out"), "--output_dir", str(tmp_path / "p")]
+    flags = [
+        "--scores",
+        str(tmp_path / "one" / "out"),
+        str(tmp_path / "two" / "out"),
+        "--output_dir",
+        str(tmp_path / "p"),
+    ]
     assert plots.main(["--runs", *runs, *flags, "--names", "uni", "virchow"]) == 0
     for name in ("curves", "comparison", "distributions"):
         assert (tmp_path / "p" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"

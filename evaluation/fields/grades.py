@@ -25,14 +25,18 @@ _GLEASON = re.compile(
     re.I,
 )
 _GRADE_GROUP = re.compile(
-    r"(?:grade group|isup(?: grade)?(?: group)?|who grade group|prognostic grade group)(?: is| of|:)?\s*(i{1,3}v?|iv|v|[1-5])\b",
+    r"(?:grade group|isup(?: grade)?(?: group)?|who grade group|prognostic grade group)(?: is| of"
+    r"|:)?\s*(i{1,3}v?|iv|v|[1-5])\b",
     re.I,
 )
 _GROUP_NUMBERS = {"i": 1, "ii": 2, "iii": 3, "iv": 4, "v": 5} | {str(number): number for number in range(1, 6)}
 _VOLUME = [
-    re.compile(rf"(?:tumor|carcinoma|cancer)\s*(?:volume|percentage|content|proportion|burden|extent){_ABOUT}{_NUMBER}\s*%", re.I),
-    re.compile(rf"(?:involv\w+|occup\w+|compris\w+){_ABOUT}{_NUMBER}\s*%\s*of\s*(?:the )?(?:\w+ )?(?:tissue|core|cores|specimen|biopsy)", re.I),
-    re.compile(rf"{_NUMBER}\s*%\s*(?:of\s*(?:the )?(?:\w+ )?(?:tissue|core|cores|specimen|biopsy)\s*(?:is |are )?involved|tumor)", re.I),
+    re.compile(rf"(?:tumor|carcinoma|cancer)\s*(?:volume|percentage|content|proportion|burden"
+        rf"|extent){_ABOUT}{_NUMBER}\s*%", re.I),
+    re.compile(rf"(?:involv\w+|occup\w+|compris\w+){_ABOUT}{_NUMBER}\s*%\s*of\s*(?:the )?(?:\w+ )?(?:tissue"
+        rf"|core|cores|specimen|biopsy)", re.I),
+    re.compile(rf"{_NUMBER}\s*%\s*(?:of\s*(?:the )?(?:\w+ )?(?:tissue|core|cores|specimen|biopsy)\s*(?:is "
+        rf"|are )?involved|tumor)", re.I),
 ]  # fmt: skip
 _PATTERN_4 = re.compile(rf"pattern\s*4{_ABOUT}{_NUMBER}\s*%|{_NUMBER}\s*%\s*(?:gleason )?pattern\s*4", re.I)
 _PATTERN_5 = re.compile(rf"pattern\s*5{_ABOUT}{_NUMBER}\s*%|{_NUMBER}\s*%\s*(?:gleason )?pattern\s*5", re.I)
@@ -53,7 +57,8 @@ _NUCLEAR_GRADE = re.compile(
 )
 _GROWTH_PATTERN = re.compile(
     r"\btype\s*:\s*([\w, /]+?)(?=\s*(?:-|nuclear grade|necrosis|$|\n|\d+\.|[.;]))"
-    r"|\b((?:cribriform|solid|micropapillary|papillary|flat|comedo)(?:(?:, | and |/)(?:cribriform|solid|micropapillary|papillary))*) type\b",
+    r"|\b((?:cribriform|solid|micropapillary|papillary|flat|comedo)(?:(?:, | and |/)(?:cribriform|solid"
+    r"|micropapillary|papillary))*) type\b",
     re.I,
 )
 _NECROSIS = re.compile(
@@ -72,7 +77,8 @@ _DEPTHS = {
 }
 _INVASION = {
     depth: re.compile(
-        rf"(?:involvement of|involving|inva(?:sion|des?|ding)|infiltrat\w+|extend\w*|extension)\s*(?:of |into |to |in )*(?:the )?"
+        rf"(?:involvement of|involving|inva(?:sion|des?|ding)|infiltrat\w+|extend\w*|extension)\s*(?:of "
+        rf"|into |to |in )*(?:the )?"
         rf"(?:superficial |deep )?(?:{words})|(?:{words})\s+(?:invasion|involvement)",
         re.I,
     )

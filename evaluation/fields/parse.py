@@ -157,7 +157,7 @@ def _name(finding: str) -> str:
 
 
 def _named_in_running_text(text: str) -> list[tuple[str, str]]:
-    """(diagnosis, its sentence) of running text; what is denied is left out, "no tumor" is found where all is denied."""
+    """(diagnosis, its sentence) of running text; without what is denied; "no tumor" where all of it is."""
     found: dict[str, str] = {}
     denied = False
     for sentence in re.split(r"(?<=[a-z)%])[.;]\s|\n|;", text):

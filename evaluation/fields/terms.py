@@ -82,7 +82,8 @@ PROCEDURE_STEM = re.compile(
 
 NO_TUMOR = re.compile(
     r"\b(?:no (?:definite |residual |viable )?(?:evidence of |sign of )?(?:residual |viable |invasive )?"
-    r"(?:tumor|malignan\w+|carcinoma|cancer|neoplas\w+)|negative for (?:\w+ ){0,2}(?:tumor|malignan\w+|carcinoma|neoplas\w+)"
+    r"(?:tumor|malignan\w+|carcinoma|cancer|neoplas\w+)|negative for (?:\w+ ){0,2}(?:tumor|malignan\w+"
+    r"|carcinoma|neoplas\w+)"
     r"|free of (?:tumor|carcinoma|malignan\w+)|benign (?:prostatic |breast |glandular )?(?:tissue|glands))\b",
     re.IGNORECASE,
 )
@@ -143,7 +144,8 @@ _BEHAVIOR_RULES = [
     (
         NO_NEOPLASM,
         r"inflamm|itis\b|change|metaplasia|hyperplasia|fibrosis|polyp|necrosis|calcification|ectasia|adenosis|amyloid"
-        r"|reaction|ulcer|erosion|normal|unremarkable|infection|granulom|columnar cell|aggregate|fungal|atypia|cyst\b|abscess",
+        r"|reaction|ulcer|erosion|normal|unremarkable|infection|granulom|columnar cell|aggregate|fungal"
+        r"|atypia|cyst\b|abscess",
     ),
 ]
 _BEHAVIOR_RULES = [(behavior, re.compile(rule, re.IGNORECASE)) for behavior, rule in _BEHAVIOR_RULES]
@@ -151,7 +153,8 @@ _BEHAVIOR_RULES = [(behavior, re.compile(rule, re.IGNORECASE)) for behavior, rul
 # What a sentence of running text is searched for; the longest match counts.
 _STEM = (
     r"carcinoma in situ|adenocarcinoma in situ|carcinoma of no special type|carcinoma|adenocarcinoma|sarcoma|\w*sarcoma"
-    r"|lymphoma|melanoma|\w*adenoma|papilloma|leiomyoma|hamartoma|mesothelioma|seminoma|neuroendocrine tumor|carcinoid tumor"
+    r"|lymphoma|melanoma|\w*adenoma|papilloma|leiomyoma|hamartoma|mesothelioma|seminoma|neuroendocrine tumor"
+    r"|carcinoid tumor"
     r"|stromal tumor|phyllodes tumor|fibroepithelial tumor|intraepithelial (?:lesion|neoplasia)|papillary neoplasm"
     r"|gastritis|colitis|cervicitis|prostatitis|cystitis|mastitis|pneumonia|granulomatous inflammation"
     r"|inflammation|hyperplasia|metaplasia|fibrocystic changes?|duct ectasia|adenosis|\w+ polyp|fat necrosis"
@@ -161,8 +164,10 @@ DIAGNOSIS_STEM = re.compile(rf"\b(?:{_STEM})\b", re.IGNORECASE)
 WORDS_BEFORE = re.compile(r"(?:[a-z][\w-]*[ ]){1,4}$", re.IGNORECASE)
 # Words before a diagnosis in running text that are no part of its name.
 NOT_OF_THE_NAME = re.compile(
-    r"^.*\b(?:show(?:s|ing)?|reveal(?:s|ed)?|demonstrat\w+|with|of|is|are|a|an|the|and|consistent|diagnosis|tissue|by|in(?! situ)|for"
-    r"|contains?|including|from|foci|focus|has|arising|background|favor|sections?|biops(?:y|ies)|cores?|differentiated|grade [0-9i]+)\s+(?=\S)",
+    r"^.*\b(?:show(?:s|ing)?|reveal(?:s|ed)?|demonstrat\w+|with|of|is|are|a|an|the|and|consistent|diagnosis"
+    r"|tissue|by|in(?! situ)|for"
+    r"|contains?|including|from|foci|focus|has|arising|background|favor|sections?|biops(?:y|ies)|cores?"
+    r"|differentiated|grade [0-9i]+)\s+(?=\S)",
     re.IGNORECASE,
 )
 
@@ -187,7 +192,7 @@ def is_organ(name: str) -> bool:
 def behavior_of(diagnosis: str, *, dysplasia: str | None = None) -> str | None:
     """Behavior of a diagnosis, one of BEHAVIORS, or None where no rule knows it.
 
-    `dysplasia` is "low" or "high"; high-grade dysplasia of a benign neoplasm is in situ (ICD-O-3.2, for example 8211/2).
+    `dysplasia` is "low" or "high"; high-grade dysplasia of a benign neoplasm is in situ (as 8211/2 of ICD-O-3.2).
     """
     for behavior, rule in _BEHAVIOR_RULES:
         if rule.search(diagnosis):

@@ -1,4 +1,4 @@
-"""Embeddings of texts by a transformers model given by name or folder, for embedding_cosine, bert_score and REG's EMB."""
+"""Embeddings of texts by a transformers model given by name or folder: embedding cosine, BERTScore, REG's EMB."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

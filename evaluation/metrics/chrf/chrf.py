@@ -10,7 +10,10 @@ import evaluate
 from evaluation.metrics.chrf.formula import chrf
 from evaluation.metrics.face import text_pairs_info
 
-CITATION = "@inproceedings{popovic2015chrf, title={{chrF}: character n-gram {F}-score for automatic {MT} evaluation}, year={2015}}"
+CITATION = (
+    "@inproceedings{popovic2015chrf, title={{chrF}: character n-gram {F}-score for automatic {MT} "
+    "evaluation}, year={2015}}"
+)
 
 
 class Chrf(evaluate.Metric):

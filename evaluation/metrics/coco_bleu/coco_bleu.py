@@ -10,7 +10,10 @@ import evaluate
 from evaluation.metrics.coco_bleu.formula import coco_bleu
 from evaluation.metrics.face import text_pairs_info
 
-CITATION = "@inproceedings{papineni2002bleu, title={{BLEU}: a method for automatic evaluation of machine translation}, booktitle={ACL}, year={2002}}"
+CITATION = (
+    "@inproceedings{papineni2002bleu, title={{BLEU}: a method for automatic evaluation of machine "
+    "translation}, booktitle={ACL}, year={2002}}"
+)
 
 
 class CocoBleu(evaluate.Metric):

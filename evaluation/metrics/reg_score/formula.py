@@ -130,5 +130,6 @@ def load_entities(model: str = ENTITY_MODEL) -> Entities:
         return spacy_entities(spacy.load(model))
     except OSError:
         raise ValueError(
-            f"--entity_model {model}: no such spaCy model; install it (scispaCy's releases have {ENTITY_MODEL}) or give its folder"
+            f"--entity_model {model}: no such spaCy model; install it (scispaCy's releases "
+            f"have {ENTITY_MODEL}) or give its folder"
         ) from None
