@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.forked_commands import can_fork, run_forked
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -136,9 +138,15 @@ def heed_interrupts() -> None:
 
 
 def run_command(*arguments: object, processes: int | None = None, status: int = 0) -> subprocess.CompletedProcess:
-    """Run a script from the repository root and check its exit status."""
-    done = subprocess.run(
-        command(*arguments, processes=processes), cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
+    """Run a script from the repository root and check its exit status.
+
+    Without a launcher it is a fork of a process that has the libraries already, where the environment allows it.
+    """
+    if processes is None and can_fork():
+        done = run_forked([str(argument) for argument in arguments], environment())
+    else:
+        done = subprocess.run(
+            command(*arguments, processes=processes), cwd=ROOT, env=environment(), capture_output=True, text=True
+        )
     assert done.returncode == status, f"{arguments[0]} left with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done
