@@ -8,7 +8,7 @@ import numpy as np
 from jsonargparse import Namespace
 
 from evaluation.field_scores import accuracy_intervals, field_hits, score_fields
-from evaluation.fields import ReportFields, parse_report
+from evaluation.fields import ReportFields, parse_all
 from evaluation.mistakes import Mistake, count_mistakes, find_mistakes
 from evaluation.report_files import PairedReports, Reports, finite
 from evaluation.survival import FollowUp, choose_risks, read_follow_up, read_risks, survival_scores
@@ -39,7 +39,7 @@ def score_clinically(
     args: Namespace,
 ) -> Clinical:
     """Parse both sides and compare them."""
-    known = {text: parse_report(text) for text in {*pairs.hypotheses, *pairs.references}}
+    known = parse_all([*pairs.hypotheses, *pairs.references])
     predicted = [known[text] for text in pairs.hypotheses]
     expected = [known[text] for text in pairs.references]
     mistakes = find_mistakes(pairs.ids, pairs.hypotheses, predicted, expected)

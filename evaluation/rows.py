@@ -1,10 +1,7 @@
 """The rows of a result: the predictions, and beside them every baseline, scored alike."""
 
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_all_start_methods, get_context
 from typing import Any
 
 import numpy as np
@@ -12,15 +9,16 @@ from jsonargparse import Namespace
 
 from evaluation.baselines import constant_report, organ_modal_guesses, retrieval_guesses, shuffled_guesses
 from evaluation.field_scores import value_of
-from evaluation.fields import parse_report
+from evaluation.fields import parse_all
 from evaluation.metrics.meteor.formula import WITH_SYNONYMS, WITHOUT_SYNONYMS
 from evaluation.metrics.reg_score.formula import WEIGHTS, reg_score, reg_status
 from evaluation.mistakes import find_mistakes
+from evaluation.parallel import map_in_processes, slices
 from evaluation.report_files import PairedReports, Reports, read_reports
 from evaluation.resampling import intervals, sums_by_patient
-from evaluation.text_metrics import PairScores, TextModels, score_pairs
+from evaluation.text_metrics import PairScores, TextModels, joined, score_pairs
 
-PAIRS_WORTH_A_PROCESS = 5000
+PAIRS_AT_A_TIME = 1250
 
 
 @dataclass
@@ -89,26 +87,20 @@ def score_rows(
 
 
 def _score_all(rows: Mapping[str, Row], models: TextModels) -> dict[str, PairScores]:
-    """Score all rows; many pairs in several processes, a row each, unless a neural model is among the metrics."""
+    """Score all rows, in slices so that processes share the work evenly and memory stays flat."""
+    tasks = [(name, part) for name, row in rows.items() for part in slices(len(row.references), PAIRS_AT_A_TIME)]
     plain = models.encoder is None and models.entities is None
-    num_pairs = sum(len(row.references) for row in rows.values())
-    workers = min(os.cpu_count() or 1, len(rows))
-    if not plain or num_pairs < PAIRS_WORTH_A_PROCESS or workers < 2 or "fork" not in get_all_start_methods():
-        return {name: score_pairs(row.hypotheses, row.references, models) for name, row in rows.items()}
-    _forked.update(rows=rows, models=models)  # children inherit them, so that nothing is sent but the scores
-    try:
-        with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-            return dict(zip(rows, pool.map(_score_one, rows), strict=True))
-    finally:
-        _forked.clear()
+    scores = map_in_processes(_score_slice, (rows, models), tasks, plain=plain)
+    parts: dict[str, list[PairScores]] = {}
+    for (name, _), score in zip(tasks, scores, strict=True):
+        parts.setdefault(name, []).append(score)
+    return {name: joined(scored) for name, scored in parts.items()}
 
 
-_forked: dict[str, Any] = {}
-
-
-def _score_one(name: str) -> PairScores:
-    row = _forked["rows"][name]
-    return score_pairs(row.hypotheses, row.references, _forked["models"])
+def _score_slice(shared: tuple[Mapping[str, Row], TextModels], task: tuple[str, slice]) -> PairScores:
+    rows, models = shared
+    row, part = rows[task[0]], task[1]
+    return score_pairs(row.hypotheses[part], row.references[part], models, corpus=row.references)
 
 
 def measure(pairs: PairedReports, models: TextModels) -> PairScores:
@@ -117,7 +109,7 @@ def measure(pairs: PairedReports, models: TextModels) -> PairScores:
     The last three are among the `means`: `no_serious_mistake`, `organ_right`, `diagnoses_right`.
     """
     scores = score_pairs(pairs.hypotheses, pairs.references, models)
-    known = {text: parse_report(text) for text in {*pairs.hypotheses, *pairs.references}}
+    known = parse_all([*pairs.hypotheses, *pairs.references])
     predicted = [known[text] for text in pairs.hypotheses]
     expected = [known[text] for text in pairs.references]
     wrong = {mistake.id for mistake in find_mistakes(pairs.ids, pairs.hypotheses, predicted, expected)}

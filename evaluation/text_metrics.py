@@ -65,8 +65,21 @@ class PairScores:
         return {name: float(score) for name, score in self.scores_of(self.stacked().sum(axis=0)).items()}
 
 
-def score_pairs(hypotheses: Sequence[str], references: Sequence[str], models: TextModels) -> PairScores:
-    """Score each pair; equal pairs are computed once. An empty prediction scores 0 (empty references: as defined)."""
+def joined(parts: Sequence[PairScores]) -> PairScores:
+    """Scores of slices of the pairs, one after the other."""
+    return PairScores(
+        means={name: np.concatenate([part.means[name] for part in parts]) for name in parts[0].means},
+        counts={name: np.concatenate([part.counts[name] for part in parts]) for name in parts[0].counts},
+    )
+
+
+def score_pairs(
+    hypotheses: Sequence[str], references: Sequence[str], models: TextModels, corpus: Sequence[str] | None = None
+) -> PairScores:
+    """Score each pair; equal pairs are computed once. An empty prediction scores 0 (empty references: as defined).
+
+    `corpus` is all references where these are a part of them; CIDEr-D takes its document frequencies from there.
+    """
     pairs = list(zip(hypotheses, references, strict=True))
     places = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
     distinct_hypotheses, distinct_references = (list(side) for side in zip(*places, strict=True))
@@ -77,7 +90,7 @@ def score_pairs(hypotheses: Sequence[str], references: Sequence[str], models: Te
         "rouge_l": np.array([rouge_l_pair(*pair) for pair in places]),
         **{name: rouges[:, i] for i, name in enumerate(rouge.NAMES)},
         "meteor": np.array(meteor_pairs(*distinct, models.wordnet)),
-        "cider_d": cider_pairs(*distinct, corpus=references),
+        "cider_d": cider_pairs(*distinct, corpus=references if corpus is None else corpus),
         "levenshtein_ratio": levenshtein_pairs(*distinct),
     }
     if models.encoder is not None:

@@ -164,3 +164,19 @@ def test_survival_against_plain_definitions() -> None:
     assert sum(group["n"] for group in scores["groups"].values()) == 60
     nothing = survival_scores({"a": FollowUp(3, False)}, {"a": 1.0}, "a test")
     assert nothing["concordance_index"] is None and nothing["log_rank_p"] is None
+
+
+def test_processes_and_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from evaluation import rows
+    from evaluation.fields import parse as parsing
+    from evaluation.fields import parse_all
+    from evaluation.text_metrics import TextModels, score_pairs
+
+    texts = [f"Lung, biopsy;\n  {i}. Adenocarcinoma, tumor volume: {i}%" for i in range(23)]
+    guesses = texts[5:] + texts[:5]
+    whole = score_pairs(guesses, texts, TextModels()).corpus()
+    monkeypatch.setattr(rows, "PAIRS_AT_A_TIME", 7)
+    monkeypatch.setattr(parsing, "TEXTS_AT_A_TIME", 5)
+    sliced = rows._score_all({"predictions": rows.Row(guesses, texts, {})}, TextModels())["predictions"].corpus()
+    assert sliced == pytest.approx(whole, abs=1e-12)
+    assert parse_all([*texts, *texts]) == {text: parse_report(text) for text in texts}

@@ -1,6 +1,7 @@
 """From the text of a report to its fields."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from evaluation.fields import grades
@@ -19,8 +20,10 @@ from evaluation.fields.terms import (
     is_organ,
     mend,
 )
+from evaluation.parallel import map_in_processes, slices
 
 NO_TUMOR_NAME = "no tumor"
+TEXTS_AT_A_TIME = 2500
 
 
 @dataclass
@@ -124,6 +127,17 @@ def parse_report(report: str) -> ReportFields:
     result.no_tumor = denied and result.behavior in (None, BEHAVIORS[0])
     result.features = tuple(sorted({feature for finding in findings for feature in _features(finding)} - {""}))
     return result
+
+
+def parse_all(reports: Sequence[str]) -> dict[str, ReportFields]:
+    """Fields of each distinct report, in several processes where there are many."""
+    texts = list(dict.fromkeys(reports))
+    parts = map_in_processes(_parse_slice, texts, slices(len(texts), TEXTS_AT_A_TIME))
+    return dict(zip(texts, (fields for part in parts for fields in part), strict=True))
+
+
+def _parse_slice(texts: list[str], part: slice) -> list[ReportFields]:
+    return [parse_report(text) for text in texts[part]]
 
 
 def _split_heading(text: str) -> tuple[tuple[str, str], str] | tuple[None, str]:
