@@ -14,7 +14,7 @@ def map_in_processes(
 ) -> list[Any]:
     """`[work(shared, task) for task in tasks]` in as many forked processes as there are cores.
 
-    Children inherit `shared`, so only tasks and results are sent. One task, one core, `plain` False (something that does
+    Children inherit `shared`, so only tasks and results are sent. One task, one core, `plain` False (something that may
     not survive a fork, such as a neural model) or a system without fork: done here, one after the other.
     """
     workers = min(os.cpu_count() or 1, len(tasks))
