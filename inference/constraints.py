@@ -1,6 +1,6 @@
 """What answers may be: the texts of an annotation file, or a grammar; and the nearest text of a file.
 
-The grammar is llguidance's (https://github.com/guidance-ai/llguidance), an optional package, as is rapidfuzz.
+The grammar is llguidance's (https://github.com/guidance-ai/llguidance), an optional package.
 """
 
 import math
@@ -129,14 +129,8 @@ class _GrammarProcessor(LogitsProcessor):
 
 
 def nearest(text: str, texts: list[str]) -> tuple[str, float]:
-    """The text with the fewest edits (rapidfuzz's normalised Indel similarity), and the similarity, 0 to 1.
+    """The text with the fewest edits (rapidfuzz's normalised Indel similarity), and the similarity, 0 to 1."""
+    from rapidfuzz import fuzz, process
 
-    Raises:
-        ValueError: rapidfuzz is missing.
-    """
-    try:
-        from rapidfuzz import fuzz, process
-    except ImportError as error:
-        raise ValueError("--snap_to needs rapidfuzz: pip install 'slidescribe[constraints]'") from error
     found, similarity, _ = process.extractOne(text, texts, scorer=fuzz.ratio)
     return found, similarity / 100

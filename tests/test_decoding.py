@@ -361,6 +361,5 @@ def test_broken_grammar_is_refused_in_one_line(tmp_path):
 
 
 def test_nearest_text_has_the_fewest_edits():
-    pytest.importorskip("rapidfuzz")
     assert nearest("Stomach, biopsy; Chronic gastritis", REPORTS)[0] == REPORTS[2]
     assert nearest(REPORTS[1], REPORTS) == (REPORTS[1], 1.0)

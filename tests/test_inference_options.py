@@ -92,7 +92,6 @@ def test_chat_remembers_what_was_said(run_here, model, features):
 
 
 def test_allowed_reports_and_snapping(run_here, corpus, model, features):
-    pytest.importorskip("rapidfuzz")
     flags = ["--model", model, "--features", features, "--num_beams", 2]
     limited = run_here("generate", *flags, "--max_new_tokens", 80, "--allowed_reports", corpus.reports)
     assert limited.stdout.strip("\n") in REPORTS
