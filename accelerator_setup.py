@@ -1,18 +1,8 @@
-"""The Accelerator of a training run, its seeds, trackers and state, and the checkpoints to resume it exactly.
-
-A run folder::
-
-    run.json              command, versions, git revision
-    log.jsonl, curves.png see run_log.py
-    checkpoints/step_<n>/ what resumes the run; a folder of that name is always whole
-    best_model/           result with the lowest validation loss
-    final_model/          result after the last step
-"""
+"""The Accelerator of a training run, its flags and seeds, its optimizer's groups, and ``run.json``."""
 
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -24,16 +14,9 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration, parse_flag_from_env, set_seed
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from safetensors.torch import load_file, save_file
 
 # Processes wait for the slowest of them, which may be writing a large model; torch's default is 10 to 30 minutes.
 LONGEST_WAIT = timedelta(days=30)
-# Flags that may differ when a run is resumed; all others decide what it learns.
-FREE_ON_RESUME = {"output_dir", "resume_from_checkpoint", "overwrite", "save_steps", "keep_checkpoints", "num_workers"}
-FREE_ON_RESUME |= {"wandb_project", "tensorboard", "gradient_checkpointing"}
-# Places that may have moved; what lies there is compared by its content.
-FREE_ON_RESUME |= {"train_json", "val_json", "features_dir", "image_root", "llm_name", "vision_model_name"}
-FREE_ON_RESUME |= {"stage1_projector_path"}
 
 
 def add_run_arguments(parser) -> None:
@@ -43,9 +26,9 @@ def add_run_arguments(parser) -> None:
     group.add_argument("--seed", type=int, default=0, help="of weights, order of records and choice of patches")
     group.add_argument(
         "--mixed_precision",
-        choices=["no", "bf16"],
+        choices=["no", "bf16", "fp16"],
         default=None,
-        help="precision of activations and of a frozen LLM; default: that of `accelerate config`",
+        help="precision of activations and of a frozen LLM, fp16 is refused; default: that of `accelerate config`",
     )
     group.add_argument(
         "--save_steps", type=int, default=500, help="steps between checkpoints; each epoch's end is one too"
@@ -81,15 +64,44 @@ def add_optimizer_arguments(parser, *, learning_rate: float, num_epochs: int) ->
     )
     group.add_argument(
         "--lr_scheduler_type",
-        choices=["cosine", "constant_with_warmup", "linear"],
+        choices=["cosine", "cosine_with_restarts", "constant_with_warmup", "linear"],
         default="cosine",
         help="after the warm-up",
+    )
+    group.add_argument(
+        "--lr_num_cycles", type=PositiveInt, default=1, help="times that cosine_with_restarts falls from the peak to 0"
+    )
+    group.add_argument(
+        "--label_smoothing", type=ClosedUnitInterval, default=0.0, help="of the training loss; validation has none"
+    )
+    group.add_argument(
+        "--projector_ema",
+        type=ClosedUnitInterval,
+        default=0.0,
+        help="decay a step of a moving average of the projector, which is evaluated and saved; 0: none",
     )
     group.add_argument("--max_grad_norm", type=PositiveFloat, default=1.0, help="global norm to clip gradients to")
     group.add_argument(
         "--gradient_checkpointing",
         action="store_true",
         help="recompute LLM activations in the backward pass: less memory, more time",
+    )
+    group.add_argument(
+        "--ple_device",
+        choices=["model", "cpu"],
+        default="model",
+        help="where Gemma-3n's table of per-layer embeddings is; cpu: in its file, mapped, 4 GB less of a GPU for E2B, "
+        "the same losses",
+    )
+    group.add_argument(
+        "--random_batches",
+        action="store_true",
+        help="records of any length in a batch; default: records of like length, so that little of it is padding",
+    )
+    group.add_argument(
+        "--packing",
+        action="store_true",
+        help="all questions about a case in one row of the LLM, behind one copy of its visual tokens; the same losses",
     )
 
 
@@ -100,6 +112,26 @@ def runs_on_cpu() -> bool:
     each do all the work.
     """
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def refuse_untested_sharding() -> None:
+    """Refuse what `accelerate config` can choose and our checkpoints, results or fingerprints would not survive.
+
+    Raises:
+        ValueError: DeepSpeed, FSDP1, or a language model that only the first process loads.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError("DeepSpeed: its checkpoints are not supported; use recipes/accelerate/fsdp2.yaml")
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise ValueError(
+                "FSDP1: its flattened weights are not supported; set fsdp_version: 2 in `accelerate config`"
+            )
+        if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+            raise ValueError(
+                "fsdp_cpu_ram_efficient_loading: every process checks the language model, so each must load it; "
+                "set it to false in `accelerate config`"
+            )
 
 
 def make_accelerator(
@@ -114,8 +146,9 @@ def make_accelerator(
     """Accelerator with seeds set and trackers named; :class:`run_log.RunLog` starts them. Collective: every rank.
 
     Raises:
-        ValueError: float16, from the flag or from accelerate's own configuration.
+        ValueError: float16, from the flag or from accelerate's own configuration, or a sharding that is not supported.
     """
+    refuse_untested_sharding()
     trackers = [*(["wandb"] if wandb else []), *(["tensorboard"] if tensorboard else [])]
     accelerator = Accelerator(
         cpu=runs_on_cpu(),
@@ -130,18 +163,68 @@ def make_accelerator(
         step_scheduler_with_optimizer=False,
     )
     if accelerator.mixed_precision == "fp16":
-        raise ValueError("fp16 overflows in Gemma-3n; choose bf16 or no in --mixed_precision or in `accelerate config`")
+        raise ValueError(
+            "fp16 overflows in Gemma-3n, over full and over 4-bit weights; choose bf16 or no in --mixed_precision or "
+            "in `accelerate config`"
+        )
     set_seed(seed)
     return accelerator
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters for AdamW, matrices with weight decay and vectors without."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
-    vectors = [parameter for parameter in trainable if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def parameter_groups(
+    model: torch.nn.Module, weight_decay: float, learning_rates: dict[str, float | None] | None = None
+) -> list[dict[str, Any]]:
+    """Trainable parameters for AdamW, matrices with weight decay and vectors without.
+
+    Args:
+        model: of which something learns.
+        weight_decay: of the matrices.
+        learning_rates: peak for the parameters of a part, by the first word of their names, where it is not that of
+            the optimizer; None is the optimizer's. Such groups say in ``part`` of what they are.
+    """
+    of_part: dict[str, list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = name.split(".")[0]
+            own_rate = (learning_rates or {}).get(part) is not None
+            of_part.setdefault(part if own_rate else "", []).append(parameter)
+    groups = []
+    for part, trainable in of_part.items():
+        own = {"part": part, "lr": learning_rates[part]} if part else {}
+        matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
+        vectors = [parameter for parameter in trainable if parameter.ndim < 2]
+        groups += [{"params": matrices, "weight_decay": weight_decay, **own}] if matrices else []
+        groups += [{"params": vectors, "weight_decay": 0.0, **own}] if vectors else []
+    return groups
+
+
+def learning_rates_now(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The rate of the next step: ``lr``, and ``lr_<part>`` of parts with one of their own."""
+    rates = {"lr": optimizer.param_groups[0]["lr"]}
+    for group in reversed(optimizer.param_groups):
+        rates[f"lr_{group['part']}" if "part" in group else "lr"] = group["lr"]
+    return rates
+
+
+SCHEDULE_FLAGS = ("lr_scheduler_type", "warmup_ratio", "lr_num_cycles")
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, num_steps: int, *, lr_scheduler_type: str, warmup_ratio: float, lr_num_cycles: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Schedule of the learning rate over ``num_steps`` optimizer steps, each part from its own peak.
+
+    Raises:
+        ValueError: cycles of a schedule that has none.
+    """
+    from transformers import get_scheduler
+
+    restarts = lr_scheduler_type == "cosine_with_restarts"
+    if lr_num_cycles > 1 and not restarts:
+        raise ValueError(f"--lr_num_cycles {lr_num_cycles} needs --lr_scheduler_type cosine_with_restarts")
+    cycles = {"num_cycles": lr_num_cycles} if restarts else {}
+    num_warmup = round(warmup_ratio * num_steps)
+    return get_scheduler(lr_scheduler_type, optimizer, num_warmup, num_steps, scheduler_specific_kwargs=cycles)
 
 
 def forget_frozen(optimizer: torch.optim.Optimizer) -> None:
@@ -162,175 +245,6 @@ def windows(batches: Iterable, size: int) -> Iterator[list]:
         if len(window) == size:
             yield window
             window = []
-
-
-class RunState:
-    """What a run has reached. One counter, optimizer steps; the epoch and the place in it derive from it."""
-
-    def __init__(self, step: int = 0, best_loss: float = float("inf")):
-        self.step = step
-        self.best_loss = best_loss
-
-
-def run_identity(flags: dict[str, Any], **content: Any) -> dict[str, Any]:
-    """What must be the same for a run to be resumed: the flags that decide what it learns, and other content."""
-    return {name: value for name, value in flags.items() if name not in FREE_ON_RESUME} | content
-
-
-# Checkpoints
-
-
-def checkpoint_trainable_only(accelerator: Accelerator) -> None:
-    """Make checkpoints hold the weights that learn, not the frozen language model."""
-
-    def save(models, weights, folder):
-        if accelerator.is_main_process:
-            state = {key: value.cpu().contiguous() for key, value in _only(accelerator, models).learned_state().items()}
-            save_file(state, Path(folder) / "trainable.safetensors", metadata={"format": "pt"})
-        weights.clear()
-
-    def load(models, folder):
-        model = _only(accelerator, models)
-        models.clear()  # tells accelerate that the weights are loaded
-        saved, own = load_file(Path(folder) / "trainable.safetensors"), model.learned_state()
-        shapes, own_shapes = ({name: value.shape for name, value in state.items()} for state in (saved, own))
-        if shapes != own_shapes:
-            different = next(name for name in shapes | own_shapes if shapes.get(name) != own_shapes.get(name))
-            raise ValueError(f"{folder}: other weights learned then ({different}); resume with the flags of that run")
-        for name, value in own.items():
-            value.copy_(saved[name])
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
-def _only(accelerator: Accelerator, models: list) -> torch.nn.Module:
-    (model,) = models
-    return accelerator.unwrap_model(model)
-
-
-def save_checkpoint(
-    accelerator: Accelerator, run_dir: Path, state: RunState, scheduler: Any, identity: dict[str, Any], keep: int
-) -> None:
-    """Write ``checkpoints/step_<n>``, whole or not at all, and delete all but the newest. Collective: every rank.
-
-    Every rank writes its random state into a temporary folder, which gets its name when all have finished. Run state
-    and schedule are JSON: accelerate would unpickle its registered objects without restriction.
-    """
-    final = run_dir / "checkpoints" / f"step_{state.step}"
-    temporary = final.with_name(final.name + ".writing")
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        progress = {"run": vars(state), "scheduler": scheduler.state_dict(), "identity": identity}
-        (temporary / "progress.json").write_text(json.dumps(progress))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        for old in checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = [path for path in (run_dir / "checkpoints").glob("step_*") if path.name.removeprefix("step_").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
-
-
-def checkpoint_to_resume(run_dir: Path, choice: str | None) -> Path | None:
-    """The folder that ``--resume_from_checkpoint`` names: ``latest`` of the run, a path, or None.
-
-    A run that was interrupted before its first checkpoint goes on from its beginning.
-
-    Raises:
-        FileNotFoundError: there is no such checkpoint.
-    """
-    if choice is None:
-        return None
-    folder = next(reversed(checkpoints(run_dir)), None) if choice == "latest" else Path(choice)
-    if folder is None and (run_dir / "log.jsonl").exists():
-        print(f"{run_dir} has no checkpoint yet; it begins anew", file=sys.stderr)
-        return None
-    if folder is None or not (folder / "progress.json").is_file():
-        raise FileNotFoundError(
-            f"--resume_from_checkpoint {choice}: no such checkpoint under {run_dir / 'checkpoints'}"
-        )
-    return folder
-
-
-def read_run_state(folder: Path | None) -> RunState:
-    """The run state of a checkpoint, or that of a run at its beginning."""
-    return RunState() if folder is None else RunState(**_read_progress(folder)["run"])
-
-
-def check_identity(folder: Path | None, identity: dict[str, Any]) -> None:
-    """Refuse to go on from a checkpoint of a run that learns something else.
-
-    Raises:
-        ValueError: names what differs.
-    """
-    if folder is None:
-        return
-    had = _read_progress(folder)["identity"]
-    different = [name for name in had | identity if had.get(name) != json.loads(json.dumps(identity.get(name)))]
-    if different:
-        was = ", ".join(f"{name} was {had.get(name)!r} and is {identity.get(name)!r}" for name in different[:3])
-        raise ValueError(f"{folder} is of another run: {was}; resume with what it began with, or begin anew")
-
-
-def load_checkpoint(accelerator: Accelerator, run_dir: Path, folder: Path, scheduler: Any) -> None:
-    """Load weights, optimizer, schedule and random states of a checkpoint. Collective: call on every rank.
-
-    Later checkpoints of the run are deleted: it goes on from here.
-
-    Raises:
-        ValueError: it is of a run with other trainable weights, or of another number of processes.
-    """
-    written_by = len(list(folder.glob("random_states_*.pkl")))
-    if written_by != accelerator.num_processes:
-        raise ValueError(
-            f"{folder}: was written by {written_by} processes, this one has {accelerator.num_processes}; use as many"
-        )
-    accelerator.load_state(str(folder))
-    progress = _read_progress(folder)
-    scheduler.load_state_dict(progress["scheduler"])
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for later in checkpoints(run_dir):
-            if int(later.name.removeprefix("step_")) > progress["run"]["step"]:
-                shutil.rmtree(later)
-
-
-def _read_progress(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "progress.json").read_text())
-
-
-def refuse_existing_run(run_dir: Path, *, overwrite: bool, resuming: bool) -> None:
-    """Refuse a folder that holds a run unless it is resumed or overwritten.
-
-    Raises:
-        ValueError: the folder holds a run and neither flag was given, or it is a file.
-    """
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"--output_dir {run_dir} is a file; name a folder")
-    if (run_dir / "log.jsonl").exists() and not overwrite and not resuming:
-        raise ValueError(
-            f"--output_dir {run_dir} holds a run; add --resume_from_checkpoint latest to go on, or --overwrite"
-        )
-
-
-def begin_run_dir(accelerator: Accelerator, run_dir: Path, *, overwrite: bool) -> None:
-    """Make the run folder, emptied of an earlier run if asked. Collective; call it when nothing is left to refuse."""
-    if accelerator.is_main_process:
-        if overwrite:
-            for name in ("checkpoints", "best_model", "final_model"):
-                shutil.rmtree(run_dir / name, ignore_errors=True)
-            (run_dir / "log.jsonl").unlink(missing_ok=True)
-        run_dir.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
 
 
 def git_revision() -> str | None:
@@ -362,7 +276,9 @@ def write_run_json(accelerator: Accelerator, run_dir: Path, arguments: dict[str,
         "mixed_precision": accelerator.mixed_precision,
         **facts,
     }
-    (run_dir / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n")
+    temporary = run_dir / "run.json.writing"
+    temporary.write_text(json.dumps(run, indent=2, default=str) + "\n")
+    os.replace(temporary, run_dir / "run.json")
     for name, value in facts.items():
         print(f"{name.replace('_', ' ')}: {value}", file=sys.stderr)
 

@@ -1,12 +1,14 @@
 """What all commands share: the parser, the exit statuses, and the one place where an error becomes one line.
 
 Exit statuses: 0 all done; 1 finished, but some items failed (they are listed); 2 refused (bad flag, bad input, missing
-file); 130 interrupted. Set ``SLIDESCRIBE_TRACEBACK=1`` to see the traceback behind a one-line refusal.
+file); 130 interrupted; 141 whoever read stdout left early, as ``| head`` does. Set ``SLIDESCRIBE_TRACEBACK=1`` to see
+the traceback behind a one-line refusal.
 """
 
 import os
+import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -16,6 +18,7 @@ DONE = 0
 SOME_FAILED = 1
 REFUSED = 2
 INTERRUPTED = 130
+NOBODY_READS = 141  # as a shell says of a command that SIGPIPE ended
 
 
 class _HelpFormatter(DefaultHelpFormatter):
@@ -48,6 +51,11 @@ def flags_of(args: Namespace) -> dict[str, Any]:
     return {name: value if isinstance(value, plain) else str(value) for name, value in values.items()}
 
 
+def chosen(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Some of the flags, as keyword arguments."""
+    return {name: getattr(args, name) for name in names}
+
+
 def run(main: Callable[[], int], *, to_go_on: str = "the same command goes on where this one stopped") -> NoReturn:
     """Run ``main`` and leave with its exit status, turning refusals into one line on stderr.
 
@@ -57,12 +65,23 @@ def run(main: Callable[[], int], *, to_go_on: str = "the same command goes on wh
     """
     try:
         status = main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"interrupted; {to_go_on}", file=sys.stderr)
         status = INTERRUPTED
     except (ValueError, OSError, ArithmeticError, SafetensorError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout.fileno()):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+            sys.exit(NOBODY_READS)
         if os.environ.get("SLIDESCRIBE_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
         status = REFUSED
     sys.exit(status)
+
+
+def _nobody_reads(pipe: int) -> bool:
+    """Whether the other end of a pipe is closed."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

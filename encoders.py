@@ -114,6 +114,11 @@ class ImageEncoder(nn.Module):
             raise ValueError(f"encoder {self.name} gives no grid of patch tokens: use a ViT or a CNN")
         return _tokens(self._feature_map(pixels), channels_last=self._channels_last)[:, self.num_prefix_tokens :]
 
+    @property
+    def wears_lora(self) -> bool:
+        """Whether `encoder_lora.add_encoder_lora` put adapters on it."""
+        return any(".lora_A." in name for name, _ in self.backbone.named_parameters())
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Save config.json and model.safetensors, which `load_encoder(folder)` opens again with equal outputs."""
         folder = Path(folder)

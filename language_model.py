@@ -4,11 +4,16 @@ Shapes: H language model width, V vocabulary.
 """
 
 import hashlib
+import importlib.util
+import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -17,8 +22,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from per_layer_table import has_per_layer_table, load_with_table_on_cpu
+
+OLDEST_TRANSFORMERS = "5.21"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
+
+ALTUP_LAYERS = ("correction_coefs", "prediction_coefs", "modality_router")  # get no gradient, yet act at evaluation
 
 # Names of the language layers in a multimodal checkpoint, by their names in a causal language model.
 TEXT_PART_NAMES = {
@@ -28,6 +39,17 @@ TEXT_PART_NAMES = {
 ELSEWHERE = "give a folder or hub name with --llm_name; gated models need `hf auth login`"
 # peft 0.21 asks transformers 5.23 by the old name of a method.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+# bitsandbytes, which peft opens, takes a CPU kernel from the hub and runs it wherever the package `kernels` is there,
+# and complains where it is not. It computes without.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+if importlib.util.find_spec("kernels") and "bitsandbytes" not in sys.modules:
+    kernels, sys.modules["kernels"] = sys.modules.get("kernels"), None
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        sys.modules.pop("kernels")
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
 
 
 def llm_width(llm: PreTrainedModel) -> int:
@@ -58,7 +80,12 @@ def first_line(error: Exception) -> str:
 
 
 def load_llm(
-    name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, **kwargs: Any
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    ple_device: str = "model",
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Load the language layers of a Hugging Face checkpoint, in evaluation mode.
 
@@ -68,12 +95,15 @@ def load_llm(
         name: hub name or local folder.
         revision: hub revision.
         dtype: of the weights. Gemma-3n overflows in float16, so it is refused for every model.
+        ple_device: ``cpu`` leaves Gemma-3n's table of per-layer embeddings in CPU memory, mapped from its file,
+            wherever the model goes; ``model`` keeps it with the rest.
         **kwargs: further arguments of ``from_pretrained``, such as ``quantization_config``.
 
     Raises:
-        ValueError: there is no such model, a weight is missing from the checkpoint, or the model scales its logits in a
-            way that the loss does not know.
+        ValueError: there is no such model, a weight is missing from the checkpoint, the model scales its logits in a
+            way that the loss does not know, transformers is too old; ``cpu`` for a model without per-layer embeddings.
     """
+    refuse_old_transformers()
     if dtype == torch.float16:
         raise ValueError("float16 overflows in Gemma-3n; use bf16 or no mixed precision")
     try:
@@ -92,9 +122,13 @@ def load_llm(
         ) from None
     if config is not text_config and not text_config.model_type.startswith("gemma3n"):
         kwargs["key_mapping"] = TEXT_PART_NAMES  # transformers itself knows Gemma-3n's
-    llm, report = model_class.from_pretrained(
-        name, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True, **kwargs
-    )
+    kwargs |= {"revision": revision, "dtype": dtype, "trust_remote_code": False}
+    if ple_device == "cpu":
+        if not has_per_layer_table(model_class):
+            raise ValueError(f"--ple_device cpu: {config.model_type} has no per-layer embeddings; drop the flag")
+        llm, report = load_with_table_on_cpu(model_class, name, **kwargs)
+    else:
+        llm, report = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
     if report["missing_keys"] or report["mismatched_keys"]:
         missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise ValueError(
@@ -149,29 +183,91 @@ def text_embedding_rms(llm: PreTrainedModel) -> float:
         return float(llm.get_input_embeddings()(ids).float().pow(2).mean().sqrt())
 
 
-def add_lora(llm: PreTrainedModel, *, rank: int, alpha: float, dropout: float) -> nn.Module:
+def add_lora(
+    llm: PreTrainedModel, *, rank: int, alpha: float, dropout: float, target_modules: list[str] | None = None
+) -> nn.Module:
     """Wrap the language model in LoRA adapters (Hu et al. 2021) on its attention and feed-forward projections.
 
-    Targets are named: ``all-linear`` would include Gemma-3n's AltUp coefficients, which get no gradient in training and
-    yet act at evaluation.
+    Targets are named, all of :data:`LORA_TARGETS` that the model has unless others are given.
+
+    Raises:
+        ValueError: a target that the model lacks, or that is unsafe in Gemma-3n.
     """
     from peft import LoraConfig, get_peft_model
 
-    present = {name.rsplit(".", 1)[-1] for name, module in llm.named_modules() if isinstance(module, nn.Linear)}
-    targets = [name for name in LORA_TARGETS if name in present] or None  # None: peft's own choice for the family
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none"
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=lora_targets(llm, target_modules),
+        bias="none",
     )
     return get_peft_model(llm, config)
 
 
-def unfreeze_llm(llm: PreTrainedModel) -> None:
+def lora_targets(llm: PreTrainedModel, chosen: list[str] | None = None) -> list[str] | str | None:
+    """Names of the layers that LoRA adapts; None leaves the choice to peft, which knows some families.
+
+    Raises:
+        ValueError: a chosen name that the model lacks, or Gemma-3n's AltUp layers, by name or as part of `all-linear`:
+            they get no gradient in training and yet act at evaluation.
+    """
+    present = {name.rsplit(".", 1)[-1] for name, module in llm.named_modules() if isinstance(module, nn.Linear)}
+    if chosen is None:
+        return [name for name in LORA_TARGETS if name in present] or None
+    if (chosen == ["all-linear"] or set(chosen) & set(ALTUP_LAYERS)) and present & set(ALTUP_LAYERS):
+        raise ValueError(
+            f"--lora_target_modules {' '.join(chosen)}: would adapt Gemma-3n's {ALTUP_LAYERS[0]}, which gets no "
+            "gradient in training and yet acts at evaluation; name layers such as q_proj v_proj"
+        )
+    if chosen == ["all-linear"]:
+        return "all-linear"
+    if unknown := [name for name in chosen if name not in present]:
+        have = ", ".join(sorted(present - set(ALTUP_LAYERS)))
+        raise ValueError(f"--lora_target_modules {unknown[0]}: the language model has no such layer; it has {have}")
+    return chosen
+
+
+def unfreeze_llm(llm: PreTrainedModel, last_layers: int | None = None) -> None:
     """Let the whole language model learn, but for its token embedding (tied to the head in Gemma) and Gemma-3n's table.
 
     The per-layer table alone is 2 of E2B's 4.4 billion weights, almost none of which a corpus of reports touches.
+
+    Args:
+        llm: the language model, without adapters.
+        last_layers: let only so many of its last layers learn, and nothing besides.
+
+    Raises:
+        ValueError: it has fewer layers.
     """
+    if last_layers is not None:
+        layers = [module for module in llm.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+        if last_layers > len(layers):
+            raise ValueError(f"--unfreeze_last_layers {last_layers}: the language model has {len(layers)} layers")
+        for layer in layers[-last_layers:]:
+            layer.requires_grad_(True)
+        return
     llm.requires_grad_(True)
     llm.get_input_embeddings().requires_grad_(False)
     decoder = llm.get_decoder()
     if hasattr(decoder, "embed_tokens_per_layer"):
         decoder.embed_tokens_per_layer.requires_grad_(False)
+
+
+def shares_keys_and_values(llm: PreTrainedModel) -> bool:
+    """Whether layers read keys and values of earlier layers, as Gemma-3n's do."""
+    return bool(getattr(llm.config.get_text_config(), "num_kv_shared_layers", 0))
+
+
+def refuse_old_transformers() -> None:
+    """Refuse a transformers whose Gemma-3n is wrong without a cache.
+
+    Raises:
+        ValueError: says which version would do.
+    """
+    if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
+        raise ValueError(
+            f"transformers {transformers.__version__} is too old: in Gemma-3n's last layers it trains with other "
+            f"weights than it generates with; install {OLDEST_TRANSFORMERS} or later"
+        )

@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -24,12 +25,13 @@ class RunLog:
         self.accelerator = accelerator
         self.run_dir = run_dir
         self.path = run_dir / "log.jsonl"
-        self.clock = time.perf_counter()
+        self.began = self.clock = time.perf_counter()
         accelerator.init_trackers(
             project, config={k: v for k, v in flags.items() if not isinstance(v, list | NoneType)}
         )
         if accelerator.is_main_process:
-            kept = [line for line in read_log(self.path) if line["step"] <= first_step]
+            lines = read_log(self.path)
+            kept = [line for line in lines if line["step"] <= first_step and "image_ablation" not in line]
             temporary = self.path.with_name("log.jsonl.writing")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(temporary, self.path)
@@ -38,16 +40,17 @@ class RunLog:
         self,
         step: int,
         epoch: float,
-        lr: float,
         *,
+        lr: float,
         loss: float,
         grad_norm: float,
         num_samples: int,
         num_supervised_tokens: int,
         padding_fraction: float,
         num_bad: int,
+        **part_rates: float,
     ) -> None:
-        """One line for an optimizer step; the counts are over all processes."""
+        """One line for an optimizer step; the counts are over all processes, ``lr_<part>`` where it is not ``lr``."""
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         self._write(
             {
@@ -55,7 +58,9 @@ class RunLog:
                 "epoch": round(epoch, 4),
                 "loss": loss,
                 "lr": lr,
+                **part_rates,
                 "grad_norm": grad_norm,
+                "seconds": round(seconds, 4),
                 "samples_per_s": round(num_samples / seconds, 3),
                 "supervised_tokens_per_s": round(num_supervised_tokens / seconds, 1),
                 "padding_fraction": round(padding_fraction, 4),
@@ -64,11 +69,36 @@ class RunLog:
             | ({"records_left_out": num_bad} if num_bad else {})
         )
 
-    def evaluation(self, step: int, epoch: float, val_loss: float) -> None:
+    def evaluation(self, step: int, epoch: float, val_loss: float, **metrics: float) -> None:
         """One line for an evaluation, and the curves drawn anew."""
-        self._write({"step": step, "epoch": round(epoch, 4), "val_loss": val_loss})
+        self._write({"step": step, "epoch": round(epoch, 4), "val_loss": val_loss, **metrics})
         self.draw()
         self.clock = time.perf_counter()  # evaluation is not part of the next step's time
+
+    def end(self, step: int, image_ablation: Any) -> None:
+        """The last line, and what is known only now in ``run.json``: time, memory, whether the image is used.
+
+        Args:
+            step: optimizer steps taken.
+            image_ablation: an ``ImageAblation``, or None where the check was not made.
+        """
+        ablation = None if image_ablation is None else asdict(image_ablation)
+        if ablation is not None:
+            self._write({"step": step, "image_ablation": ablation})
+        if not self.accelerator.is_main_process:
+            return
+        evaluations = [line for line in read_log(self.path) if "val_loss" in line]
+        run = json.loads((self.run_dir / "run.json").read_text()) | {
+            "steps_taken": step,
+            "seconds_since_start_or_resume": round(time.perf_counter() - self.began, 1),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "lowest_val_loss": min((line["val_loss"] for line in evaluations), default=None),
+            "image_ablation": ablation,
+        }
+        temporary = self.run_dir / "run.json.writing"
+        temporary.write_text(json.dumps(run, indent=2) + "\n")
+        os.replace(temporary, self.run_dir / "run.json")
+        self.draw()
 
     def draw(self) -> None:
         """Draw ``curves.png``."""
@@ -80,6 +110,7 @@ class RunLog:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         values = {key: value for key, value in line.items() if key != "step"}
+        values |= {f"image_ablation/{key}": value for key, value in values.pop("image_ablation", {}).items()}
         self.accelerator.log(values, step=line["step"])
 
 

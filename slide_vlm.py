@@ -11,6 +11,8 @@ language model width, T text tokens, L tokens of the whole sequence, S supervise
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from encoder_lora import merged_encoder
 from encoders import ImageEncoder, load_encoder
-from language_model import fingerprint, llm_width, load_llm, load_tokenizer
+from four_bit import FourBit, dequantize, quantize
+from language_model import fingerprint, llm_width, load_llm, load_tokenizer, shares_keys_and_values
+from packing import PADDING, PackedRows, pack
 from projectors import (
     PROMPT_TOPK,
     UM_PER_IMAGE_PATCH,
@@ -35,12 +39,13 @@ from projectors import (
     build_reducer,
     closeness,
 )
+from token_nll import capped, token_nll
 
 FORMAT_VERSION = 1
 IGNORED_LABEL = -100
 IMAGE_MARKER = -200  # stands in a batch's input_ids for a whole slide or image; no tokenizer gives a negative id
+MAX_PACKING_ERROR = 0.05  # of what a leak between records would change: above the rounding of bfloat16
 VISUAL_PARTS = ("position_codes", "reducer", "projector")  # what stage 1 trains
-LOGIT_CHUNK = 512  # supervised positions whose logits exist at one time: 0.5 GB in float32 at a vocabulary of 262,400
 
 
 @dataclass
@@ -65,7 +70,9 @@ class VLMSettings:
     tiling: dict[str, Any] = field(default_factory=dict)
     llm_revision: str | None = None
     llm_fingerprint: str | None = None
+    llm_four_bit: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    decoding: dict[str, Any] = field(default_factory=dict)
     git_revision: str | None = None
     format_version: int = FORMAT_VERSION
 
@@ -109,7 +116,9 @@ class SlideVLM(nn.Module):
     ``patch_mask`` (I, N) bool, or ``pixel_values`` (I, 3, height, width) for the encoder; ``chosen_patches`` (I, N)
     int64, padded with -1, keeps some of their patch tokens. ``visual_budgets`` (I,) int64 is the share of each input in
     its case's visual tokens; without, each has them all. Position codes take ``um_per_px`` (I,) float32; the reducer
-    ``prompt_topk`` needs ``question_ids`` and ``question_mask`` (B, Q): the question's tokens alone.
+    ``prompt_topk`` needs ``question_ids`` and ``question_mask`` (B, Q): the question's tokens alone. With ``case_ids``
+    (B,) int64, the records of the batch are packed: those of one case share a row and its visual tokens, of which they
+    must have the same (see `packing`).
     """
 
     def __init__(
@@ -129,6 +138,9 @@ class SlideVLM(nn.Module):
         self.llm = llm
         self.checkpoint_layers = False
         self.encoder_learned = False  # set by a run that trains it, also after it was frozen again
+        self.llm_learned = False  # whether a result holds a language model of its own
+        self.label_smoothing = 0.0  # in training mode only
+        self.projector_average: dict[str, Tensor] | None = None  # see projector_average.py
 
     @property
     def base_llm(self) -> PreTrainedModel:
@@ -146,13 +158,32 @@ class SlideVLM(nn.Module):
         return next((parameter.dtype for parameter in self.projector.parameters()), torch.float32)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Negative log-likelihood of each supervised token, (S,) float32; S may be 0."""
-        inputs = self.embed(batch)
-        decoder = self.base_llm.get_decoder()
-        hidden = decoder(**inputs["conditioning"], **position_arguments(inputs["attention_mask"]), use_cache=False)
-        targets = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)  # position t predicts token t + 1
+        """Negative log-likelihood of each supervised token, (S,) float32; S may be 0.
+
+        In training mode with label smoothing (Szegedy et al. 2016) its cross-entropy with the smoothed target.
+        """
+        inputs = self.embed_rows(batch) if "case_ids" in batch else self.embed(batch)
+        targets = inputs["targets"] if "targets" in inputs else next_labels(inputs["labels"])
         supervised = targets != IGNORED_LABEL
-        return self._answer_nll(hidden.last_hidden_state[supervised], targets[supervised])
+        return token_nll(
+            self._hidden(inputs)[supervised],
+            targets[supervised],
+            self.base_llm.get_output_embeddings(),
+            softcap=self.logit_softcap,
+            label_smoothing=self.label_smoothing if self.training else 0.0,
+        )
+
+    def _hidden(self, inputs: dict[str, Any]) -> Tensor:
+        """Last hidden states of what :meth:`embed` or :meth:`embed_rows` gave."""
+        if "rows" in inputs:
+            rows: PackedRows = inputs["rows"]
+            places = {
+                "position_ids": rows.position_ids_RC,
+                "attention_mask": packed_masks(self.base_llm.get_decoder().config, rows),
+            }
+        else:
+            places = position_arguments(inputs["attention_mask"])
+        return self.base_llm.get_decoder()(**inputs["conditioning"], **places, use_cache=False).last_hidden_state
 
     def visual_tokens(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Visual tokens (I, K, H) in the projector's dtype and their mask (I, K), real tokens first.
@@ -212,54 +243,111 @@ class SlideVLM(nn.Module):
             ``conditioning`` (arguments of the decoder: embeddings (B, L, H) and, for Gemma-3n, per-layer inputs),
             ``input_ids`` (B, L) with the placeholder id at every visual position, ``attention_mask`` and ``labels``.
         """
-        has_image = "pixel_values" in batch or "patch_tokens" in batch
-        visual, visual_mask = self.visual_tokens(batch) if has_image else (None, None)
-        if has_image:
-            counts = visual_mask.sum(1)
-        else:  # a marker without an image stays one placeholder
-            counts = torch.ones_like(batch["input_ids"][batch["input_ids"] == IMAGE_MARKER])
-        expanded = expand_image_markers(batch, counts, padding_side)
+        expanded, visual = self._expand(batch, padding_side)
         places = expanded["input_ids"] == IMAGE_MARKER
         expanded["input_ids"] = expanded["input_ids"].masked_fill(places, self.settings.placeholder_id)
-        conditioning = self.embed_text(expanded["input_ids"])
-        if has_image:
+        return {"conditioning": self._condition(expanded["input_ids"], places, visual), **expanded}
+
+    def embed_rows(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """The same with several records in a row, where ``case_ids`` of the batch say which are of one case.
+
+        Returns:
+            ``conditioning`` with rows of embeddings (R, C, H), ``rows`` with the places of all tokens, and ``targets``
+            (R, C), the label that each is to predict.
+        """
+        expanded, visual = self._expand(batch)
+        ids = expanded["input_ids"]
+        is_marker, targets = ids == IMAGE_MARKER, next_labels(expanded["labels"])
+        index = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+        shared = (is_marker * index).amax(1)  # up to the last visual token
+        shared = shared.masked_fill(((targets != IGNORED_LABEL) & (index <= shared.unsqueeze(1))).any(1), 0)
+        facts = torch.stack([expanded["attention_mask"].sum(1), shared, batch["case_ids"]]).tolist()
+        rows = pack(ids, *facts)
+        row_ids = rows.take(ids, 0)
+        places = row_ids == IMAGE_MARKER
+        if visual is not None:
+            number = is_marker.flatten().cumsum(0) - 1  # of each visual token, in the order of records
+            visual = visual[number[rows.source_RC[places]]]
+        conditioning = self._condition(row_ids.masked_fill(places, self.settings.placeholder_id), places, visual)
+        return {"conditioning": conditioning, "rows": rows, "targets": rows.take(targets, IGNORED_LABEL)}
+
+    def _expand(self, batch: dict[str, Tensor], padding_side: str = "right") -> tuple[dict[str, Tensor], Tensor | None]:
+        """Text with a marker for each visual token, see :func:`expand_image_markers`, and the visual tokens (…, H)."""
+        if "pixel_values" in batch or "patch_tokens" in batch:
+            visual, visual_mask = self.visual_tokens(batch)
+            return expand_image_markers(batch, visual_mask.sum(1), padding_side), visual[visual_mask]
+        # A marker without an image stays one placeholder.
+        counts = torch.ones_like(batch["input_ids"][batch["input_ids"] == IMAGE_MARKER])
+        return expand_image_markers(batch, counts, padding_side), None
+
+    def _condition(self, input_ids: Tensor, places: Tensor, visual: Tensor | None) -> dict[str, Tensor]:
+        """Arguments of the decoder for ``input_ids`` (B, L), with visual tokens at ``places`` (B, L), in order."""
+        conditioning = self.embed_text(input_ids)
+        if visual is not None:
             embeds = conditioning["inputs_embeds"]
-            real_visual = visual[visual_mask].to(embeds.dtype)
-            conditioning["inputs_embeds"] = embeds.masked_scatter(places.unsqueeze(-1), real_visual)
-        return {"conditioning": conditioning, **expanded}
+            conditioning["inputs_embeds"] = embeds.masked_scatter(places.unsqueeze(-1), visual.to(embeds.dtype))
+        return conditioning
 
-    def _answer_nll(self, hidden_SH: Tensor, targets_S: Tensor) -> Tensor:
-        """Cross-entropy in float32 at the supervised positions only, in chunks whose logits are not kept."""
-        if len(targets_S) <= LOGIT_CHUNK:
-            return self._chunk_nll(hidden_SH, targets_S)
-        chunks = zip(hidden_SH.split(LOGIT_CHUNK), targets_S.split(LOGIT_CHUNK), strict=True)
-        return torch.cat([checkpoint(self._chunk_nll, h, t, use_reentrant=False) for h, t in chunks])
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """Try on a few tokens whether this language model computes packed records as it computes them one by one.
 
-    def _chunk_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(hidden).float(), targets, reduction="none")
+        Raises:
+            ValueError: it does not, and ``--packing`` would not be exact.
+        """
+        ids = torch.tensor([[3, IMAGE_MARKER, 5, 6, 7, 8], [3, IMAGE_MARKER, 9, 10, 11, 0], [4, 5, 6, 7, 12, 13]])
+        mask = (ids != 0).long()
+        batch = {"input_ids": ids, "attention_mask": mask, "case_ids": torch.tensor([0, 0, 1])}
+        batch = {name: value.to(self.device) for name, value in batch.items()}
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            packed_inputs = self.embed_rows(batch)
+            rows = packed_inputs["rows"]
+            plain = self._hidden(self.embed(batch)).flatten(0, 1)[rows.source_RC.clamp(min=0)]
+            packed = self._hidden(packed_inputs)
+            leaking = self.base_llm.get_decoder()(**packed_inputs["conditioning"], use_cache=False).last_hidden_state
+        except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+            raise ValueError(f"--packing does not work with this language model ({error}); drop the flag") from error
+        finally:
+            for module, training in modes:
+                module.training = training
+        at_tokens = rows.source_RC != PADDING
+        wrong, leak = ((found - plain)[at_tokens].float().abs().mean() for found in (packed, leaking))
+        if not wrong <= MAX_PACKING_ERROR * leak:
+            raise ValueError("--packing is not exact with this language model or its attention; drop the flag")
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """Bound of the logits, as the language model's configuration has it; None where it has none."""
+        return getattr(self.base_llm.config.get_text_config(), "final_logit_softcapping", None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (…, V) of hidden states (…, H), final softcap applied."""
         head = self.base_llm.get_output_embeddings()
-        logits = head(hidden.to(head.weight.dtype) if not torch.is_autocast_enabled(hidden.device.type) else hidden)
-        softcap = getattr(self.base_llm.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        is_autocast = torch.is_autocast_enabled(hidden.device.type)
+        return capped(head(hidden if is_autocast else hidden.to(head.weight.dtype)), self.logit_softcap)
 
-    def enable_gradient_checkpointing(self) -> None:
+    def enable_gradient_checkpointing(self, use_reentrant: bool = False) -> None:
         """Recompute the activations of the language model's layers in the backward pass instead of keeping them.
 
-        Never re-entrant: that leaves Gemma-3n's loss right and the gradient of the visual tokens wrong. Call it when
-        what is trainable has been decided.
+        Call it when what is trainable has been decided.
 
         Raises:
-            ValueError: the language model is frozen and has dropout, which its layers, put into training mode so that
-                they recompute, would apply.
+            ValueError: re-entrant checkpointing of Gemma-3n, which leaves its loss right and the gradient of the visual
+                tokens wrong; or the language model is frozen and has dropout, which its layers, put into training mode
+                so that they recompute, would apply.
         """
+        if use_reentrant and shares_keys_and_values(self.base_llm):
+            raise ValueError(
+                "re-entrant checkpointing makes the gradient of the visual tokens wrong where layers share keys and "
+                "values, as Gemma-3n's do; leave use_reentrant off"
+            )
         config = self.base_llm.config.get_text_config().to_dict()
         dropout = [key for key, value in config.items() if ("dropout" in key or "pdrop" in key) and value]
         if dropout and not any(parameter.requires_grad for parameter in self.llm.parameters()):
             raise ValueError(f"--gradient_checkpointing would apply {dropout[0]} in the frozen LLM; drop the flag")
-        self.base_llm.activation_checkpointing_enable({"use_reentrant": False})
+        self.base_llm.activation_checkpointing_enable({"use_reentrant": use_reentrant})
         self.checkpoint_layers = True
 
     def train(self, mode: bool = True) -> "SlideVLM":
@@ -290,10 +378,49 @@ class SlideVLM(nn.Module):
         state = {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
         if self.encoder_learned:
             state |= {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}
+        if self.projector_average is not None:
+            state |= {f"projector_average.{name}": value for name, value in self.projector_average.items()}
         return state
 
-    def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def visual_parameters(self) -> dict[str, Tensor]:
+        """What of projector, reducer and position codes learns, by name."""
+        parts = {name: getattr(self, name) for name in VISUAL_PARTS}
+        named = ((f"{name}.{key}", value) for name, part in parts.items() for key, value in part.named_parameters())
+        return {name: value for name, value in named if value.requires_grad}
+
+    def unfreeze_encoder(self) -> None:
+        """Let the image encoder learn, and be saved with the results of this run even when it is frozen again."""
+        self.encoder.requires_grad_(True)
+        self.encoder_learned = True
+
+    def unfreeze_visual_parts(self) -> None:
+        """Let projector, reducer and position codes learn."""
+        for name in VISUAL_PARTS:
+            getattr(self, name).requires_grad_(True)
+
+    def result_state(self) -> dict[str, Tensor]:
+        """Every weight that :meth:`save` writes, by name: the visual parts, and of LLM and encoder what learned."""
+        parts = {part: getattr(self, part).state_dict() for part in VISUAL_PARTS}
+        state = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+        learning = [name for name, parameter in self.llm.named_parameters() if parameter.requires_grad]
+        if hasattr(self.llm, "peft_config"):
+            adapter = {
+                name: value for name, value in self.llm.state_dict().items() if "lora_" in name or name in learning
+            }
+            state |= {f"llm.{name}": value for name, value in adapter.items()}
+        elif learning or self.llm_learned:
+            tied = set(self.llm.all_tied_weights_keys)
+            state |= {f"llm.{name}": value for name, value in self.llm.state_dict().items() if name not in tied}
+        if self.encoder_learned:
+            state |= {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}
+        return state
+
+    def save(
+        self, folder: str | Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
+    ) -> None:
         """Write a result folder, whole or not at all. A frozen base language model is never copied.
+
+        ``weights`` are those of :meth:`result_state` where the model itself holds shards of them.
 
         ::
 
@@ -301,26 +428,31 @@ class SlideVLM(nn.Module):
             folder/projector/model.safetensors   projector, reducer and position codes
             folder/adapter/                      when the language model wears one
             folder/language_model/               when weights of its own learned
-            folder/encoder/                      when it learned
+            folder/encoder/                      when it learned; LoRA is merged into it
             folder/tokenizer/
         """
         folder = Path(folder)
+        weights = self.result_state() if weights is None else weights
         temporary = folder.with_name(folder.name + ".writing")
         shutil.rmtree(temporary, ignore_errors=True)
         (temporary / "projector").mkdir(parents=True)
         self.settings.write(temporary)
         projector_state = {
-            f"{name}.{key}": value.detach().cpu().contiguous()
-            for name in VISUAL_PARTS
-            for key, value in getattr(self, name).state_dict().items()
+            name: value.detach().cpu().contiguous()
+            for name, value in weights.items()
+            if name.split(".")[0] in VISUAL_PARTS
         }
         save_file(projector_state, temporary / "projector" / "model.safetensors", metadata={"format": "pt"})
+        llm_state = {name.removeprefix("llm."): value for name, value in weights.items() if name.startswith("llm.")}
         if hasattr(self.llm, "peft_config"):
-            self.llm.save_pretrained(temporary / "adapter", safe_serialization=True)
-        elif any(parameter.requires_grad for parameter in self.llm.parameters()):
-            self.llm.save_pretrained(temporary / "language_model", safe_serialization=True)
-        if self.encoder_learned:
-            self.encoder.save_pretrained(temporary / "encoder")
+            self.llm.save_pretrained(temporary / "adapter", state_dict=llm_state, safe_serialization=True)
+        elif llm_state:
+            self.llm.save_pretrained(temporary / "language_model", state_dict=llm_state, safe_serialization=True)
+        if self.encoder is not None and self.encoder.wears_lora:
+            merged_encoder(self.encoder).save_pretrained(temporary / "encoder")
+        elif self.encoder_learned:
+            with _state_dict_gives(self.encoder, weights, prefix="encoder."):
+                self.encoder.save_pretrained(temporary / "encoder")
         tokenizer.save_pretrained(temporary / "tokenizer")
         outdated = folder.with_name(folder.name + ".outdated")
         shutil.rmtree(outdated, ignore_errors=True)
@@ -349,6 +481,23 @@ class SlideVLM(nn.Module):
                 getattr(self, name).load_state_dict(part)
             except RuntimeError as error:
                 raise ValueError(f"{path}: does not fit this model's {name}: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def _state_dict_gives(module: nn.Module, weights: dict[str, Tensor], prefix: str) -> Iterator[None]:
+    """Let ``state_dict()`` of a module and of those in it give these weights, for libraries that save by it."""
+
+    def give(part: nn.Module, state: dict[str, Tensor], within: str, _metadata: object) -> None:
+        own_names = {key: names[part] + key.removeprefix(within) for key in state}
+        state.update({key: weights[name] for key, name in own_names.items() if name in weights})
+
+    names = {part: f"{prefix}{name}." if name else prefix for name, part in module.named_modules()}
+    hooks = [part.register_state_dict_post_hook(give) for part in module.children()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def expand_image_markers(batch: dict[str, Tensor], counts: Tensor, padding_side: str = "right") -> dict[str, Tensor]:
@@ -387,6 +536,28 @@ def expand_image_markers(batch: dict[str, Tensor], counts: Tensor, padding_side:
     return expanded
 
 
+def next_labels(labels: Tensor) -> Tensor:
+    """The label that each position of ``labels`` (B, L) is to predict: that of the token after it."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+
+
+def packed_masks(config: PreTrainedConfig, rows: PackedRows) -> Tensor | dict[str, Tensor]:
+    """Attention masks (R, 1, C, C) of packed rows, one for each type of layer where the decoder tells them apart.
+
+    Raises:
+        ValueError: an attention that takes no such mask, or a type of layer that is not known.
+    """
+    if config._attn_implementation != "sdpa":
+        raise ValueError(f"attention is {config._attn_implementation}, not sdpa")
+    windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return rows.mask(windows["sliding_attention"])
+    if unknown := set(types) - windows.keys():
+        raise ValueError(f"layers of type {', '.join(sorted(unknown))}")
+    return {name: rows.mask(windows[name]) for name in sorted(set(types))}
+
+
 def position_arguments(attention_mask: Tensor) -> dict[str, Tensor]:
     """Attention mask and positions (B, L) of the decoder; padding does not count, on whichever side it is."""
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -400,10 +571,14 @@ def load_vlm(
     dtype: torch.dtype = torch.float32,
     llm_name: str | None = None,
     encoder_name: str | None = None,
+    four_bit: FourBit | None = None,
+    dequantized: bool = False,
+    ple_device: str = "model",
 ) -> tuple[SlideVLM, PreTrainedTokenizerBase]:
     """Open a ``final_model`` folder for inference or further training, in evaluation mode.
 
-    The model's settings say where its language model and encoder were found this time.
+    The model's settings say where its language model and encoder were found this time. A language model whose adapter
+    was trained over 4-bit weights is opened with them, since the adapter makes up for their error as well.
 
     Args:
         folder: result of stage 1 or 2.
@@ -411,6 +586,9 @@ def load_vlm(
         dtype: of the language model; projector and encoder stay in float32.
         llm_name: where the base language model is now, when it moved since training.
         encoder_name: likewise for the image encoder.
+        four_bit: hold the language model in this form from now on.
+        dequantized: compute with the very values of the 4-bit weights, but in full layers, which LoRA merges into.
+        ple_device: where Gemma-3n's per-layer embeddings are, as for :func:`language_model.load_llm`.
 
     Raises:
         FileNotFoundError: no such result.
@@ -421,12 +599,18 @@ def load_vlm(
     tokenizer = load_tokenizer(folder / "tokenizer")
     if (folder / "language_model").is_dir():
         settings.llm_name, settings.llm_revision = str(folder / "language_model"), None
-        llm = load_llm(settings.llm_name, dtype=dtype)
+        llm = load_llm(settings.llm_name, dtype=dtype, ple_device=ple_device)
         settings.llm_fingerprint = fingerprint(llm)
     else:
         settings.llm_name = llm_name or settings.llm_name
-        llm = load_llm(settings.llm_name, revision=settings.llm_revision, dtype=dtype)
+        llm = load_llm(settings.llm_name, revision=settings.llm_revision, dtype=dtype, ple_device=ple_device)
         check_fingerprint(llm, settings)
+    if four_bit is not None:
+        settings.llm_four_bit = four_bit.to_json()
+    if settings.llm_four_bit is not None:
+        quantize(llm, FourBit(**settings.llm_four_bit), device)
+        if dequantized:
+            dequantize(llm)
     if (folder / "adapter").is_dir():
         from peft import PeftModel
 

@@ -9,10 +9,13 @@ its tissue found, and every tile decoded to RGB.
     a       slide at 0.5 um/px: our time / that of the floor. The floor is libjpeg-turbo, decoding exactly the
             compressed tiles that hold tissue, in as many threads, with nothing found, cut or kept. Lower is better.
     b       slide at 0.25 um/px, no level at 0.5: our tiles/s / those of OpenSlide's read_region and a resize by area
-            in as many threads, both with what comes before the first tile. Higher is better.
-    linear  slides of 1, 2, 4 and 8 thousand tiles: largest time per tile / smallest. 1 is best.
+            in as many threads, both with what comes before the first tile. Higher is better. The floor, libjpeg-turbo
+            at half size on the same compressed tiles, tells how much is left.
+    linear  slides of 1, 2, 4 and 8 thousand tiles: largest time per tile / smallest. 1 is best. The floor of each is
+            measured as well: tiles at the rim of the tissue are cheaper to decode, and small slides have more of them.
     memory  slides of 10,000 to 100,000 px at 0.25 um/px: largest peak of resident memory / that of the smallest slide.
-            Each is planned, all its tiles are decoded, and some encoded with a ViT-S on the CPU, in an own process.
+            Each is planned, all its tiles are decoded, and some encoded with a ViT-S on the CPU, in an own process;
+            and once more without the encoder, which takes more memory than all else.
 
 Every repetition measures all of them one after the other, and the ratio is the median of the repetitions' ratios, so
 that other work on the machine falls on both sides. Imports and the making of slides are not measured; slides are read
@@ -29,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -84,8 +88,7 @@ def against_the_floor(folder: Path, args: argparse.Namespace) -> tuple[dict, str
         plan=partial(plan_only, path),
     )
     planning = [run[0] for run in runs.pop("plan")]
-    ratios = [ours[0] / floor[0] for ours, floor in zip(runs["ours"], runs["floor"], strict=True)]
-    found = {"plan_seconds": planning} | summary(runs, "floor", ratios)
+    found = {"plan_seconds": planning} | summary(runs, "floor", ratios_of(runs, "ours", "floor"))
     line = "{tiles_per_s:.0f} tiles/s, floor {floor_tiles_per_s:.0f}: {ratio:.2f} x its time".format(**found)
     return found, f"{line}, of which {statistics.median(planning):.3f} s find the tiles"
 
@@ -93,57 +96,75 @@ def against_the_floor(folder: Path, args: argparse.Namespace) -> tuple[dict, str
 def against_openslide(folder: Path, args: argparse.Namespace) -> tuple[dict, str]:
     path = folder / f"b_{args.side}_{args.tissue:g}.svs"
     make_slide(path, args.side, args.tissue, MPP["b"])
+    streams = list(tissue_streams(path))
     runs = measure(
         args.repeats,
         ours=partial(tile_and_decode, path, "tiff", args.num_workers),
         openslide=partial(tile_and_decode, path, "openslide", args.num_workers),
+        floor=partial(decode_all, streams, args.num_workers, shrink=2),
     )
-    ratios = [theirs[0] / ours[0] for ours, theirs in zip(runs["ours"], runs["openslide"], strict=True)]
-    found = summary(runs, "openslide", ratios)
-    return found, "{tiles_per_s:.0f} tiles/s, OpenSlide {openslide_tiles_per_s:.0f}: {ratio:.1f} x".format(**found)
+    above = ratios_of(runs, "ours", "floor")
+    found = summary(runs, "openslide", ratios_of(runs, "openslide", "ours")) | {"floor_ratios": above}
+    line = "{tiles_per_s:.0f} tiles/s, OpenSlide {openslide_tiles_per_s:.0f}: {ratio:.1f} x".format(**found)
+    return found, f"{line}; {statistics.median(above):.2f} x the time of decoding at half size"
 
 
 def with_more_tiles(folder: Path, args: argparse.Namespace) -> tuple[dict, str]:
-    work = {}
-    for tiles in args.tiles:
-        side = round(TILE * (tiles / args.tissue) ** 0.5)
+    work, names = {}, [str(tiles) for tiles in args.tiles]
+    for name in names:
+        side = round(TILE * (int(name) / args.tissue) ** 0.5)
         path = folder / f"linear_{side}_{args.tissue:g}.svs"
         make_slide(path, side, args.tissue, MPP["a"], sparse=True)
-        work[str(tiles)] = partial(tile_and_decode, path, "tiff", args.num_workers)
+        work[name] = partial(tile_and_decode, path, "tiff", args.num_workers)
+        work[f"floor {name}"] = partial(decode_all, list(tissue_streams(path)), args.num_workers)
     runs = measure(args.repeats, **work)
     per_tile = {name: statistics.median(seconds / tiles for seconds, tiles in runs[name]) for name in runs}
-    ratio = max(per_tile.values()) / min(per_tile.values())
-    each = ", ".join(f"{runs[name][0][1]} tiles {1e6 * value:.0f} us" for name, value in per_tile.items())
-    return {"ratio": ratio, "seconds_per_tile": per_tile, "runs": runs}, f"{each} a tile: {ratio:.2f} x"
+    spread = [
+        max(per_tile[each] for each in some) / min(per_tile[each] for each in some)
+        for some in (names, [f"floor {name}" for name in names])
+    ]
+    above = {name: statistics.median(ratios_of(runs, name, f"floor {name}")) for name in names}
+    each = ", ".join(
+        f"{runs[name][0][1]} tiles {1e6 * per_tile[name]:.0f} us ({above[name]:.2f} x the floor)" for name in names
+    )
+    found = {"ratio": spread[0], "floor_ratio": spread[1], "above_floor": above, "seconds_per_tile": per_tile}
+    return found | {"runs": runs}, f"{each} a tile: {spread[0]:.2f} x, floor {spread[1]:.2f} x"
 
 
 def of_memory(folder: Path, args: argparse.Namespace) -> tuple[dict, str]:
-    peaks = {}
-    for side in args.sides:
-        path = folder / f"memory_{side}_{args.tissue:g}.svs"
-        make_slide(path, side, args.tissue, MPP["b"], sparse=True)
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            peaks[side] = process.submit(peak_bytes, path, args.num_workers, args.encoded).result()
-    ratio = max(peaks.values()) / peaks[args.sides[0]]
-    each = ", ".join(f"{side} px {peak / 2**20:.0f} MiB" for side, peak in peaks.items())
-    return {"ratio": ratio, "peak_bytes": peaks}, f"{each}: {ratio:.2f} x"
+    found, lines = {}, []
+    for encoded in (args.encoded, 0):
+        peaks = {}
+        for side in args.sides:
+            path = folder / f"memory_{side}_{args.tissue:g}.svs"
+            make_slide(path, side, args.tissue, MPP["b"], sparse=True)
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                peaks[side] = process.submit(peak_bytes, path, args.num_workers, encoded).result()
+        ratio = max(peaks.values()) / peaks[args.sides[0]]
+        each = ", ".join(f"{side} px {peak / 2**20:.0f} MiB" for side, peak in peaks.items())
+        name = "" if encoded else "decoding_"
+        found |= {f"{name}ratio": ratio, f"{name}peak_bytes": peaks}
+        lines.append(f"{each}: {ratio:.2f} x")
+    return found, "; without encoder ".join(lines)
 
 
 PARTS = {"a": against_the_floor, "b": against_openslide, "linear": with_more_tiles, "memory": of_memory}
 
 
 def peak_bytes(path: Path, num_workers: int, encoded: int) -> int:
-    """Peak of resident memory of a process that tiles a slide and encodes a part of it."""
-    import torch
+    """Peak of resident memory of a process that tiles and decodes a slide, and encodes so many of its tiles."""
+    if encoded:  # first, as the command does
+        import torch
 
-    from encoders import load_encoder
-    from stage0_tiling.encoding import encode_slide
+        from encoders import load_encoder
+        from stage0_tiling.encoding import encode_slide
 
-    torch.set_num_threads(num_workers)
+        torch.set_num_threads(num_workers)
     coords = decode(path, "tiff", num_workers)
-    some = coords[:: max(1, len(coords) // encoded)][:encoded]
-    encoder = load_encoder("vit_small_patch16_224", pretrained=False)
-    encode_slide(path, encoder, tile_size=TILE, mpp=0.5, num_workers=num_workers, coords=some)
+    if encoded:
+        some = coords[:: max(1, len(coords) // encoded)][:encoded]
+        encoder = load_encoder("vit_small_patch16_224", pretrained=False)
+        encode_slide(path, encoder, tile_size=TILE, mpp=0.5, num_workers=num_workers, coords=some)
     # of this program alone: what getrusage says begins with the process that started it
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
@@ -159,6 +180,11 @@ def measure(repeats: int, **what: Callable[[], int]) -> dict[str, list[tuple[flo
             if repetition >= 0:
                 runs[name].append((time.perf_counter() - started, num_tiles))
     return runs
+
+
+def ratios_of(runs: dict[str, list[tuple[float, int]]], one: str, other: str) -> list[float]:
+    """Time of one over that of the other in each repetition."""
+    return [a[0] / b[0] for a, b in zip(runs[one], runs[other], strict=True)]
 
 
 def summary(runs: dict[str, list[tuple[float, int]]], other: str, ratios: list[float]) -> dict:
@@ -192,27 +218,29 @@ def decode(path: Path, reader: str, num_workers: int) -> np.ndarray:
     """Open a slide, find its tissue and decode all tiles in row order; their positions."""
     with Slide(path, reader) as slide:
         plan = plan_tiles(slide, SETTINGS)
+        coords, grid = plan.coords, plan.grid
+        del plan  # with the thumbnail and the mask, as the commands do before they read tiles
         size = SETTINGS.tile_size, SETTINGS.tile_size
-
         buffers = threading.local()
 
         def read(some: np.ndarray) -> int:
             if not hasattr(buffers, "tiles"):
                 buffers.tiles = np.empty((CHUNK, *size, 3), np.uint8)
             out = buffers.tiles[: len(some)]
-            return len(slide.read_tiles(some, plan.grid.tile_width, plan.grid.tile_height, size, out))
+            return len(slide.read_tiles(some, grid.tile_width, grid.tile_height, size, out))
 
         with ThreadPoolExecutor(num_workers) as pool:
-            assert sum(pool.map(read, np.split(plan.coords, range(CHUNK, len(plan.coords), CHUNK)))) == len(plan.coords)
-        return plan.coords
+            assert sum(pool.map(read, np.split(coords, range(CHUNK, len(coords), CHUNK)))) == len(coords)
+        return coords
 
 
-def decode_all(streams: list[bytes], num_workers: int) -> int:
-    """The floor: decode whole JPEGs to RGB; their number."""
+def decode_all(streams: list[bytes], num_workers: int, shrink: int = 1) -> int:
+    """The floor: decode whole JPEGs to RGB, of their size over `shrink`; their number."""
+    side = TILE // shrink
 
     def decode(some: list[bytes]) -> None:
         for stream in some:
-            simplejpeg.decode_jpeg(stream)
+            simplejpeg.decode_jpeg(stream, min_height=side, min_width=side, min_factor=shrink)
 
     with ThreadPoolExecutor(num_workers) as pool:
         list(pool.map(decode, [streams[i : i + 64] for i in range(0, len(streams), 64)]))
@@ -220,16 +248,21 @@ def decode_all(streams: list[bytes], num_workers: int) -> int:
 
 
 def tissue_streams(path: Path) -> Iterator[bytes]:
-    """The compressed tiles of level 0 under the tiles that are cut from a slide, as whole JPEGs."""
+    """The compressed tiles of level 0 under the tiles that are cut from a slide, as whole JPEGs, equal ones as one."""
     with Slide(path, "tiff") as slide:
-        coords = plan_tiles(slide, SETTINGS).coords
+        plan = plan_tiles(slide, SETTINGS)
         tiff = TiledTiff.open(path, [(slide.width, slide.height)])
     level = tiff._levels[0]
     tiff.close()
-    data = path.read_bytes()
-    for x, y in coords.tolist():
-        offset, count = (int(values[y // TILE, x // TILE]) for values in (level.offsets, level.counts))
-        yield level.decoder.header + data[offset + 2 : offset + count]
+    data, known = path.read_bytes(), {}
+    across, down = plan.grid.tile_width // TILE, plan.grid.tile_height // TILE
+    for x, y in plan.coords.tolist():
+        for row, column in product(range(y // TILE, y // TILE + down), range(x // TILE, x // TILE + across)):
+            if row < level.offsets.shape[0] and column < level.offsets.shape[1]:
+                place = int(level.offsets[row, column]), int(level.counts[row, column])
+                if place not in known:
+                    known[place] = level.decoder.header + data[place[0] + 2 : sum(place)]
+                yield known[place]
 
 
 if __name__ == "__main__":

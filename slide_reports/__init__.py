@@ -4,9 +4,8 @@ A record is one question and answer about one case.
 """
 
 from slide_reports.batches import (
-    RecordBatches,
+    LOADER_FLAGS,
     ReportDataset,
-    SampleKey,
     check_input_kind,
     collate,
     default_num_visual_tokens,
@@ -23,7 +22,15 @@ from slide_reports.prompt import (
     Prompt,
 )
 from slide_reports.record import Record, patient_of, slide_id_of
-from slide_reports.records import add_data_arguments, read_records, read_training_records, records_digest
+from slide_reports.record_batches import RecordBatches, SampleKey
+from slide_reports.records import (
+    RECORD_FLAGS,
+    add_data_arguments,
+    inputs_digest,
+    read_records,
+    read_training_records,
+    records_digest,
+)
 from slide_reports.splits import split_by_patient
 from slide_reports.table import RecordTable
 
@@ -32,7 +39,9 @@ __all__ = [
     "default_num_visual_tokens",
     "making_of",
     "DEFAULT_QUESTIONS",
+    "LOADER_FLAGS",
     "Prompt",
+    "RECORD_FLAGS",
     "Record",
     "RecordBatches",
     "RecordTable",
@@ -43,6 +52,7 @@ __all__ = [
     "collate",
     "describe_encoder",
     "describe_features",
+    "inputs_digest",
     "make_loader",
     "make_loaders",
     "patch_budget",

@@ -19,6 +19,8 @@ SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "
 SPLITS |= {"test": "test", "testing": "test"}
 NESTED_FIELDS = {"conversations", "messages", "chain-of-thought", "chain_of_thought", "image", "images", "image_path"}
 NESTED_FIELDS |= {"slides", "Choice"}
+# of which a record has at least one, and no set of splits
+RECORD_FIELDS = {"id", "Id", "slide_id", "h5_path", "image", "images", "image_path", "conversations", "messages"}
 BLANKS = re.compile(r"\s*")
 LINE_ENDS = re.compile(r"\r\n|\n|\r")  # others, as U+2028, may stand within the texts of JSON
 FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt"}
@@ -136,8 +138,10 @@ def _json_rows(path: Path) -> Iterator[Row]:
     value, end = decode_json(path, text, start, "the file" if text[start] == "{" else "its content")
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a list of at least one record, found {type(value).__name__}")
-    if text[end:].strip() or _is_single_row(value):
+    if text[end:].strip():
         yield from _line_rows(path, text)
+    elif _is_single_row(value):
+        yield _row(path, 0, "", value)
     else:
         yield from _split_rows(path, value)
 
@@ -145,7 +149,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 def _is_single_row(value: dict[str, Any]) -> bool:
     """Whether a lone object is a record, as in a file of one line, not a set of splits or annotation files."""
     nested = [key for key, held in value.items() if isinstance(held, list | dict)]
-    return bool(value) and all(key in NESTED_FIELDS for key in nested)
+    return bool(value) and (not RECORD_FIELDS.isdisjoint(value) or all(key in NESTED_FIELDS for key in nested))
 
 
 def _list_rows(path: Path, text: str, start: int, split: str) -> Iterator[Row]:
@@ -210,14 +214,14 @@ def _table_rows(path: Path, separator: str) -> Iterator[Row]:
     try:
         with _fields_of_any_size(), path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, delimiter=separator, strict=True)
-            names = reader.fieldnames or []
-            if len(set(names)) != len(names) or not any(name.strip() for name in names):
+            names = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+            if len(set(names)) != len(names) or not any(names):
                 raise ValueError(f"{path}: its first line must name the columns, each once; found {names}")
             for index, values in enumerate(reader):
                 where = f"{path}: record {index} (line {reader.line_num})"
                 if None in values or None in values.values():
                     raise ValueError(f"{where} has another number of fields than the header; quote texts with commas")
-                yield Row(where, "", {name.strip(): text for name, text in values.items() if text})
+                yield Row(where, "", {name: text for name, text in values.items() if text})
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not in UTF-8 (byte {error.start}); save it as UTF-8") from error
     except csv.Error as error:

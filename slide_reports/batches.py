@@ -1,33 +1,32 @@
-"""Records to samples to batches: patch choice, labels, order, dynamic padding."""
+"""Records to samples to batches: patch choice, labels, dynamic padding, loaders."""
 
+import hashlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from encoders import ImageEncoder
+from projectors import PROMPT_TOPK
 from slide_reports.cases import read_case, read_images
 from slide_reports.inputs import facts_to_agree_on
+from slide_reports.lengths import record_lengths
 from slide_reports.prompt import Prompt
 from slide_reports.record import Record
+from slide_reports.record_batches import RecordBatches, SampleKey
+from slide_reports.table import fields
+from slide_reports.transfer import SendingCollate
 from slide_vlm import IGNORED_LABEL, SlideVLM, VLMSettings
 
+WHOLE_BUDGET_REDUCERS = ("perceiver", "qformer")  # which give as many visual tokens of a slide with fewer tiles
 MAX_PATCHES = 16384  # read of one slide when a reducer other than `none` follows; 50 MB at width 1536
-
-
-class SampleKey(NamedTuple):
-    """What the sampler asks the dataset for. A filler (``supervised`` False) evens out batches and teaches nothing."""
-
-    index: int
-    epoch: int
-    supervised: bool
 
 
 @dataclass
@@ -44,6 +43,8 @@ class ReportDataset(Dataset):
         expected: how feature files must have been made, as :func:`making_of` says it of the model's.
         patches_per_image: patch tokens that the encoder gives of an image; None where that is unknown.
         num_visual_tokens: shared by the slides or images of a case; None for as many as ``num_patches``.
+        cases: a number for each record, the same for records of the same slides or images; patches are then drawn for
+            the case, not for the record, and samples say their case, so that they are packed. None for neither.
         skip_bad_inputs: put a filler in the place of a record whose input cannot be read, and say so; else raise.
     """
 
@@ -59,6 +60,7 @@ class ReportDataset(Dataset):
     expected: dict[str, Any] | None = None
     patches_per_image: int | None = None
     num_visual_tokens: int | None = None
+    cases: np.ndarray | None = None
     skip_bad_inputs: bool = False
 
     @classmethod
@@ -70,8 +72,9 @@ class ReportDataset(Dataset):
         *,
         seed: int | None = None,
         skip_bad_inputs: bool = False,
+        packing: bool = False,
     ) -> "ReportDataset":
-        """Dataset that prepares records as the model's settings say."""
+        """Dataset that prepares records as the model's settings say, for rows of several records if asked."""
         settings = model.settings
         has_grid = model.encoder is not None and model.encoder.patch_grid is not None
         return cls(
@@ -87,6 +90,7 @@ class ReportDataset(Dataset):
             expected=making_of(settings),
             patches_per_image=math.prod(model.encoder.patch_grid) if has_grid else None,
             num_visual_tokens=settings.num_visual_tokens,
+            cases=case_numbers(records, apart=settings.token_reducer == PROMPT_TOPK) if packing else None,
             skip_bad_inputs=skip_bad_inputs,
         )
 
@@ -109,8 +113,22 @@ class ReportDataset(Dataset):
                     raise
                 print(f"left out of epoch {key.epoch + 1}: {record.id}: {error}", file=sys.stderr)
             else:
-                return self._text(record, supervised=key.supervised and not tried) | inputs | {"is_bad": bool(tried)}
+                about = {"is_bad": bool(tried)} | ({} if self.cases is None else {"case_id": int(self.cases[index])})
+                return self._text(record, supervised=key.supervised and not tried) | inputs | about
         raise ValueError("no record's input can be read; see the messages above")
+
+    def lengths(self, token_reducer: str) -> np.ndarray:
+        """Tokens of each record to the language model, (N,) int32, as far as is known without reading its inputs."""
+        return record_lengths(
+            self.records,
+            self.tokenizer,
+            self.prompt,
+            self.question,
+            max_question_tokens=self.max_question_tokens,
+            max_answer_tokens=self.max_answer_tokens,
+            num_visual_tokens=self.num_visual_tokens or self.num_patches,
+            tiles_bound_tokens=self.image_transform is None and token_reducer not in WHOLE_BUDGET_REDUCERS,
+        )
 
     def _text(self, record: Record, *, supervised: bool) -> dict[str, list[int]]:
         """Ids and labels of all turns; every answer is supervised, whichever turn it is of."""
@@ -129,13 +147,23 @@ class ReportDataset(Dataset):
 
     def _inputs(self, record: Record, index: int, epoch: int) -> dict[str, Any]:
         """What is drawn depends on seed, epoch and the record's place alone, whichever process and worker reads it."""
-        rng = None if self.seed is None else np.random.default_rng([self.seed, epoch, index])
+        drawn_for = index if self.cases is None else int(self.cases[index])
+        rng = None if self.seed is None else np.random.default_rng([self.seed, epoch, drawn_for])
         budgets = {"num_patches": self.num_patches, "num_visual_tokens": self.num_visual_tokens or self.num_patches}
         if self.image_transform is None:
             return read_case(record.inputs, **budgets, rng=rng, expected=self.expected)
         return read_images(
             record.inputs, self.image_transform, **budgets, rng=rng, patches_per_image=self.patches_per_image
         )
+
+
+def case_numbers(records: Sequence[Record], *, apart: bool = False) -> np.ndarray:
+    """For each record, the place of the first record with the same inputs, (N,) int64; its own if all stand apart."""
+    if apart:
+        return np.arange(len(records))
+    first: dict[bytes, int] = {}
+    digests = (hashlib.sha256("\0".join(paths).encode()).digest() for (paths,) in fields(records, "inputs"))
+    return np.array([first.setdefault(digest, place) for place, digest in enumerate(digests)], dtype=np.int64)
 
 
 def making_of(settings: VLMSettings) -> dict[str, Any]:
@@ -175,64 +203,6 @@ def describe_encoder(encoder: ImageEncoder) -> dict[str, Any]:
     }
 
 
-class RecordBatches(Sampler[list[SampleKey]]):
-    """Micro-batches of all processes in order; process p of P takes every P-th.
-
-    Every record comes exactly once an epoch. The last window of an epoch is shared out evenly over its micro-batches,
-    and one that stays empty gets a filler, so every process sees the same number of micro-batches and none is dropped
-    or repeated. The order depends on the seed and the epoch alone.
-    """
-
-    # Accelerate cuts or repeats batches by an integer batch_size; None leaves them as they are.
-    batch_size = None
-    drop_last = False
-
-    def __init__(
-        self,
-        num_records: int,
-        batch_size: int,
-        *,
-        num_processes: int = 1,
-        gradient_accumulation_steps: int = 1,
-        shuffle: bool = False,
-        seed: int = 0,
-    ):
-        self.num_records = num_records
-        self.records_per_batch = batch_size
-        self.window = num_processes * gradient_accumulation_steps
-        self.shuffle = shuffle
-        self.seed = seed
-        self.epoch = 0
-        self.first_step = 0
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch."""
-        return math.ceil(self.num_records / (self.records_per_batch * self.window))
-
-    def start_at(self, epoch: int, first_step: int = 0) -> None:
-        """Choose the epoch, and the step in it to begin with when a run resumes.
-
-        Not named ``set_epoch``: Accelerate calls a method of that name with a count of its own.
-        """
-        self.epoch = epoch
-        self.first_step = first_step
-
-    def __len__(self) -> int:
-        return (self.steps_per_epoch - self.first_step) * self.window
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        order = np.arange(self.num_records)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_records)
-        records_per_step = self.records_per_batch * self.window
-        for step in range(self.first_step, self.steps_per_epoch):
-            of_step = order[step * records_per_step : (step + 1) * records_per_step]
-            for part in np.array_split(of_step, self.window):
-                keys = [SampleKey(int(index), self.epoch, True) for index in part]
-                yield keys or [SampleKey(int(of_step[0]), self.epoch, False)]
-
-
 def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Pad samples to the longest of this batch: token ids, labels and patch tokens each to their own longest."""
     batch = {"is_bad": torch.tensor([sample.get("is_bad", False) for sample in samples])}
@@ -242,6 +212,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     batch["input_ids"] = pad(ids, batch_first=True, padding_value=0)
     batch["labels"] = pad(labels, batch_first=True, padding_value=IGNORED_LABEL)
     batch["attention_mask"] = pad([torch.ones_like(row) for row in ids], batch_first=True, padding_value=0)
+    if "case_id" in samples[0]:
+        batch["case_ids"] = torch.tensor([sample["case_id"] for sample in samples])
     if "question_ids" in samples[0]:
         questions = [torch.tensor(sample["question_ids"], dtype=torch.long) for sample in samples]
         batch["question_ids"] = pad(questions, batch_first=True, padding_value=0)
@@ -265,6 +237,10 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     return batch
 
 
+# The flags that :func:`make_loaders` takes.
+LOADER_FLAGS = ("batch_size", "gradient_accumulation_steps", "num_workers", "seed", "random_batches", "packing")
+
+
 def make_loaders(
     model: SlideVLM,
     tokenizer: Any,
@@ -276,13 +252,27 @@ def make_loaders(
     num_processes: int,
     num_workers: int,
     seed: int,
+    random_batches: bool = False,
+    packing: bool = False,
 ) -> tuple[RecordBatches, DataLoader, DataLoader]:
     """Training batches, which are told where to begin each epoch, and the loaders of training and validation.
 
-    Training shuffles records and draws patches at random; validation does neither. Both leave bad inputs out.
+    Training shuffles records and draws patches at random; validation does neither. Both leave bad inputs out, and both
+    put records of like length together, unless ``random_batches``, or with ``packing`` those of one case.
+
+    Raises:
+        ValueError: packing would not be exact with this language model.
     """
-    train_data = ReportDataset.for_model(model, tokenizer, train_records, seed=seed, skip_bad_inputs=True)
-    val_data = ReportDataset.for_model(model, tokenizer, val_records, skip_bad_inputs=True)
+    if packing:
+        model.check_packing()
+    preparing = {"skip_bad_inputs": True, "packing": packing}
+    train_data = ReportDataset.for_model(model, tokenizer, train_records, seed=seed, **preparing)
+    val_data = ReportDataset.for_model(model, tokenizer, val_records, **preparing)
+
+    def alike(data: ReportDataset) -> dict[str, np.ndarray | None]:
+        wanted = not (packing or random_batches)
+        return {"lengths": data.lengths(model.settings.token_reducer) if wanted else None, "cases": data.cases}
+
     train_batches = RecordBatches(
         len(train_data),
         batch_size,
@@ -290,8 +280,9 @@ def make_loaders(
         gradient_accumulation_steps=gradient_accumulation_steps,
         shuffle=True,
         seed=seed,
+        **alike(train_data),
     )
-    val_batches = RecordBatches(len(val_data), batch_size, num_processes=num_processes)
+    val_batches = RecordBatches(len(val_data), batch_size, num_processes=num_processes, **alike(val_data))
     return (
         train_batches,
         make_loader(train_data, train_batches, num_workers),
@@ -304,7 +295,7 @@ def make_loader(dataset: ReportDataset, batches: RecordBatches, num_workers: int
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=SendingCollate(collate, num_workers),
         num_workers=num_workers,
         generator=torch.Generator().manual_seed(0),
         pin_memory=torch.cuda.is_available(),

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from projectors import UNKNOWN_UM_PER_PX
-from slide_features import SlideFeatures, choose_patches, count_tiles, raster_order, read_patches
+from slide_features import (
+    SlideFeatures,
+    choose_patches,
+    count_tiles,
+    is_in_raster_order,
+    raster_order,
+    read_patches,
+)
 from slide_reports.inputs import check_making, um_per_px_of_file
 
 
@@ -115,6 +122,8 @@ def share_budget(budget: int, sizes: Sequence[int]) -> list[int]:
     """
     if budget < len(sizes):
         raise ValueError(f"a case of {len(sizes)} slides or images needs as many tokens; raise --num_visual_tokens")
+    if len(sizes) == 1:
+        return [budget]
     quotients, remainders = np.divmod(budget * np.asarray(sizes, dtype=np.int64), sum(sizes))
     left_over = budget - int(quotients.sum())
     quotients[np.argsort(-remainders, kind="stable")[:left_over]] += 1
@@ -126,8 +135,8 @@ def share_budget(budget: int, sizes: Sequence[int]) -> list[int]:
 
 def _choose_rows(coords: np.ndarray, budget: int, rng: np.random.Generator | None) -> np.ndarray:
     """Sorted rows of a slide's patches to use: evenly spaced ones are so in raster order, whatever that of the file."""
-    order = raster_order(coords)
-    return np.sort(order[choose_patches(len(order), budget, rng)])
+    chosen = choose_patches(len(coords), budget, rng)
+    return chosen if is_in_raster_order(coords) else np.sort(raster_order(coords)[chosen])
 
 
 def _as_case(
@@ -136,7 +145,9 @@ def _as_case(
     case = {"patch_tokens": [], "coords": [], "visual_budgets": torch.tensor(budgets)}
     case["um_per_px"] = torch.tensor([um or UNKNOWN_UM_PER_PX for um in um_per_px])
     for features, coords in slides:
-        order = raster_order(coords)
-        case["patch_tokens"].append(torch.from_numpy(features[order]))
-        case["coords"].append(torch.from_numpy(coords[order].astype(np.int64)))
+        if not is_in_raster_order(coords):
+            order = raster_order(coords)
+            features, coords = features[order], coords[order]
+        case["patch_tokens"].append(torch.from_numpy(features))
+        case["coords"].append(torch.from_numpy(coords.astype(np.int64, copy=False)))
     return case

@@ -10,13 +10,15 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from command_line import DONE, REFUSED, SOME_FAILED, make_parser, run
 from slide_features import atomic_path
-from slide_reports.findings import LEFT_OUT, WRONG, Finding, find_all
+from slide_reports.edits import Edits
+from slide_reports.findings import LEFT_OUT, WRONG, Finding, find_all, unmatched_ids
 from slide_reports.record import Record
 from slide_reports.records import add_data_arguments, read_splits_of_training
 from slide_reports.table import column, fields
@@ -37,7 +39,8 @@ def parse_arguments():
 
 def main() -> int:
     args = parse_arguments()
-    reading = {key: getattr(args, key) for key in ("features_dir", "image_root", "group_pattern", "exclude", "revise")}
+    reading = {key: getattr(args, key) for key in ("features_dir", "image_root", "group_pattern")}
+    edits = Edits(args.exclude, args.revise)
     splits = read_splits_of_training(
         args.train_json,
         args.val_json,
@@ -45,10 +48,12 @@ def main() -> int:
         val_fraction=args.val_fraction,
         seed=args.seed,
         splits=args.splits,
+        fold=args.fold,
+        edits=edits,
         **reading,
     )
     findings = []
-    for finding in find_all(splits, args.features_dir and Path(args.features_dir)):
+    for finding in chain(unmatched_ids(edits), find_all(splits, args.features_dir and Path(args.features_dir))):
         finding = replace(finding, what=" ".join(finding.what.split()))  # names may hold line ends
         findings.append(finding)
         print(f"{finding.severity}: {finding.what}", flush=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slide_features import FEATURE_SUFFIXES, read_slide_features
+from slide_reports.edits import Edits
 from slide_reports.inputs import input_faults
 from slide_reports.record import Record
 from slide_reports.table import column, fields
@@ -51,6 +52,12 @@ def find_all(splits: dict[str, Sequence[Record]], features_dir: Path | None) -> 
     yield from bad_inputs(ids, inputs)
     if features_dir is not None:
         yield from extra_features(features_dir, {path for paths in inputs for path in paths})
+
+
+def unmatched_ids(edits: Edits) -> Iterator[Finding]:
+    """Ids of --exclude and --revise that no record has, of all files that were read."""
+    for what, count in edits.unmatched():
+        yield Finding(ODD, "unknown ids", f"{what}; mend the list if that is not meant", count)
 
 
 def repeated_questions(records: Sequence[Record], split: str) -> Iterator[Finding]:

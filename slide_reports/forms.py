@@ -138,7 +138,7 @@ def _conversation(row: Row) -> list[Draft]:
         raise ValueError(f"{row.where} has no question and no answer under {key!r}")
     images = next((name for name in ("image", "images") if name in row.values), "image")
     names = _names(row, images)
-    record_id = str(row.values.get("id", names[0]))
+    record_id = _own_id(row, names[0])
     return [_draft(row, record_id, names, _kind(row, names), turns, case=names[0])]
 
 
@@ -148,8 +148,17 @@ def _choice(row: Row) -> list[Draft]:
     choices = row.values.get("Choice")
     if choices:
         listed = _names(row, "Choice")
-        question += "".join(f"\n{letter}. {text}" for letter, text in zip(CHOICE_LETTERS, listed, strict=False))
+        question += "".join(f"\n{choice_label(i)}. {text}" for i, text in enumerate(listed))
     return [_draft(row, record_id, (record_id,), "slide", [(question, answer)])]
+
+
+def choice_label(number: int) -> str:
+    """A, B, … Z, AA, AB, …: the label of a choice, counted from 0."""
+    label = ""
+    while number >= 0:
+        number, letter = divmod(number, len(CHOICE_LETTERS))
+        label, number = CHOICE_LETTERS[letter] + label, number - 1
+    return label
 
 
 def _features_table(row: Row) -> list[Draft]:
@@ -183,8 +192,18 @@ FORMS: tuple[tuple[tuple[tuple[str, ...], ...], Callable[[Row], list[Draft]]], .
 
 def _image_draft(row: Row, key: str, question: str, answer: str) -> Draft:
     names = _names(row, key)
-    record_id = str(row.values.get("id", names[0]))
+    record_id = _own_id(row, names[0])
     return _draft(row, record_id, names, _kind(row, names), [(question, answer)], case=names[0])
+
+
+def _own_id(row: Row, other: str) -> str:
+    """The id of a record that need not have one."""
+    value = row.values.get("id")
+    if value is None or value == "":
+        return other
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{row.where} has {_shown(repr(value), 60)} under 'id'; expected a name or a number")
+    return str(value)
 
 
 def _draft(

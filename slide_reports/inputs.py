@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -96,32 +96,55 @@ def check_input(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+class _Stored(NamedTuple):
+    """What is kept of a feature file once it was looked into."""
+
+    making: dict[str, Any]
+    um_per_px: float | None
+    num_tiles: int
+
+
 def making_of_file(path: Path) -> dict[str, Any]:
     """How a feature file was made, as far as it says and others must agree."""
-    stored = path.stat()
-    return _making_of_version(str(path), stored.st_mtime_ns, stored.st_size)[0]
+    return _stored(path).making
 
 
 def um_per_px_of_file(path: Path) -> float | None:
     """Microns of a level-0 pixel of a feature file's slide; files may differ in it. None if it does not say."""
+    return _stored(path).um_per_px
+
+
+def num_tiles_of_file(path: Path) -> int:
+    """Tiles of a feature file."""
+    return _stored(path).num_tiles
+
+
+def _stored(path: Path) -> _Stored:
     stored = path.stat()
-    return _making_of_version(str(path), stored.st_mtime_ns, stored.st_size)[1]
+    return _stored_in_version(str(path), stored.st_mtime_ns, stored.st_size)
 
 
 @lru_cache(maxsize=2**15)
-def _making_of_version(path: str, modified_ns: int, num_bytes: int) -> tuple[dict[str, Any], float | None]:
-    """Both, read once of each version of a file: to read it takes as long as to read 256 patch tokens.
+def _stored_in_version(path: str, modified_ns: int, num_bytes: int) -> _Stored:
+    """Read once of each version of a file: to read it takes as long as to read 256 patch tokens.
 
     What is known before training begins is known to the processes that load records, which are copies of this one.
     """
-    slide = read_slide_features(path, rows=np.array([0]))
+    num_tiles = 0
+
+    def first_row(coords: np.ndarray) -> np.ndarray:
+        nonlocal num_tiles
+        num_tiles = len(coords)
+        return np.array([0])
+
+    slide = read_slide_features(path, rows=first_row)
     making = {
         "patch_width": slide.features.shape[1],
         "encoder": slide.encoder,
         "encoder_fingerprint": slide.encoder_fingerprint,
         **facts_to_agree_on(slide.making),
     }
-    return making, slide.um_per_px
+    return _Stored(making, slide.um_per_px, num_tiles)
 
 
 def facts_to_agree_on(making: dict[str, Any]) -> dict[str, Any]:

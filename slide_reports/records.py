@@ -1,21 +1,25 @@
 """Annotation files to records: every known form, cleaned of what is to be left out, and split for training."""
 
 import hashlib
+import math
+import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 from slide_reports.annotation_files import BLANKS, decode_json, pictures_folder, read_rows, read_text
+from slide_reports.edits import Edits
 from slide_reports.findings import refuse_leaks
 from slide_reports.forms import Draft, read_drafts
 from slide_reports.inputs import check_input, with_inputs
 from slide_reports.paths import Folders
-from slide_reports.record import Record, patient_of, slide_id_of
-from slide_reports.splits import read_splits, split_by_patient, splits_of
+from slide_reports.record import Record, patient_of
+from slide_reports.splits import read_fold, read_splits, split_by_patient, splits_of
 from slide_reports.table import RecordTable, column, fields, select
 
 META_FIELDS = {"root", "annotation"}
@@ -29,6 +33,7 @@ def read_records(
     group_pattern: str | None = None,
     exclude: str | Path | None = None,
     revise: str | Path | None = None,
+    edits: Edits | None = None,
     locate_inputs: bool = True,
 ) -> RecordTable:
     """Read records of any known form (`slide_reports.forms` lists them), told apart by content.
@@ -39,8 +44,9 @@ def read_records(
         features_dir: folder of ``<slide_id>.h5`` (or ``.zarr.zip``, or ``.pt`` as CLAM's).
         image_root: folder that images are relative to.
         group_pattern: regular expression that finds the patient in an id or image name, see `patient_of`.
-        exclude: file of ids to leave out, see `read_ids`.
+        exclude: file of ids to leave out, see `listed_ids`.
         revise: annotation file with new texts for some ids, each for the same question or for none.
+        edits: both of them together, where it is of interest which of them were of use.
         locate_inputs: find the files that records name; without, they have none.
 
     Raises:
@@ -56,11 +62,10 @@ def read_records(
             raise FileNotFoundError(f"{name} {root}: no such folder")
     roots = (None if root is None else Path(root) for root in (features_dir, image_root))
     folders = Folders(*roots, pictures_folder()) if locate_inputs else None
-    left_out = read_ids(exclude) if exclude else frozenset()
-    revised = read_revisions(revise) if revise else {}
-    table = RecordTable.of(_records(Path(annotation), folders, group_pattern, left_out, revised))
+    edits = edits or Edits(exclude, revise)
+    table = RecordTable.of(_records(Path(annotation), folders, group_pattern, edits))
     if not len(table):
-        besides = " but excluded ones" if exclude else ""
+        besides = " but excluded ones" if edits.exclude else ""
         raise ValueError(f"{annotation}: expected at least one record, found none{besides}")
     return table
 
@@ -69,29 +74,25 @@ def _records(
     annotation: Path,
     folders: Folders | None,
     group_pattern: str | None,
-    left_out: frozenset[str],
-    revised: dict[tuple[str, str], str],
+    edits: Edits,
 ) -> Iterator[Record]:
     for source, in_folders, times in _sources(annotation, folders):
         rows = tqdm(read_rows(source), desc=f"reading {source.name}", unit="record", delay=5, leave=False)
         for row in rows:
             for draft in read_drafts(row):
-                if left_out and not left_out.isdisjoint(_names_of(draft.id)):
+                if edits.leaves_out(draft.id):
                     continue
-                record = _record(row.where, draft, in_folders, group_pattern, revised)
+                record = _record(row.where, draft, in_folders, group_pattern, edits)
                 for _ in range(times):
                     yield record
 
 
-def _record(
-    where: str, draft: Draft, folders: Folders | None, group_pattern: str | None, revised: dict[tuple[str, str], str]
-) -> Record:
+def _record(where: str, draft: Draft, folders: Folders | None, group_pattern: str | None, edits: Edits) -> Record:
     inputs = tuple(folders.locate(where, draft.kind, name) for name in draft.names) if folders else ()
     group = draft.group or patient_of(draft.case, group_pattern)
     (question, answer), *later = draft.turns
-    if revised and not later:
-        found = [revised[name, question] for name in _names_of(draft.id) if (name, question) in revised]
-        answer = found[0] if found else answer
+    if not later:
+        answer = edits.text_of(draft.id, question, answer)
     return Record(draft.id, inputs, question, answer, group, draft.split, tuple(later))
 
 
@@ -145,54 +146,11 @@ def _beside(annotation: Path, where: str, name: object, key: str) -> Path:
     return path
 
 
-def read_ids(path: str | Path) -> frozenset[str]:
-    """Ids of a file: column ``id`` or ``slide_id`` of a CSV, lines of a text, or the ids of an annotation file.
-
-    They come also without the suffix of a slide: `s1.svs`, `s1.tiff` and `s1` are one.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it holds no ids.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"--exclude {path}: no such file")
-    if path.suffix.lower() not in (".csv", ".tsv", ".txt"):
-        ids = (draft.id for row in read_rows(path) for draft in read_drafts(row))
-        return frozenset(name for listed in ids for name in _names_of(listed))
-    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if path.suffix.lower() == ".txt" or not any("," in line or "\t" in line for line in lines):
-        unquoted = (line.strip("\"'") for line in lines)  # R quotes even a single column
-        return frozenset(name for listed in unquoted for name in _names_of(listed))
-    found = (row.values.get("id", row.values.get("slide_id")) for row in read_rows(path))
-    ids = frozenset(name for listed in found if listed for name in _names_of(listed.strip()))
-    if not ids:
-        raise ValueError(f"--exclude {path}: no column id or slide_id; name the column that holds the ids so")
-    return ids
-
-
-def read_revisions(path: str | Path) -> dict[tuple[str, str], str]:
-    """New text of some ids, each also without the suffix of a slide, and questions, from an annotation file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is broken, or revises one id and question in two ways.
-    """
-    revised: dict[tuple[str, str], str] = {}
-    for row in read_rows(path):
-        for draft in read_drafts(row):
-            question, text = draft.turns[0]
-            others = {revised.setdefault((name, question), text) for name in _names_of(draft.id)} - {text}
-            if len(draft.turns) > 1 or not text or others:
-                raise ValueError(
-                    f"{row.where} ({draft.id}): --revise takes one text for an id and question, and only one"
-                )
-    return revised
-
-
-def _names_of(record_id: str) -> tuple[str, str]:
-    """An id as it is, and without the suffix of a slide: lists of ids may have either."""
-    return record_id, slide_id_of(record_id)
+# The flags of :func:`add_data_arguments`, and the seed, that :func:`read_training_records` takes.
+RECORD_FLAGS = (
+    *("train_json", "val_json", "val_fraction", "seed", "splits", "fold"),
+    *("features_dir", "image_root", "group_pattern", "exclude", "revise"),
+)
 
 
 def records_digest(records: Sequence[Record]) -> str:
@@ -204,6 +162,21 @@ def records_digest(records: Sequence[Record]) -> str:
     return digest.hexdigest()
 
 
+def inputs_digest(records: Sequence[Record], max_files: int = 10_000, max_read: int = 64) -> str:
+    """SHA-256 of an even sample of the records' input files: names and sizes, and of a few their first 64 KiB.
+
+    Tells features that were made anew, or other images, wherever they lie now.
+    """
+    inputs = sorted({path for (paths,) in fields(records, "inputs") for path in paths}, key=os.path.basename)
+    stride = max(1, math.ceil(len(inputs) / max_files))
+    sizes = [(Path(path), os.path.getsize(path)) for path in inputs[::stride] if os.path.isfile(path)]
+    digest = hashlib.sha256(str([(path.name, size) for path, size in sizes]).encode())
+    for path, _ in sizes[:: max(1, math.ceil(len(sizes) / max_read))]:
+        with path.open("rb") as file:
+            digest.update(file.read(2**16))
+    return digest.hexdigest()
+
+
 def read_training_records(
     train_json: str,
     val_json: str | None,
@@ -212,21 +185,34 @@ def read_training_records(
     seed: int,
     expected: dict[str, Any] | None = None,
     splits: str | None = None,
+    fold: int | None = None,
     **reading: str | None,
 ) -> tuple[Sequence[Record], Sequence[Record], list[str]]:
     """Training records, validation records, and a line for each record left out because something of it is missing.
 
     Validation is ``val_json``, else the records whose split says ``val``, else patients split off. ``splits`` is a
-    table that ``slide_reports/split.py`` wrote, and stands for what the records say. ``expected`` says how feature
-    files must have been made, as for :func:`with_inputs`, and ``reading`` is for :func:`read_records`.
+    table that ``slide_reports/split.py`` wrote, and stands for what the records say; of its folds ``fold`` is
+    validation and the others training. ``expected`` says how feature files must have been made, as for
+    :func:`with_inputs`, and ``reading`` is for :func:`read_records`.
 
     Raises:
         FileNotFoundError: an annotation file or folder is missing.
         ValueError: an annotation file is broken, or no record is left to train on.
     """
+    edits = Edits(reading.pop("exclude", None), reading.pop("revise", None))
     found = read_splits_of_training(
-        train_json, val_json, None, val_fraction=val_fraction, seed=seed, splits=splits, **reading
+        train_json,
+        val_json,
+        None,
+        val_fraction=val_fraction,
+        seed=seed,
+        splits=splits,
+        fold=fold,
+        edits=edits,
+        **reading,
     )
+    for line, _ in edits.unmatched() if os.environ.get("RANK", "0") == "0" else ():
+        print(f"warning: {line}", file=sys.stderr)
     train, val = found["train"], found["val"]
     refuse_leaks(train, val)
     train, problems = with_inputs(train, expected)
@@ -247,11 +233,19 @@ def read_splits_of_training(
     val_fraction: float,
     seed: int,
     splits: str | None = None,
+    fold: int | None = None,
     **reading: str | None,
 ) -> dict[str, Sequence[Record]]:
     """Records for ``train``, ``val`` and ``test``, as :func:`read_training_records` tells them apart."""
+    if fold is not None and splits is None:
+        raise ValueError(
+            f"--fold {fold}: say with --splits which table holds the folds; slide_reports/split.py makes it"
+        )
+    if fold is not None and val_json:
+        raise ValueError(f"--fold {fold} and --val_json {val_json} both say what validation is: give one of them")
+    assigned = None if splits is None else read_splits(splits) if fold is None else read_fold(splits, fold)
     records = read_records(train_json, **reading)
-    stated = column(records, "split") if splits is None else splits_of(records, read_splits(splits), splits)
+    stated = column(records, "split") if assigned is None else splits_of(records, assigned, splits)
     if val_json:
         train, val = _of_split(records, stated, "", "train"), read_records(val_json, **reading)
     elif any(stated):
@@ -290,6 +284,13 @@ def add_data_arguments(parser) -> None:
         "--splits",
         default=None,
         help="table of patients' splits that slide_reports/split.py wrote; default: what the records say",
+    )
+    group.add_argument(
+        "--fold",
+        type=NonNegativeInt,
+        default=None,
+        help="fold of the table --splits, from 0, to validate on, and to train on all others; patients of the split "
+        "test stay out; default: the splits of the table",
     )
     group.add_argument(
         "--group_pattern",

@@ -57,7 +57,8 @@ def assign_splits(
     Raises:
         ValueError: the shares do not add up to 1.
     """
-    if any(share < 0 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
+    # written so that nan, of which every comparison is false, is refused too
+    if not (all(share >= 0 for share in shares.values()) and abs(sum(shares.values()) - 1) <= 1e-6):
         raise ValueError(f"shares {shares} of the splits must not be negative and must add up to 1")
     earlier = {group: split for group, split in (earlier or {}).items() if split in shares}
     if strata is None:
@@ -109,23 +110,58 @@ def read_splits(path: str | Path) -> dict[str, str]:
         FileNotFoundError: no such file.
         ValueError: a column is missing, a split unknown, or a patient is in two; names the file and line.
     """
+    return {group: split for group, (split, _) in _read_table(path).items()}
+
+
+def read_fold(path: str | Path, fold: int) -> dict[str, str]:
+    """Splits of one turn of a cross-validation: the patients of a fold are `val`, all others `train`.
+
+    Patients whose split is `test` stay there: no turn sees them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: as `read_splits`; or the table has no folds, or none of this number.
+    """
+    table = _read_table(path)
+    folds = {group: of_group for group, (_, of_group) in table.items()}
+    if without := [group for group, of_group in folds.items() if not of_group]:
+        few = f"{len(without)} patients, {without[0]} among them," if len(without) < len(table) else "its patients"
+        raise ValueError(f"--fold {fold}: --splits {path} gives {few} no fold; make it with slide_reports/split.py")
+    held_out = {group for group, of_group in folds.items() if of_group == str(fold) and table[group][0] != "test"}
+    if not held_out:
+        known = sorted({of_group for group, of_group in folds.items() if table[group][0] != "test"}, key=_as_number)
+        raise ValueError(f"--fold {fold}: --splits {path} has no such fold but {', '.join(known) or 'none'}")
+    return {
+        group: "test" if split == "test" else "val" if group in held_out else "train"
+        for group, (split, _) in table.items()
+    }
+
+
+def _as_number(text: str) -> tuple[int, str]:
+    return (int(text) if text.isdecimal() else -1, text)
+
+
+def _read_table(path: str | Path) -> dict[str, tuple[str, str]]:
+    """Split and fold of each patient; an empty fold where the table has none."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"--splits {path}: no such file; slide_reports/split.py makes it")
-    assigned: dict[str, str] = {}
+    assigned: dict[str, tuple[str, str]] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
-            if not {"group", "split"} <= set(reader.fieldnames or []):
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+            if not {"group", "split"} <= set(reader.fieldnames):
                 raise ValueError(f"--splits {path}: expected the columns group and split, found {reader.fieldnames}")
             for row in reader:
                 where = f"--splits {path}: line {reader.line_num}"
                 try:
-                    split = split_of(row["split"])
+                    found = split_of(row["split"]), (row.get("fold") or "").strip()
                 except ValueError as error:
                     raise ValueError(f"{where}: {error}") from error
-                if assigned.setdefault(row["group"], split) != split:
-                    raise ValueError(f"{where}: {row['group']} is in two splits; keep one line of it")
+                if (first := assigned.setdefault(row["group"], found)) != found:
+                    what = "splits" if first[0] != found[0] else "folds"
+                    raise ValueError(f"{where}: {row['group']} is in two {what}; keep one line of it")
     except UnicodeDecodeError as error:
         raise ValueError(f"--splits {path}: not in UTF-8 (byte {error.start}); save it as UTF-8") from error
     except csv.Error as error:

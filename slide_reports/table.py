@@ -1,8 +1,10 @@
 """Many records, kept in Arrow by the library `datasets`: a million of them take no memory to speak of."""
 
+import gc
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, overload
@@ -43,7 +45,7 @@ class RecordTable(Sequence[Record]):
         folder = tempfile.TemporaryDirectory(prefix="slidescribe_records_")
         path = Path(folder.name) / "records.arrow"
         records = iter(records)
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
+        with _no_garbage_collection(), pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
             while chunk := list(islice(records, ROWS_PER_CHUNK)):
                 writer.write_batch(_batch(chunk))
         dataset = Dataset.from_file(str(path))
@@ -82,6 +84,18 @@ class RecordTable(Sequence[Record]):
         table = self._dataset.data.table.select(names)
         for start in range(0, len(self._rows), ROWS_PER_CHUNK):
             yield table.take(pa.array(self._rows[start : start + ROWS_PER_CHUNK]))
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Leave cycles alone while objects without any are made by the million: looking for them takes a quarter longer."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def fields(records: Sequence[Record], *names: str) -> Iterator[tuple[Any, ...]]:

@@ -52,18 +52,21 @@ def align(
     Returns:
         None if not a single tile does.
     """
-    side = np.array(box) / downsample  # pixels of the level
-    each = np.array(compressed)
-    counts = np.round(side / each).astype(int)
-    shrink = next((n for n in shrinks if tuple(counts * each // n) == size), 0)
-    if not shrink or not counts.all():
+    sides = [length / downsample for length in box]  # pixels of the level
+    counts = [round(side / each) for side, each in zip(sides, compressed, strict=True)]
+    whole = [count * each for count, each in zip(counts, compressed, strict=True)]
+    shrink = next((n for n in shrinks if tuple(side // n for side in whole) == size), 0)
+    if not shrink or not all(counts):
         return None
     first = coords / downsample
-    places = np.round(first / each).astype(int)
-    begins, ends = places * each, (places + counts) * each
-    is_on_grid = (abs(first - begins) <= ON_GRID) & (abs(first + side - ends) <= ON_GRID)
-    index = np.flatnonzero((is_on_grid & (begins >= 0) & (ends <= dimensions)).all(axis=1))
+    places = np.rint(first / compressed)
+    begins = places * compressed
+    beyond = first - begins  # the grid, at the left or top, and at the right or bottom
+    is_on_grid = abs(beyond) <= ON_GRID
+    is_on_grid &= abs(beyond + (np.array(sides) - whole)) <= ON_GRID
+    is_on_grid &= (begins >= 0) & (begins <= np.array(dimensions) - whole)
+    index = np.flatnonzero(is_on_grid[:, 0] & is_on_grid[:, 1])
     if len(index) == 0:
         return None
-    columns, rows = places[index].T
-    return Alignment(index, rows, columns, down=int(counts[1]), across=int(counts[0]), shrink=shrink)
+    columns, rows = places[index].astype(np.int64).T
+    return Alignment(index, rows, columns, down=counts[1], across=counts[0], shrink=shrink)

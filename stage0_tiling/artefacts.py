@@ -9,22 +9,25 @@ blur   Out of focus: little is left of the finest detail (variance of the Laplac
        variance of the grey levels themselves, so that neither stain nor density counts. It is judged on blocks of
        32 um at 1 um/px: a Gaussian blur of 2 um and more is found. Blocks without texture are not judged.
 
-The first three are found on the thumbnail, blur is read from the slide.
+The first three are found on the thumbnail, strip by strip, so that memory beside it is a few bytes a pixel; blur is
+read from the slide.
 """
 
+import math
 from functools import partial
 
 import cv2
 import numpy as np
 
+from stage0_tiling.groups import drop_small, drop_unmarked, grow
 from stage0_tiling.slide import PixelSize, Slide
-from stage0_tiling.tissue import Grid, TissueMask, full_span, mask_span
-from stage0_tiling.tissue_methods import balanced_picture, dark_pixels, extremes, grow, marker_ink, without_small
+from stage0_tiling.strips import map_strips, widen
+from stage0_tiling.tissue import Grid, TissueMask, full_span, mask_span, sums_above_left
+from stage0_tiling.tissue_methods import INK_MARGIN_UM, MIN_INK_UM2, is_dark, marker_ink
+from stage0_tiling.white_balance import Balance, extremes, find_balance
 
 ARTEFACTS = ("pen", "fold", "blur", "edge")
 FINEST_MPP = 8.0
-INK_MARGIN_UM = 50.0
-MIN_INK_UM2 = 5_000.0
 FOLD_SMOOTHING_UM = 16.0
 FOLD_RISE = ((0.18, 1.5), (0.25, 2.3))  # above the median: by this, and by this many deviations; for rim and core
 MIN_FOLD_UM2 = 5_000.0
@@ -51,13 +54,17 @@ def find_on_thumbnail(tissue: TissueMask, mpp: float) -> dict[str, np.ndarray]:
         picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
         mask = cv2.resize(mask.view(np.uint8), size, interpolation=cv2.INTER_NEAREST).view(bool)
         mpp = FINEST_MPP
-    balanced = balanced_picture(picture, mpp)
-    dark = dark_pixels(balanced)
-    bands = _border_bands(dark)
-    pen = grow(marker_ink(balanced) | (dark & ~bands), INK_MARGIN_UM / mpp, only_large_px=MIN_INK_UM2 / mpp**2)
-    bands = grow(bands, EDGE_MARGIN_UM / mpp, only_large_px=0)
-    edge = bands | grow(_straight_lines(balanced, bands | pen, mpp), EDGE_MARGIN_UM / mpp, only_large_px=0)
-    found = {"pen": pen, "fold": _folds(balanced, mask & ~pen & ~edge, mpp), "edge": edge}
+    balance = find_balance(picture, mpp)
+    dark, pen = _dark_and_ink(picture, balance)
+    edge = _border_bands(dark)
+    dark &= ~edge
+    pen |= dark
+    grow(pen, INK_MARGIN_UM / mpp, only_large_px=MIN_INK_UM2 / mpp**2)
+    grow(edge, EDGE_MARGIN_UM / mpp, only_large_px=0)
+    lines = _straight_lines(picture, balance, edge | pen, mpp)
+    grow(lines, EDGE_MARGIN_UM / mpp, only_large_px=0)
+    edge |= lines
+    found = {"pen": pen, "fold": _folds(picture, balance, mask & ~pen & ~edge, mpp), "edge": edge}
     if mask.shape == shape:
         return found
     resize = partial(cv2.resize, dsize=shape[::-1], interpolation=cv2.INTER_NEAREST)
@@ -78,7 +85,9 @@ def tile_fractions(mask: np.ndarray, tissue: TissueMask, coords: np.ndarray, gri
     """
     left, right = mask_span(coords[:, 0], grid.tile_width, tissue.scale_x, mask.shape[1])
     top, bottom = mask_span(coords[:, 1], grid.tile_height, tissue.scale_y, mask.shape[0])
-    sums = cv2.integral(mask.view(np.uint8)).astype(np.int64)
+    columns, (left, right) = _numbered(left, right)
+    rows, (top, bottom) = _numbered(top, bottom)
+    sums = sums_above_left(mask, rows, columns)
     area = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
     columns = full_span(coords[:, 0], grid.tile_width, tissue.scale_x)
     return (area / (columns * full_span(coords[:, 1], grid.tile_height, tissue.scale_y))).astype(np.float32)
@@ -116,44 +125,94 @@ def _block_means(values: np.ndarray, block: int) -> np.ndarray:
     return values[: rows * block, : columns * block].reshape(rows, block, columns, block).mean(axis=(1, 3))
 
 
-def _folds(picture: np.ndarray, mask: np.ndarray, mpp: float) -> np.ndarray:
+def _numbered(*values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different values of arrays, in order, and for each array which of them its values are."""
+    different, numbers = np.unique(np.stack(values), return_inverse=True)
+    return different, numbers
+
+
+def _dark_and_ink(picture: np.ndarray, balance: Balance) -> tuple[np.ndarray, np.ndarray]:
+    """Dark neutral pixels, and those of marker ink, both (H, W) bool."""
+    dark, ink = (np.empty(picture.shape[:2], bool) for _ in range(2))
+
+    def look(rows: slice) -> None:
+        planes = balance.planes(picture, rows)
+        brightest, darkest = extremes(planes)
+        dark[rows], ink[rows] = is_dark(brightest, brightest - darkest), marker_ink(planes, brightest, darkest)
+
+    map_strips(look, *dark.shape)
+    return dark, ink
+
+
+def _folds(picture: np.ndarray, balance: Balance, mask: np.ndarray, mpp: float) -> np.ndarray:
     """Groups of pixels of which all rise above the slide's tissue, and some far."""
     if not mask.any():
         return np.zeros_like(mask)
-    _, saturation, value = cv2.split(cv2.cvtColor(picture, cv2.COLOR_RGB2HSV))
-    weight = mask.astype(np.float32)
-    difference = (saturation.astype(np.float32) - value) / 255 * weight
     sigma = FOLD_SMOOTHING_UM / mpp
-    smooth = cv2.GaussianBlur(difference, (0, 0), sigma) / np.maximum(cv2.GaussianBlur(weight, (0, 0), sigma), 1e-3)
-    some = smooth[mask][::STATISTICS_STEP]
+
+    def difference(rows: slice) -> np.ndarray:
+        """Saturation minus value, smoothed within the mask."""
+        wide, inside = widen(rows, math.ceil(4 * sigma) + 1, len(mask))
+        hsv = cv2.cvtColor(cv2.merge(balance.planes(picture, wide)), cv2.COLOR_RGB2HSV)
+        _, saturation, value = cv2.split(hsv)
+        weight = mask[wide].astype(np.float32)
+        weighted = (saturation.astype(np.float32) - value) / 255 * weight
+        blurred, total = (cv2.GaussianBlur(values, (0, 0), sigma)[inside] for values in (weighted, weight))
+        return blurred / np.maximum(total, 1e-3)
+
+    some = np.concatenate(
+        map_strips(lambda rows: difference(rows)[mask[rows]][_first(mask, rows) :: STATISTICS_STEP], *mask.shape)
+    )
     median = np.median(some)
     deviation = 1.4826 * np.median(np.abs(some - median))
-    rim, core = (mask & (smooth > median + max(least, times * deviation)) for least, times in FOLD_RISE)
+    limits = [median + max(least, times * deviation) for least, times in FOLD_RISE]
+    rim, core = (np.empty_like(mask) for _ in limits)
+
+    def rises(rows: slice) -> None:
+        values = difference(rows)
+        for where, limit in zip((rim, core), limits, strict=True):
+            np.logical_and(mask[rows], values > limit, out=where[rows])
+
+    map_strips(rises, *mask.shape)
     if not core.any():
         return core
-    rim = without_small(rim, MIN_FOLD_UM2 / mpp**2)
-    count, labels = cv2.connectedComponents(rim.view(np.uint8), connectivity=8)
-    keep = np.bincount(labels[core & rim], minlength=count) > 0
-    return keep[labels]
+    drop_small(rim, MIN_FOLD_UM2 / mpp**2)
+    drop_unmarked(rim, core)
+    return rim
+
+
+def _first(mask: np.ndarray, rows: slice) -> int:
+    """Which of the strip's mask pixels is the first to be taken, if every STATISTICS_STEP-th of the whole mask is."""
+    return -np.count_nonzero(mask[: rows.start]) % STATISTICS_STEP
 
 
 def _border_bands(dark: np.ndarray) -> np.ndarray:
     """Dark groups that run along the picture's border or fill a corner of it."""
     if not dark.any():
         return dark
-    _, labels = cv2.connectedComponents(dark.view(np.uint8), connectivity=8)
-    bands = set(labels[[0, 0, -1, -1], [0, -1, 0, -1]].tolist())
+    count, labels = cv2.connectedComponents(dark.view(np.uint8), connectivity=8)
+    is_band = np.zeros(count, bool)
+    is_band[labels[[0, 0, -1, -1], [0, -1, 0, -1]]] = True
     for side in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
-        bands |= set(np.flatnonzero(np.bincount(side) >= BAND_SHARE * len(side)).tolist())
-    return np.isin(labels, list(bands - {0}))
+        is_band |= np.bincount(side, minlength=count) >= BAND_SHARE * len(side)
+    is_band[0] = False
+    return np.take(is_band, labels)
 
 
-def _straight_lines(picture: np.ndarray, other: np.ndarray, mpp: float) -> np.ndarray:
+def _straight_lines(picture: np.ndarray, balance: Balance, other: np.ndarray, mpp: float) -> np.ndarray:
     """Long, straight and thin neutral lines, darker than what lies on both sides of them, beside other artefacts."""
-    brightest, darkest = extremes(picture)
     side = 2 * max(1, round(LINE_WIDTH_UM / mpp)) + 1
-    valleys = cv2.morphologyEx(darkest, cv2.MORPH_BLACKHAT, np.ones((side, side), np.uint8))
-    candidates = (valleys > LINE_DEPTH) & (brightest - darkest < LINE_TINT) & ~other
+    kernel = np.ones((side, side), np.uint8)
+    candidates = np.empty(other.shape, bool)
+
+    def look(rows: slice) -> None:
+        wide, inside = widen(rows, side, len(other))
+        brightest, darkest = extremes(balance.planes(picture, wide))
+        valleys = cv2.morphologyEx(darkest, cv2.MORPH_BLACKHAT, kernel)
+        thin = (valleys > LINE_DEPTH) & (brightest - darkest < LINE_TINT)
+        np.greater(thin[inside], other[rows], out=candidates[rows])
+
+    map_strips(look, *other.shape)
     lines = np.zeros(candidates.shape, np.uint8)
     contours, _ = cv2.findContours(candidates.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     for contour in contours:

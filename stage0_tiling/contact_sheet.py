@@ -88,6 +88,7 @@ def _card(row: Row, pictures: Mapping[str, set[str]]) -> str:
     if slide_id in pictures["overlays"]:
         name = f'<a href="{_link("overlays", slide_id)}">{name}</a>'
     error = f'<p class="error">{escape(_without_folders(row))}</p>' if row["error"] else ""
+    error += f'<p class="warning">{escape(str(row["warning"]))}</p>' if row.get("warning") else ""
     return (
         f'<article class="{escape(status)}" {attributes}>{_frame(row, pictures)}<div class="about">'
         f'<div class="head"><h2>{name}</h2><span class="badge">{escape(status)}</span></div>'

@@ -10,25 +10,23 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 
 from command_line import make_parser, run
 from feature_containers import SUFFIXES
 from slide_features import worth_saying
 from stage0_tiling.encoding import add_encoding_arguments, encode_slide_with
+from stage0_tiling.flags import check_encoding_flags, check_tiling_flags
 from stage0_tiling.local_cache import GIB, LocalCache
 from stage0_tiling.plan import tiling_settings
 from stage0_tiling.ray_engine import check_ray, encode_on_ray
 from stage0_tiling.run_table import RunFolder
 from stage0_tiling.slide_list import find_slides
-from stage0_tiling.slide_run import SlideRun, start_logging
-from stage0_tiling.slide_work import encode_tiled, tile_if_missing
+from stage0_tiling.slide_run import LONGEST_RUN, SlideRun, start_logging
+from stage0_tiling.slide_work import encode_tiled, tell_unmeasured, tile_if_missing
 from stage0_tiling.stain import read_stain_target
 from stage0_tiling.tile import add_tiling_arguments, assume_mpp
 from stage0_tiling.tissue_sources import tissue_sources
-
-LONGEST_RUN = timedelta(days=30)  # processes wait for the slowest one; the default of 30 minutes would end the run
 
 logger = logging.getLogger("stage0_tiling")
 
@@ -42,15 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_logging()
 
     # Data
+    check_tiling_flags(args)
+    check_encoding_flags(args)
     settings, sources = tiling_settings(args), tissue_sources(args)
-    if args.batch_size < 1:
-        raise ValueError(f"--batch_size {args.batch_size}: expected at least 1 tile")
     stain = {
         "stain_normalizer": args.stain_normalizer,
         "stain_target": read_stain_target(args.stain_normalizer, args.stain_target),
     }
     entries = assume_mpp(find_slides(args.slides), args.assume_mpp)
-    folder = RunFolder(args.output_dir)
+    folder = RunFolder(args.output_dir, sources.masks)
     cache = make_cache(args.local_cache, args.local_cache_gb)
     if args.engine == "ray":
         check_ray(args.local_cache, args.ray_actors)
@@ -78,14 +76,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Resume
     if process.is_main_process and args.overwrite:
-        folder.forget(entries)
+        folder.forget(entries, settings, made_by)
     process.wait_for_everyone()
     is_missing = partial(folder.needs_encoding, settings=settings, made_by=made_by, suffix=suffix)
     encoding = SlideRun(entries, folder, is_missing, description=f"encoding {process.process_index}", cache=cache)
+    folder.begin(settings, made_by)
     process.wait_for_everyone()  # nobody records a slide before all have seen which ones are missing
     if process.is_main_process:
         names = ", ".join(args.encoder)
         logger.info("%d slides, %d of them to encode with %s", len(entries), len(encoding.missing), names)
+        if args.quality:
+            tell_unmeasured(entries, folder)
 
     # Tile and encode
     tile = partial(tile_if_missing, folder=folder, settings=settings, reader=args.reader, sources=sources)

@@ -3,14 +3,15 @@ r"""Turn the features of a slide's tiles into slide tokens.
     python stage0_tiling/encode_slides.py --features_dir out/features --slide_encoder gigapath --output_dir out
 
 writes out/slide_features_gigapath/<slide_id>.h5, a feature file like those of the tiles, to train on or to search with.
-With --tokens all, out/slide_features_gigapath_all/ holds every tile, seen in its slide. A second run does only what is
-missing, or older than its tiles.
+With --tokens all, out/slide_features_gigapath_all/ holds every tile, seen in its slide. Processes that `accelerate
+launch` starts share the slides, and several commands may run on one folder. A second run does only what is missing, or
+older than its tiles.
 """
 
 import logging
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,28 +20,91 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from command_line import DONE, SOME_FAILED, make_parser, run
-from slide_features import (
-    FEATURE_SUFFIXES,
-    SlideCoords,
-    SlideFeatures,
-    raster_order,
-    read_slide_coords,
-    read_slide_features,
-    slide_id_of_features,
-    write_slide_features,
-)
-from stage0_tiling.slide_run import start_logging
+from slide_features import FEATURE_SUFFIXES, read_slide_features, slide_id_of_features
+from stage0_tiling.claims import Claims
+from stage0_tiling.flags import check_folder
+from stage0_tiling.folder_settings import check_same_features, read_settings, record_settings
+from stage0_tiling.run_table import MAX_DEATHS
+from stage0_tiling.slide_run import LONGEST_RUN, ProcessDied, start_logging, terminating_as_interrupt
+from stage0_tiling.slide_tokens import TOKENS, check_width, encode_features, read_tiles, stated_encoder, write_tokens
 
 if TYPE_CHECKING:
     import torch
 
-TOKENS = ("slide", "layers", "all")
+MEND = "choose another --output_dir, or make it anew with --overwrite"
 
 logger = logging.getLogger("stage0_tiling")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    start_logging()
+
+    # Data
+    check_folder("--output_dir", args.output_dir)
+    paths = find_features(args.features_dir)
+
+    # Model
+    from accelerate import PartialState
+
+    from accelerator_setup import runs_on_cpu
+    from slide_encoders import check_tokens, load_slide_encoder, slide_fingerprint
+    from stage0_tiling.tile_encoder import choose_dtype
+
+    process = PartialState(cpu=runs_on_cpu(), timeout=LONGEST_RUN)
+    encoder = load_slide_encoder(args.slide_encoder).to(process.device)
+    check_tokens(encoder, args.tokens)
+    check_first_width(encoder, paths)
+    dtype = choose_dtype(args.mixed_precision, process.device)
+    folder = output_folder(args.output_dir, encoder.name, args.tokens)
+    claims = Claims(folder.parent / "claims" / folder.name)
+
+    # Resume
+    record = folder.parent / "settings" / f"{folder.name}.json"
+    made_by = {"encoder": encoder.name, "fingerprint": slide_fingerprint(encoder)}
+    if args.overwrite and process.is_main_process:
+        forget(paths, folder, claims, record, made_by)
+    process.wait_for_everyone()
+    is_done = partial(is_encoded, folder=folder, encoder=encoder, tokens=args.tokens)
+    todo = [path for path in paths if not is_done(path)]
+    check_same_features(folder, record_settings(record, made_by), made_by, MEND)
+    process.wait_for_everyone()  # nobody writes a file before all have seen which ones are missing
+    if process.is_main_process:
+        logger.info("%d slides, %d of them to encode with %s", len(paths), len(todo), encoder.name)
+
+    # Encode
+    failed, num_done = {}, 0
+    mine = todo[process.process_index :: process.num_processes]
+    leftovers = half_written(folder)
+    progress = tqdm(total=len(mine), unit="slide", desc=encoder.name, disable=not mine)
+    with logging_redirect_tqdm(), terminating_as_interrupt(), claims, progress:
+        for path, deaths in take(mine, claims, is_done, leftovers, progress):
+            slide_id = slide_id_of_features(path)
+            try:
+                if deaths >= MAX_DEATHS:
+                    raise ProcessDied(deaths)
+                result = encode_features(
+                    read_tiles(path, args.tile_size, args.mpp), encoder, tokens=args.tokens, dtype=dtype
+                )
+                write_tokens(folder / f"{slide_id}.h5", result, path)
+                num_done += 1
+            except Exception as error:  # one bad file costs itself only
+                failed[slide_id] = (str(error) or type(error).__name__).splitlines()[0]
+                logger.error("%s failed: %s", slide_id, failed[slide_id])
+                logger.debug("%s", path, exc_info=True)
+    elsewhere = len(mine) - num_done - len(failed)
+    told = f", {elsewhere} done or in work elsewhere" if elsewhere else ""
+    logger.info("%d done, %d failed%s; see %s", num_done, len(failed), told, folder)
+    for slide_id, message in failed.items():
+        logger.error("failed: %s: %s", slide_id, message)
+    process.wait_for_everyone()
+    process.destroy_process_group()
+    return SOME_FAILED if failed else DONE
+
+
+def add_arguments(parser) -> None:
     group = parser.add_argument_group("Features")
     group.add_argument("--features_dir", required=True, help="folder of feature files (.h5, .pt or .zarr.zip) of tiles")
     group.add_argument("--output_dir", required=True, help="folder for slide_features_<encoder>/; made when missing")
@@ -65,51 +129,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=None,
         help="precision of the slide encoder; default: bf16 on a GPU, else no",
     )
-    args = parser.parse_args(argv)
-    start_logging()
-
-    # Data
-    paths = find_features(args.features_dir)
-
-    # Model
-    import torch
-
-    from accelerator_setup import runs_on_cpu
-    from slide_encoders import check_tokens, load_slide_encoder, slide_fingerprint
-
-    device = torch.device("cpu" if runs_on_cpu() else torch.accelerator.current_accelerator())
-    encoder = load_slide_encoder(args.slide_encoder).to(device)
-    check_tokens(encoder, args.tokens)
-    check_width(encoder, paths)
-    fingerprint = slide_fingerprint(encoder)
-    folder = output_folder(args.output_dir, encoder.name, args.tokens)
-
-    # Resume
-    for leftover in folder.glob(".*.partial"):
-        leftover.unlink(missing_ok=True)
-    todo = [path for path in paths if args.overwrite or not is_encoded(path, folder, encoder.name, fingerprint)]
-    logger.info("%d slides, %d of them to encode with %s", len(paths), len(todo), encoder.name)
-
-    # Encode
-    from stage0_tiling.tile_encoder import choose_dtype
-
-    failed = {}
-    dtype = choose_dtype(args.mixed_precision, device)
-    with logging_redirect_tqdm():
-        for path in tqdm(todo, unit="slide", desc=encoder.name, disable=not todo):
-            try:
-                tiles = read_tiles(path, args.tile_size, args.mpp)
-                result = encode_features(tiles, encoder, tokens=args.tokens, dtype=dtype)
-                write_tokens(folder / f"{slide_id_of_features(path)}.h5", result, path)
-            except Exception as error:  # one bad file costs itself only
-                slide_id = slide_id_of_features(path)
-                failed[slide_id] = (str(error) or type(error).__name__).splitlines()[0]
-                logger.error("%s failed: %s", slide_id, failed[slide_id])
-                logger.debug("%s", path, exc_info=True)
-    logger.info("%d done, %d failed; see %s", len(todo) - len(failed), len(failed), folder)
-    for slide_id, message in failed.items():
-        logger.error("failed: %s: %s", slide_id, message)
-    return SOME_FAILED if failed else DONE
 
 
 def find_features(folder: str) -> list[Path]:
@@ -126,7 +145,7 @@ def find_features(folder: str) -> list[Path]:
     return [by_id[slide_id] for slide_id in sorted(by_id)]
 
 
-def check_width(encoder: "torch.nn.Module", paths: list[Path]) -> None:
+def check_first_width(encoder: "torch.nn.Module", paths: list[Path]) -> None:
     """Refuse before any work if the first readable file's features are not as wide as the encoder wants them."""
     if encoder.input_width is None:
         return
@@ -135,7 +154,7 @@ def check_width(encoder: "torch.nn.Module", paths: list[Path]) -> None:
             first = read_slide_features(path, rows=np.arange(1))
         except (ValueError, OSError):
             continue  # it is reported when its turn comes
-        _check_width(encoder, first)
+        check_width(encoder, first)
         return
 
 
@@ -145,7 +164,7 @@ def output_folder(output_dir: str, encoder_name: str, tokens: str) -> Path:
     return Path(output_dir).expanduser() / f"slide_features_{name}{suffix}"
 
 
-def is_encoded(path: Path, folder: Path, encoder_name: str, fingerprint: str) -> bool:
+def is_encoded(path: Path, *, folder: Path, encoder: "torch.nn.Module", tokens: str) -> bool:
     """Whether a slide's tokens are here and not older than its tiles.
 
     Raises:
@@ -158,119 +177,71 @@ def is_encoded(path: Path, folder: Path, encoder_name: str, fingerprint: str) ->
         old, tiles = (read_slide_features(file, rows=np.arange(1)) for file in (made, path))
     except (ValueError, OSError):
         return False
-    wanted = _names(tiles, encoder_name, fingerprint)
+    wanted = stated_encoder(tiles.encoder, tiles.encoder_fingerprint, encoder, tokens)
     if (old.encoder, old.encoder_fingerprint) != wanted:
         raise ValueError(
             f"{made.name} in {folder} is of {old.encoder} ({old.encoder_fingerprint}), not of {wanted[0]} "
-            f"({wanted[1]}): choose another --output_dir, or make it anew with --overwrite"
+            f"({wanted[1]}): {MEND}"
         )
     return True
 
 
-def read_tiles(path: Path, tile_size: int, mpp: float) -> SlideFeatures:
-    """Features of a slide's tiles in raster order; what the file does not say of its tiles is filled in."""
-    tiles = read_slide_features(path)
-    order = raster_order(tiles.coords)
-    tiles = replace(tiles, features=tiles.features[order], coords=tiles.coords[order])
-    return replace(
-        tiles,
-        tile_size=tiles.tile_size or tile_size,
-        mpp=tiles.mpp or mpp,
-        overlap=tiles.overlap or 0,
-        patch_size_level0=tiles.patch_size_level0 or tile_pitch(tiles.coords) or tiles.tile_size or tile_size,
-    )
-
-
-def tile_pitch(coords: np.ndarray) -> int | None:
-    """Least distance of neighbouring columns or rows of tiles in level-0 pixels; None if there is only one tile."""
-    steps = [np.diff(np.unique(coords[:, axis])) for axis in (0, 1)]
-    return min((int(step.min()) for step in steps if len(step)), default=None)
-
-
-def encode_features(
-    tiles: SlideFeatures, encoder: "torch.nn.Module", *, tokens: str = "slide", dtype: "torch.dtype | None" = None
-) -> SlideFeatures:
-    """Encode the tiles of one slide, which must be in raster order.
-
-    Args:
-        tiles: as `read_tiles` gives them; `patch_size_level0` is known.
-        encoder: of `slide_encoders.load_slide_encoder`, on the device to use.
-        tokens: `slide`, `layers` or `all`.
-        dtype: precision (autocast); None means float32.
-
-    Returns:
-        features (K, E) float32, or (N, E) float16 for `all`; coords in level-0 pixels, of slide tokens the middle of
-        the tiles. `encoder` names both encoders.
+def forget(paths: list[Path], folder: Path, claims: Claims, record: Path, made_by: dict[str, str]) -> None:
+    """Delete what earlier runs made of these slides, for --overwrite, and the record where no others stay.
 
     Raises:
-        ValueError: if the features are not as wide as the encoder wants them.
+        ValueError: if one of them is in work, or others stay that are of another slide encoder.
     """
-    import torch
-
-    from slide_encoders import slide_fingerprint, tile_cells
-
-    _check_width(encoder, tiles)
-    device = next((weights.device for weights in encoder.parameters()), torch.device("cpu"))
-    features_BND = torch.from_numpy(tiles.features)[None].to(device)
-    cells_BN2 = tile_cells(torch.from_numpy(tiles.coords), tiles.patch_size_level0)[None]
-    autocast = nullcontext() if dtype in (None, torch.float32) else torch.autocast(device.type, dtype)
-    with torch.inference_mode(), autocast:
-        encoded = encoder(features_BND, cells_BN2, tokens=tokens)[0].float().cpu().numpy()
-    middle = np.rint(tiles.coords.mean(axis=0, keepdims=True)).astype(np.int64)
-    name, fingerprint = _names(tiles, encoder.name, slide_fingerprint(encoder))
-    return replace(
-        tiles,
-        features=encoded.astype(np.float16) if tokens == "all" else encoded,
-        coords=tiles.coords if tokens == "all" else middle.repeat(len(encoded), axis=0),
-        encoder=name,
-        encoder_fingerprint=fingerprint,
-    )
+    ids = {slide_id_of_features(path): path for path in paths}
+    others_stay = any(made.name.removesuffix(".h5") not in ids for made in folder.glob("*.h5"))
+    if others_stay:
+        check_same_features(folder, read_settings(record) or made_by, made_by, "choose another --output_dir")
+    for slide_id in ids:
+        if owner := claims.owner(slide_id):
+            raise ValueError(f"--overwrite: {slide_id} is in work ({owner}): wait for it, or stop it")
+    for slide_id in ids:
+        (folder / f"{slide_id}.h5").unlink(missing_ok=True)
+        claims.forget(slide_id)
+    if not others_stay:
+        record.unlink(missing_ok=True)
 
 
-def write_tokens(path: Path, tokens: SlideFeatures, source: Path) -> None:
-    """Write a feature file of slide tokens, with what the file of the tiles says of the slide."""
-    about = _stated_coords(source)
-    write_slide_features(
-        path,
-        tokens.features,
-        tokens.coords,
-        name=slide_id_of_features(path),
-        encoder=tokens.encoder,
-        mpp=tokens.mpp,
-        tile_size=tokens.tile_size,
-        overlap=tokens.overlap,
-        patch_size_level0=tokens.patch_size_level0,
-        min_tissue=tokens.min_tissue,
-        encoder_fingerprint=tokens.encoder_fingerprint,
-        more_making=tokens.more_making,
-        level0_mpp=about.level0_mpp,
-        level0_width=about.level0_width,
-        level0_height=about.level0_height,
-    )
+def take(
+    paths: list[Path],
+    claims: Claims,
+    is_done: Callable[[Path], bool],
+    leftovers: dict[str, list[Path]],
+    progress: tqdm,
+) -> Iterator[tuple[Path, int]]:
+    """Claim slide after slide that no other process has done or has in work, those at which one died last.
+
+    Yields:
+        The slide's features, and how many processes have died at it. It is settled when the next one is asked for.
+    """
+    for after_deaths in (False, True):
+        left = []
+        for path in paths:
+            slide_id = slide_id_of_features(path)
+            claim = claims.take(slide_id, after_deaths=after_deaths)
+            if claim is None:
+                left.append(path)
+                continue
+            for leftover in leftovers.get(slide_id, ()):  # nobody else is writing files of a claimed slide
+                leftover.unlink(missing_ok=True)
+            if not is_done(path):
+                yield path, claim.deaths
+            claims.settle(claim)
+            progress.update()
+        paths = left
 
 
-def _stated_coords(source: Path) -> SlideCoords:
-    try:
-        return read_slide_coords(source)
-    except ValueError:  # features alone, as in CLAM's .pt
-        return SlideCoords(np.empty((0, 2), dtype=np.int64))
-
-
-def _names(tiles: SlideFeatures, encoder_name: str, fingerprint: str) -> tuple[str, str]:
-    """What a file of slide tokens states as its encoder and fingerprint: those of the tiles, then of the slide."""
-    from encoders import SLIDE_ENCODER_MARK
-
-    name = SLIDE_ENCODER_MARK.join((tiles.encoder or "unknown", encoder_name))
-    return name, f"{tiles.encoder_fingerprint or 'unknown'}-{fingerprint}"
-
-
-def _check_width(encoder: "torch.nn.Module", tiles: SlideFeatures) -> None:
-    if encoder.input_width not in (None, tiles.features.shape[1]):
-        raise ValueError(
-            f"slide encoder {encoder.name} takes features of width {encoder.input_width}, not "
-            f"{tiles.features.shape[1]} (of encoder {tiles.encoder or 'unknown'}): encode the tiles with the encoder "
-            "that it was trained with"
-        )
+def half_written(folder: Path) -> dict[str, list[Path]]:
+    """Files that a process was killed at, or is writing now, by slide."""
+    found = defaultdict(list)
+    for leftover in folder.glob(".*.partial"):
+        name = leftover.name[1:].removesuffix(".partial").rpartition(".")[0]
+        found[name.removesuffix(".h5")].append(leftover)
+    return found
 
 
 if __name__ == "__main__":

@@ -156,6 +156,8 @@ def encode_slide_with(
 ) -> list[SlideFeatures]:
     """Turn tiles of an open slide into patch tokens of several encoders, reading each once; else as `encode_slide`.
 
+    Where the stains of the slide cannot be estimated, its tiles stay as they are, and what is returned says so.
+
     Raises:
         SlideError: if the slide cannot be read.
     """
@@ -163,7 +165,10 @@ def encode_slide_with(
     read = partial(read_tiles, slide, grid=grid, tile_size=settings.tile_size)
     normalize = _fit_stains(slide.path.name, stain_normalizer, stain_target, read, coords)
     features = _encode(encoders, partial(_prepare, read, normalize, encoders), coords, num_workers, on_tiles)
-    making = worth_saying(asdict(settings) | {"stain_normalizer": stain_normalizer, "stain_target": stain_target})
+    stains = {"stain_normalizer": stain_normalizer, "stain_target": stain_target}
+    if normalize is None:  # what was done, not what was asked for
+        stains = {"stain_normalizer": "none", "stain_target": ""}
+    making = worth_saying(asdict(settings) | stains)
     own = {name: making.pop(name) for name in list(making) if name in SlideFeatures.__dataclass_fields__}
     return [
         SlideFeatures(

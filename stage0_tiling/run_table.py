@@ -1,6 +1,7 @@
 """What a stage-0 run has done so far, slide by slide.
 
     OUT/state/<slide_id>.json   one small file per slide, written when its work is whole
+    OUT/settings/*.json         what all are made with, see `folder_settings`
     OUT/slides.csv              all of them as one table, made at the end of a command
     OUT/index.html              the same as a contact sheet with pictures
 
@@ -22,8 +23,10 @@ from pydantic import TypeAdapter, ValidationError
 from slide_features import FEATURE_SUFFIXES, atomic_path, count_tiles, read_slide_coords
 from stage0_tiling.claims import Claims
 from stage0_tiling.contact_sheet import write_contact_sheet
+from stage0_tiling.folder_settings import check_same_features, check_same_tiling, read_settings, record_settings
 from stage0_tiling.plan import TilingSettings
 from stage0_tiling.slide_list import SlideEntry
+from stage0_tiling.user_masks import fingerprint_mask
 
 MAX_DEATHS = 2  # processes that a slide may take with it before it is left alone
 OUTPUTS = {
@@ -35,6 +38,8 @@ OUTPUTS = {
     "features": ".h5",
     "state": ".json",
 }
+OTHER_TILING = "choose another --output_dir, or tile anew with --overwrite"
+OTHER_FEATURES = "choose another --output_dir, or encode anew with --overwrite"
 OLD_S = 3600  # seconds after which a half-written table is of a killed run
 
 logger = logging.getLogger(__name__)
@@ -57,6 +62,7 @@ class SlideRow:
     n_tiles: int | None = None
     seconds: float | None = None
     error: str | None = None
+    warning: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,8 @@ class SlideState:
         recorded_by: the claim under which this was recorded; tells a new failure from one of an earlier run.
         deaths: how many processes had died at the slide when it was given up; else 0.
         num_bytes: size of the slide's file when it was tiled; None in folders of earlier versions.
+        mask: fingerprint of the user's mask that its tissue was found with, empty where there was none for it; None
+            without --masks, and in folders of earlier versions.
     """
 
     row: SlideRow
@@ -82,6 +90,7 @@ class SlideState:
     recorded_by: str | None = None
     deaths: int = 0
     num_bytes: int | None = None
+    mask: str | None = None
 
     @property
     def is_deadly(self) -> bool:
@@ -95,9 +104,44 @@ STORED_STATE = TypeAdapter(SlideState)
 class RunFolder:
     """The output folder of a stage-0 run."""
 
-    def __init__(self, folder: str | Path):
-        """Name the folder; nothing is made before the first file is written."""
+    def __init__(self, folder: str | Path, masks: Path | None = None):
+        """Name the folder, and that of the user's masks; nothing is made before the first file is written."""
         self.folder = Path(folder).expanduser().absolute()
+        self.masks = masks
+        self._begun: dict[str, dict[str, Any]] = {}
+
+    def begin(self, settings: TilingSettings, made_by: dict[str, dict[str, Any]] | None = None) -> None:
+        """Record what this run makes its results with, unless an earlier one has: one folder holds one kind.
+
+        Args:
+            settings: of the tiles.
+            made_by: what makes the features, by the folder that they go to.
+
+        Raises:
+            ValueError: if the folder was begun with others.
+        """
+        self._begun = {"tiling": asdict(settings), **(made_by or {})}
+        self.check_begun()  # of several, none is recorded before all fit
+        for name, wanted in self._begun.items():
+            self._check_same(name, record_settings(self._settings_path(name), wanted), wanted)
+
+    def check_begun(self) -> None:
+        """Refuse a folder that another run has begun with other settings, be it since `begin`.
+
+        Raises:
+            ValueError: naming the settings that differ.
+        """
+        for name, wanted in self._begun.items():
+            self._check_same(name, read_settings(self._settings_path(name)) or wanted, wanted)
+
+    def _check_same(self, name: str, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+        if name == "tiling":
+            check_same_tiling(f"{self.folder} was begun with slides", stored, wanted, OTHER_TILING)
+        else:
+            check_same_features(self.folder / name, stored, wanted, OTHER_FEATURES)
+
+    def _settings_path(self, name: str) -> Path:
+        return self.folder / "settings" / f"{name}.json"
 
     def path(self, kind: str, slide_id: str) -> Path:
         """Where a slide's file of a kind lies, see `OUTPUTS`."""
@@ -152,25 +196,37 @@ class RunFolder:
                     if time.time() - partial.stat().st_mtime > OLD_S:
                         partial.unlink()
 
-    def forget(self, entries: list[SlideEntry]) -> None:
-        """Delete all that earlier runs made of these slides, for --overwrite.
+    def forget(
+        self,
+        entries: list[SlideEntry],
+        settings: TilingSettings,
+        made_by: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
+        """Delete all that earlier runs made of these slides, for --overwrite, and `begin` anew where no others stay.
 
         Raises:
-            ValueError: if one of them is in work.
+            ValueError: if one of them is in work, or others stay that were made with other settings.
         """
+        names = {entry.slide_id for entry in entries}
+        kept = next((path for path in (self.folder / "state").glob("*.json") if path.stem not in names), None)
+        if kept:
+            self.begin(settings, made_by)
         claims = Claims(self.folder / "claims")
         for entry in entries:
             if owner := claims.owner(entry.slide_id):
                 raise ValueError(f"--overwrite: {entry.slide_id} is in work ({owner}): wait for it, or stop it")
         for entry in entries:
             state = self.read_state(entry.slide_id)
-            names = {"features", *(state.encoded if state else ())}
+            folders = {"features", *(state.encoded if state else ())}
             for kind in reversed(OUTPUTS):  # the state first: without it the rest counts as missing
                 self.path(kind, entry.slide_id).unlink(missing_ok=True)
-            for name in names:
+            for name in folders:
                 for suffix in (*FEATURE_SUFFIXES, ".pt.json"):
                     self.features_path(name, entry.slide_id, suffix).unlink(missing_ok=True)
             claims.forget(entry.slide_id)
+        if not kept:
+            for path in (self.folder / "settings").glob("*.json"):
+                path.unlink(missing_ok=True)
 
     def remove_leftovers(self, entry: SlideEntry) -> None:
         """Delete half-written files of a slide whose process was killed; nobody else may be writing them."""
@@ -204,13 +260,16 @@ class RunFolder:
         return not self.is_tiled(state) or self.is_changed(state, entry) or not self._has_its_tiles(state)
 
     def is_changed(self, state: SlideState, entry: SlideEntry) -> bool:
-        """Whether the slide's file is another than the one that was tiled, by its size."""
+        """Whether the slide's file is another than the one that was tiled, by its size, or its mask, by its content."""
         try:
             changed = state.num_bytes is not None and entry.path.stat().st_size != state.num_bytes
         except OSError:  # it is named when it is opened
             return False
         if changed:
             logger.warning("%s is another file than when it was tiled; it is done again", entry.slide_id)
+        if self.masks and state.mask is not None and fingerprint_mask(self.masks, entry.slide_id) != state.mask:
+            logger.warning("the mask of %s is not what it was when it was tiled; it is done again", entry.slide_id)
+            return True
         return changed
 
     def _has_its_tiles(self, state: SlideState) -> bool:
@@ -255,14 +314,7 @@ class RunFolder:
         if is_assumed and not _is_same_mpp(assume_mpp, state.row.mpp):
             had["assume_mpp"], wanted["assume_mpp"] = state.row.mpp, assume_mpp
         self._check_listed_mpp(entry, state.row)
-        differing = [key for key in wanted if had[key] != wanted[key]]
-        if differing:
-            raise ValueError(
-                f"{self.folder} holds {entry.slide_id} tiled with "
-                f"{', '.join(f'--{key} {had[key]}' for key in differing)}, not "
-                f"{', '.join(f'--{key} {wanted[key]}' for key in differing)}: "
-                "choose another --output_dir, or tile anew with --overwrite"
-            )
+        check_same_tiling(f"{self.folder} holds {entry.slide_id}", had, wanted, OTHER_TILING)
 
     def _check_listed_mpp(self, entry: SlideEntry, row: SlideRow) -> None:
         had = row.mpp if row.mpp_source == "list" else None
@@ -284,16 +336,7 @@ class RunFolder:
         state = self.read_state(entry.slide_id)
         if not any(self.is_encoded(state, folder, suffix) for suffix in FEATURE_SUFFIXES):
             return
-        had = state.encoded[folder]
-        where, mend = self.folder / folder, "choose another --output_dir, or encode anew with --overwrite"
-        if had["encoder"] != made_by["encoder"]:
-            raise ValueError(f"{where} holds features of encoder {had['encoder']}, not {made_by['encoder']}: {mend}")
-        if had["fingerprint"] != made_by["fingerprint"]:
-            raise ValueError(f"{where} holds features of encoder {had['encoder']} with other weights: {mend}")
-        for name in sorted(had.keys() | made_by.keys()):
-            if had.get(name) != made_by.get(name):
-                told = [made.get(name) or "none" for made in (had, made_by)]
-                raise ValueError(f"{where} holds features made with --{name} {told[0]}, not {told[1]}: {mend}")
+        check_same_features(self.folder / folder, state.encoded[folder], made_by, OTHER_FEATURES)
 
     def _feature_folders(self) -> list[Path]:
         return [folder for folder in self.folder.glob("features*") if folder.is_dir()]

@@ -29,9 +29,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from stage0_tiling.groups import drop_small, fill_small
 from stage0_tiling.slide import PixelSize, Slide
 from stage0_tiling.tissue import TissueMask, read_thumbnail
-from stage0_tiling.tissue_methods import MAX_HOLE_UM2, MIN_TISSUE_UM2, without_small
+from stage0_tiling.tissue_methods import MAX_HOLE_UM2, MIN_TISSUE_UM2
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CONTEXT = 8  # 1/8 of a tile at each side is there to be seen, not kept: networks are unsure at their borders
@@ -111,23 +112,25 @@ def load_segmenter(path: str | Path, preset: str | None = None) -> Segmenter:
 def segment(slide: Slide, pixel_size: PixelSize, segmenter: Segmenter) -> TissueMask:
     """Find the tissue of a slide by a network, in overlapping tiles of which the middles are kept.
 
-    The mask has the size of the thumbnail; memory is bounded by that and one batch of tiles.
+    The mask has the size of the thumbnail; memory is bounded by that and one batch of tiles, as what a tile is shrunk
+    from, 20,000 x 20,000 px and more on a slide without a pyramid, is read block by block.
     """
     picture, mpp = read_thumbnail(slide, pixel_size)
-    probability = np.zeros(picture.shape[:2], np.float32)
+    mask = np.zeros(picture.shape[:2], bool)
     windows = list(_windows(slide, pixel_size, segmenter.settings, picture.shape[:2]))
     for first in range(0, len(windows), BATCH_SIZE):
         some = windows[first : first + BATCH_SIZE]
         size = (segmenter.settings.tile_size,) * 2
-        tiles = np.stack([slide.read_region(x, y, width, height, size) for (x, y, width, height), _, _ in some])
+        tiles = np.stack([slide.read_large_region(x, y, width, height, size) for (x, y, width, height), _, _ in some])
         for tile, (_, kept, where) in zip(_probabilities(tiles, segmenter), some, strict=True):
             rows, columns = where
             size = columns.stop - columns.start, rows.stop - rows.start
             shrinks = size[0] <= kept[1].stop - kept[1].start
             middle = np.ascontiguousarray(tile[kept])
-            probability[where] = cv2.resize(middle, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    tissue = without_small(probability >= segmenter.settings.threshold, MIN_TISSUE_UM2 / mpp**2)
-    mask = ~without_small(~tissue, MAX_HOLE_UM2 / mpp**2)
+            middle = cv2.resize(middle, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+            mask[where] = middle >= segmenter.settings.threshold
+    drop_small(mask, MIN_TISSUE_UM2 / mpp**2)
+    fill_small(mask, MAX_HOLE_UM2 / mpp**2)
     return TissueMask(mask, picture, mask.shape[1] / slide.width, mask.shape[0] / slide.height)
 
 

@@ -7,7 +7,9 @@ images (label, macro) may show a patient's name and are never read.
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -36,10 +38,13 @@ BOUNDS = (
     openslide.PROPERTY_NAME_BOUNDS_HEIGHT,
 )
 LEVEL_TOLERANCE = 0.02  # a level this much coarser than asked still counts as fine enough
-MAX_READ_PX = 4096  # side of one read of a thumbnail: bounds memory, about 200 MB, where a slide has no pyramid
+MAX_READ_PX = 4096  # side of what is read of a level at once: bounds memory where a slide has no pyramid
+MAX_READ_ROWS = 256  # the same for rows, where that many can be read to the bit as all together
 THUMBNAIL_THREADS = min(4, os.cpu_count() or 1)
 BACKGROUND = 255
 OVERSAMPLING = 2.0  # least, of what is decoded at reduced size and resampled after
+
+Block = tuple[int, int, int, int, tuple[slice, slice]]
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +203,44 @@ class Slide:
             return self._in_srgb(picture)
         return self._in_srgb(self._read_plain(x, y, width, height, size))
 
+    def read_large_region(self, x: int, y: int, width: int, height: int, size: tuple[int, int]) -> np.ndarray:
+        """As `read_region`, block by block, so that memory stays bounded however many pixels are shrunk.
+
+        Where the downsample is no whole number, it varies between blocks by less than a pixel of the level a block.
+        """
+        picture = np.empty((size[1], size[0], 3), np.uint8)
+        shrink = 1
+        if self._tiff is not None:
+            shrink = self._shrink_for(
+                self._level_for(min(width / size[0], height / size[1])), (x, y, width, height), size
+            )
+        for left, top, columns, rows, where in self._blocks(x, y, width, height, size, shrink):
+            inner = where[1].stop - where[1].start, where[0].stop - where[0].start
+            picture[where] = self.read_region(left, top, columns, rows, inner)
+        return picture
+
+    def _blocks(
+        self, x: int, y: int, width: int, height: int, size: tuple[int, int], shrink: int = 1
+    ) -> Iterator[Block]:
+        """Yield (x, y, width, height) of each block in level-0 pixels, and its rows and columns in the picture.
+
+        Blocks are of bounded size on the level that they are read from, once that is shrunk while it is decoded. They
+        come from top to bottom, column by column of blocks: what is shared with the next one is soon read again.
+        """
+        scale_x, scale_y = width / size[0], height / size[1]
+        downsample = self._downsamples[self._level_for(min(scale_x, scale_y))]
+        is_whole = downsample == int(downsample)
+        pixel = int(downsample) if is_whole else 1  # blocks begin on whole pixels of the level, if there are such
+        max_rows = min(MAX_READ_PX, MAX_READ_ROWS) if is_whole else MAX_READ_PX
+        step_x = max(1, int(MAX_READ_PX * shrink * downsample / max(scale_x, scale_y)))
+        step_y = max(1, int(max_rows * shrink * downsample / max(scale_x, scale_y)))
+        for left, right in pairwise([*range(0, size[0], step_x), size[0]]):
+            for top, bottom in pairwise([*range(0, size[1], step_y), size[1]]):
+                x0, y0 = round(left * scale_x / pixel) * pixel, round(top * scale_y / pixel) * pixel
+                x1 = width if right == size[0] else round(right * scale_x / pixel) * pixel
+                y1 = height if bottom == size[1] else round(bottom * scale_y / pixel) * pixel
+                yield x + x0, y + y0, x1 - x0, y1 - y0, (slice(top, bottom), slice(left, right))
+
     def read_tiles(
         self, coords: np.ndarray, width: int, height: int, size: tuple[int, int], out: np.ndarray | None = None
     ) -> np.ndarray:
@@ -233,24 +276,23 @@ class Slide:
 
     def read_whole(self, width: int, height: int) -> np.ndarray:
         """Read the whole slide as (height, width, 3) uint8 RGB, block by block, so that memory stays bounded."""
-        scale_x, scale_y = self.width / width, self.height / height
-        level = self._level_for(min(scale_x, scale_y))
-        step = max(1, int(MAX_READ_PX * self._downsamples[level] / max(scale_x, scale_y)))
-        picture = np.full((height, width, 3), BACKGROUND, np.uint8)
-        for top in range(0, height, step):
-            for left in range(0, width, step):
-                bottom, right = min(top + step, height), min(left + step, width)
-                x0, y0 = round(left * scale_x), round(top * scale_y)
-                x1, y1 = round(right * scale_x), round(bottom * scale_y)
-                if self._is_unscanned(x0, y0, x1, y1):
+        picture = np.empty((height, width, 3), np.uint8)
+        if self._tiff is not None:
+            self._tiff.forget(MAX_READ_PX)
+        with ThreadPoolExecutor(THUMBNAIL_THREADS) as pool:
+            for x, y, columns, rows, where in self._blocks(0, 0, self.width, self.height, (width, height)):
+                if self._is_unscanned(x, y, x + columns, y + rows):
+                    picture[where] = BACKGROUND
                     continue
-                block = self._read_block(x0, y0, x1 - x0, y1 - y0, (right - left, bottom - top))
-                picture[top:bottom, left:right] = self._in_srgb(block)
+                size = where[1].stop - where[1].start, where[0].stop - where[0].start
+                picture[where] = self._in_srgb(self._read_block(x, y, columns, rows, size, pool))
         if self._tiff is not None:
             self._tiff.forget()
         return self._blank_outside_bounds(picture)
 
-    def _read_block(self, x: int, y: int, width: int, height: int, size: tuple[int, int]) -> np.ndarray:
+    def _read_block(
+        self, x: int, y: int, width: int, height: int, size: tuple[int, int], pool: ThreadPoolExecutor
+    ) -> np.ndarray:
         """Read a part of a thumbnail: to the bit what OpenSlide reads, so that the tissue found on it is the same.
 
         Hence never shrunk while decoding, and not through our own reader where that rounds otherwise.
@@ -260,7 +302,7 @@ class Slide:
         level = self._level_for(min(width / size[0], height / size[1]))
         begins_on_pixel = x % self._downsamples[level] == y % self._downsamples[level] == 0
         if self._tiff is not None and self._tiff.is_exact(level) and begins_on_pixel:
-            block = self._read_tiled(x, y, width, height, size, may_shrink=False, num_threads=THUMBNAIL_THREADS)
+            block = self._read_tiled(x, y, width, height, size, may_shrink=False, pool=pool)
             if block is not None:
                 return block
         return self._read_plain(x, y, width, height, size)
@@ -278,7 +320,7 @@ class Slide:
         height: int,
         size: tuple[int, int],
         may_shrink: bool = True,
-        num_threads: int = 1,
+        pool: ThreadPoolExecutor | None = None,
     ) -> np.ndarray | None:
         """Read through our own reader, shrunk while decoding; None where OpenSlide must decide what is not there."""
         level = self._level_for(min(width / size[0], height / size[1]))
@@ -291,7 +333,7 @@ class Slide:
         if self._handle is not self._tiff and self._tiff.is_sparse(level, box, shrink):
             return None
         try:
-            picture = self._tiff.read(level, box, shrink, num_threads)
+            picture = self._tiff.read(level, box, shrink, pool)
         except (TileError, OSError) as error:
             raise self._unreadable(x, y, level, error) from error
         interpolation = cv2.INTER_LINEAR if shrink == 1 else cv2.INTER_CUBIC

@@ -109,6 +109,7 @@ def _entries_of_csv(source: Path) -> list[SlideEntry]:
 def _read_csv(source: Path) -> list[SlideEntry]:
     with source.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
         column = next((name for name in PATH_COLUMNS if name in (reader.fieldnames or [])), None)
         if column is None:
             raise ValueError(

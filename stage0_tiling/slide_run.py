@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from stage0_tiling.local_cache import LocalCache
 from stage0_tiling.progress import Progress
 from stage0_tiling.run_table import MAX_DEATHS, RunFolder, SlideRow, SlideState
 from stage0_tiling.slide_list import SlideEntry
+
+LONGEST_RUN = timedelta(days=30)  # processes wait for the slowest one; the default of 30 minutes would end the run
 
 logger = logging.getLogger("stage0_tiling")
 
@@ -140,7 +143,7 @@ class SlideRun:
 
         SIGTERM, which schedulers send before they kill, interrupts, so that the claims are given back.
         """
-        with self.progress, logging_redirect_tqdm(), _terminating_as_interrupt(), self._claims:
+        with self.progress, logging_redirect_tqdm(), terminating_as_interrupt(), self._claims:
             try:
                 yield
             except DiskFull as error:
@@ -161,6 +164,7 @@ class SlideRun:
                 claim = self._claims.take(entry.slide_id, after_deaths=after_deaths)
             if claim is None:
                 continue
+            self._folder.check_begun()
             taken = Taken(entry, claim, entry.path)
             if not self._is_wanted(entry):  # done between the look and the claim
                 self._settle(taken)
@@ -289,7 +293,8 @@ def start_logging() -> None:
 
 
 @contextmanager
-def _terminating_as_interrupt() -> Iterator[None]:
+def terminating_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM, which schedulers send before they kill, interrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread can say what a signal does
         return

@@ -6,11 +6,13 @@ Both return what is to be recorded of the slide and raise what is wrong with it.
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slide_features import SlideFeatures, read_slide_coords, write_slide_coords, write_slide_features
+from stage0_tiling.flags import check_readable
 from stage0_tiling.geojson import write_tiles_geojson, write_tissue_geojson
 from stage0_tiling.overlay import write_overlay, write_thumbnail
 from stage0_tiling.plan import TilePlan, TilingSettings, measure_quality, plan_tiles, why_empty
@@ -19,6 +21,7 @@ from stage0_tiling.slide import Slide
 from stage0_tiling.slide_list import SlideEntry
 from stage0_tiling.tissue import make_grid
 from stage0_tiling.tissue_sources import TissueSources
+from stage0_tiling.user_masks import fingerprint_mask
 
 if TYPE_CHECKING:
     from stage0_tiling.tile_encoder import TileEncoder
@@ -39,6 +42,9 @@ def tile_slide(
     Raises:
         SlideError: if the slide cannot be used.
     """
+    check_readable(entry.path)
+    # before the mask is read: one that changes meanwhile is seen by the next run
+    mask = fingerprint_mask(sources.masks, entry.slide_id) if sources and sources.masks else None
     with Slide(entry.path, reader, icc=settings.icc, mpp=entry.mpp) as slide:
         plan = plan_tiles(slide, settings, entry.assume_mpp, sources, entry.slide_id)
         write_overlay(folder.path("overlays", entry.slide_id), plan)
@@ -61,7 +67,8 @@ def tile_slide(
             )
         else:
             logger.warning("%s: %s", entry.slide_id, why_empty(plan, settings))
-        return SlideState(row, tiling=settings, reader=slide.reader, num_bytes=entry.path.stat().st_size)
+        size = entry.path.stat().st_size
+        return SlideState(row, tiling=settings, reader=slide.reader, num_bytes=size, mask=mask)
 
 
 def tile_if_missing(entry: SlideEntry, folder: RunFolder, settings: TilingSettings, **how: Any) -> SlideState | None:
@@ -76,7 +83,7 @@ def tile_if_missing(entry: SlideEntry, folder: RunFolder, settings: TilingSettin
     state = tile_slide(entry, folder, settings, **how)
     is_same = known and (known.tiling, known.num_bytes) == (settings, state.num_bytes)
     if is_same and before is not None and np.array_equal(before, _tiles_of(folder, entry)):
-        return replace(state, encoded=known.encoded)
+        return replace(state, encoded=known.encoded, row=replace(state.row, warning=known.row.warning))
     return state
 
 
@@ -85,6 +92,26 @@ def _tiles_of(folder: RunFolder, entry: SlideEntry) -> np.ndarray | None:
         return read_slide_coords(folder.path("coords", entry.slide_id)).coords
     except (OSError, ValueError):
         return None
+
+
+def tell_unmeasured(entries: list[SlideEntry], folder: RunFolder) -> None:
+    """Warn, for --quality, of slides that were tiled without it: they are not tiled again for that."""
+    tiled = [entry for entry in entries if folder.is_tiled(folder.read_state(entry.slide_id))]
+    without = [entry.slide_id for entry in tiled if _lacks_blur(folder.path("coords", entry.slide_id))]
+    if without:
+        logger.warning(
+            "--quality: %d slides, %s among them, are tiled already, without the blur of their tiles: add --overwrite "
+            "to tile them again with it",
+            len(without),
+            without[0],
+        )
+
+
+def _lacks_blur(path: Path) -> bool:
+    try:
+        return "blur" not in read_slide_coords(path).quality
+    except (OSError, ValueError):  # it has no tiles, or is torn and made again
+        return False
 
 
 def write_tile_squares(
@@ -154,7 +181,18 @@ def encode_tiled(
             level0_height=planned.level0_height,
             more_making=result.more_making,
         )
-    return replace(state, row=replace(state.row, status="done", error=None))
+    row = replace(state.row, status="done", error=None)
+    if results:
+        row = replace(row, warning=_warning(made_by[missing[0]], results[0]))
+    return replace(state, row=row)
+
+
+def _warning(made_by: dict[str, Any], result: SlideFeatures) -> str | None:
+    """What of the settings could not be kept to with this slide."""
+    wanted, applied = (making.get("stain_normalizer", "none") for making in (made_by, result.making))
+    if wanted == applied:
+        return None
+    return f"encoded with --stain_normalizer {applied}, not {wanted}: its stains cannot be estimated"
 
 
 def _describe(entry: SlideEntry, slide: Slide, plan: TilePlan) -> SlideRow:

@@ -22,6 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from command_line import DONE, SOME_FAILED, make_parser, run
 from slide_features import atomic_path
+from stage0_tiling.flags import check_folder
 from stage0_tiling.slide_files import SURVEY_FOLDER
 from stage0_tiling.slide_list import SlideEntry, check_mpp, find_slides
 from stage0_tiling.slide_survey import COORDS_BYTES, TILINGS, SurveyRow, survey_slide
@@ -168,6 +169,9 @@ def _what_was_seen(entry: SlideEntry, settings: dict) -> dict:
 
 
 def _check(args) -> None:
+    check_folder("--output_dir", args.output_dir)
+    if args.num_workers < 0:
+        raise ValueError(f"--num_workers {args.num_workers}: expected 0 or more threads")
     for flag in ("feature_width", "tiles_per_second"):
         value = getattr(args, flag)
         if value is not None and not value > 0:

@@ -46,7 +46,7 @@ class JpegDecoder:
         return tuple(n for n in JPEG_SHRINKS if not any(side % n for side in self.shape))
 
     def __call__(self, data: bytes | memoryview, shrink: int, out: np.ndarray | None = None) -> np.ndarray:
-        height, width = (side // shrink for side in self.shape)
+        height, width = self.shape[0] // shrink, self.shape[1] // shrink
         try:
             stream = self.header + data[_after_app_segments(data) :]
             # strict: a damaged tile is an error, as it is to OpenSlide; a buffer: a tile that claims to be huge is, too

@@ -13,12 +13,13 @@ from dataclasses import replace
 from functools import partial
 
 from command_line import make_parser, run
+from stage0_tiling.flags import check_tiling_flags
 from stage0_tiling.plan import tiling_settings
 from stage0_tiling.run_table import RunFolder
 from stage0_tiling.slide import READERS
 from stage0_tiling.slide_list import SlideEntry, check_mpp, find_slides
 from stage0_tiling.slide_run import SlideRun, start_logging
-from stage0_tiling.slide_work import tile_slide, write_tile_squares
+from stage0_tiling.slide_work import tell_unmeasured, tile_slide, write_tile_squares
 from stage0_tiling.tissue_sources import add_tissue_arguments, tissue_sources
 
 logger = logging.getLogger("stage0_tiling")
@@ -82,12 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_logging()
 
     # Data
+    check_tiling_flags(args)
     settings, sources = tiling_settings(args), tissue_sources(args)
     entries = assume_mpp(find_slides(args.slides), args.assume_mpp)
-    folder = RunFolder(args.output_dir)
+    folder = RunFolder(args.output_dir, sources.masks)
     if args.overwrite:
-        folder.forget(entries)
+        folder.forget(entries, settings)
     tiling = SlideRun(entries, folder, partial(folder.needs_tiling, settings=settings), description="tiling")
+    folder.begin(settings)
+    if args.quality:
+        tell_unmeasured(entries, folder)
     logger.info("%d slides, %d of them to tile", len(entries), len(tiling.missing))
 
     # Tile

@@ -9,6 +9,7 @@ import numpy as np
 
 MIN_BYTES = 128 * 2**20
 MAX_BYTES = 512 * 2**20
+SHARED_ROWS = 1.25  # what boxes that follow each other from top to bottom share, and a little for threads
 ROWS = 2.5  # tiles that straddle two rows of compressed tiles, read row by row, want both, and a little for threads
 
 

@@ -6,6 +6,7 @@ Besides, 25 bytes per compressed tile of where it lies (3.8 MB for a level of 10
 bytes per reading thread, and what is being decoded.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +20,10 @@ import numpy as np
 from stage0_tiling.aligned import Alignment, align
 from stage0_tiling.tiff_codecs import TileError
 from stage0_tiling.tiff_levels import TiffLevel, TiffPyramid, read_pyramid
-from stage0_tiling.tile_cache import TileCache, bytes_for
+from stage0_tiling.tile_cache import SHARED_ROWS, TileCache, bytes_for
 
 READ_BYTES = 2**20  # most that is read at once of compressed tiles that lie one behind the other
+MANY_TILES = 20_000
 BACKGROUND = 255
 
 
@@ -58,6 +60,8 @@ class TiledTiff:
         """
         if not path.is_file() or (pyramid := read_pyramid(path, dimensions)) is None:
             return None
+        if pyramid.levels[0].offsets.size > MANY_TILES:
+            gc.collect(1)  # tifffile's pages refer to each other, and hold what was read of them as Python's integers
         tiff = cls(path, pyramid)
         try:
             for level in range(tiff.level_count):
@@ -67,10 +71,20 @@ class TiledTiff:
             return None
         return tiff
 
-    def forget(self) -> None:
-        """Drop all tiles that were kept; what is read from now on is another pass over the slide."""
-        rows = (bytes_for(level.width, level.decoder.shape[0], bytes_per_pixel=3) for level in self._levels)
-        self._cache = TileCache(max(rows))
+    def forget(self, width: int | None = None) -> None:
+        """Drop all tiles that were kept; what is read from now on is another pass over the slide.
+
+        `width` is how many pixels of a level that pass reads side by side, in boxes from top to bottom that share one
+        row of compressed tiles; None for all of them, in tiles that may overlap.
+        """
+        self._cache = TileCache(
+            max(
+                bytes_for(level.width, level.decoder.shape[0], bytes_per_pixel=3)
+                if width is None
+                else int(SHARED_ROWS * min(width, level.width) * level.decoder.shape[0] * 3)
+                for level in self._levels
+            )
+        )
         self._taken = [np.zeros(level.counts.shape, bool) for level in self._levels]
         self._keeps_all = False
 
@@ -92,14 +106,16 @@ class TiledTiff:
         rows, columns = self._tiles_in(level, box, shrink)
         return not self._levels[level].counts[rows.start : rows.stop, columns.start : columns.stop].all()
 
-    def read(self, level: int, box: tuple[int, int, int, int], shrink: int = 1, num_threads: int = 1) -> np.ndarray:
+    def read(
+        self, level: int, box: tuple[int, int, int, int], shrink: int = 1, pool: ThreadPoolExecutor | None = None
+    ) -> np.ndarray:
         """Read a box of a level.
 
         Args:
             level: of the pyramid.
             box: (left, top, right, bottom) in pixels of the level divided by `shrink`.
             shrink: one of `shrinks(level)`.
-            num_threads: that decode the tiles of the box.
+            pool: threads that decode the tiles of the box; None for the caller's.
 
         Returns:
             (bottom - top, right - left, 3) uint8 RGB; what lies beyond the level, or is not in the file, is white.
@@ -131,7 +147,7 @@ class TiledTiff:
             tile = self._tile(level, row, column, shrink, keep=not is_whole)
             picture[y0 - top : y1 - top, x0 - left : x1 - left] = tile[y0 - y : y1 - y, x0 - x : x1 - x]
 
-        _for_each(paste, [place for place in product(rows, columns) if here.counts[place]], num_threads)
+        _for_each(paste, [place for place in product(rows, columns) if here.counts[place]], pool)
         return picture
 
     def read_aligned(
@@ -163,12 +179,12 @@ class TiledTiff:
         )
         if found is None or self._keeps_all:
             return np.empty(0, int)
-        rows = found.rows[:, None, None] + np.arange(found.down)[:, None]
-        columns = found.columns[:, None, None] + np.arange(found.across)
-        offsets, counts = here.offsets[rows, columns], here.counts[rows, columns]
-        is_there = (counts > 0) & (offsets + counts <= self._file_bytes) & ~self._taken[level][rows, columns]
-        keep = is_there.all(axis=(1, 2))
-        self._taken[level][rows[keep], columns[keep]] = True
+        width = here.counts.shape[1]
+        within = (np.arange(found.down)[:, None] * width + np.arange(found.across)).ravel()
+        places = (found.rows * width + found.columns)[:, None] + within  # (M, down * across), row by row
+        offsets, counts, taken = here.offsets.take(places), here.counts.take(places), self._taken[level].ravel()
+        keep = ((counts > 0) & (offsets + counts <= self._file_bytes) & ~taken[places]).all(axis=1)
+        taken[places[keep]] = True
         index = found.index[keep]
         if len(index) == 0:
             return index
@@ -248,24 +264,30 @@ class TiledTiff:
 
     def _try_one_tile(self, level: int) -> None:
         """Decode a tile near the middle of a level, to learn early of a variant that the decoder does not know."""
-        rows, columns = np.nonzero(self._levels[level].counts)
-        if len(rows):
-            self._decode(self._levels[level], int(rows[len(rows) // 2]), int(columns[len(rows) // 2]), 1)
+        here = self._levels[level]
+        there = np.flatnonzero(here.counts)
+        if len(there):
+            row, column = divmod(int(there[len(there) // 2]), here.counts.shape[1])
+            self._decode(here, row, column, 1)
 
 
-def _for_each(work: Callable[[tuple[int, int]], None], places: list[tuple[int, int]], num_threads: int) -> None:
-    if num_threads == 1 or len(places) < 4:
+def _for_each(
+    work: Callable[[tuple[int, int]], None], places: list[tuple[int, int]], pool: ThreadPoolExecutor | None
+) -> None:
+    if pool is None or len(places) == 1:
         for place in places:
             work(place)
         return
-    executor = ThreadPoolExecutor(num_threads)
+    waiting = [pool.submit(work, place) for place in places]
     try:
-        for _ in executor.map(work, places):
-            pass
+        for future in waiting:
+            future.result()
     finally:
-        executor.shutdown(cancel_futures=True)
+        for future in waiting:
+            future.cancel()
 
 
 def _overlap(coords: np.ndarray, box: tuple[int, int]) -> bool:
     """Whether tiles that follow each other share pixels."""
-    return bool((abs(np.diff(coords, axis=0)) < box).all(axis=1).any())
+    is_near = abs(coords[1:] - coords[:-1]) < box
+    return bool((is_near[:, 0] & is_near[:, 1]).any())

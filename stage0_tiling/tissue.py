@@ -1,5 +1,6 @@
 """Where the tissue lies: a mask from a thumbnail, and the grid of tiles that it carries."""
 
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -7,11 +8,12 @@ import numpy as np
 
 from stage0_tiling.outlines import Polygon, outline
 from stage0_tiling.slide import PixelSize, Slide
+from stage0_tiling.strips import strips
 from stage0_tiling.tissue_methods import tissue_mask
 
 MASK_MPP = 8.0
 MASK_MIN_SIDE = 512  # small slides get a finer mask, their tissue is small as well
-MASK_MAX_SIDE = 4096
+MASK_MAX_PX = 2048 * 2048  # slides of more than 270 mm² get a coarser one, so that memory stays bounded
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,10 @@ def find_tissue(slide: Slide, pixel_size: PixelSize, method: str = "otsu") -> Ti
 
 
 def read_thumbnail(slide: Slide, pixel_size: PixelSize) -> tuple[np.ndarray, float]:
-    """Read a thumbnail at about 8 um/px, finer for small slides, never finer than level 0; with its um/px."""
+    """Read a thumbnail at 8 um/px, finer for small slides but never than level 0, coarser for large; with its um/px."""
     width_um, height_um = slide.width * pixel_size.x, slide.height * pixel_size.y
-    long_side = max(width_um, height_um)
-    mpp = min(max(MASK_MPP, long_side / MASK_MAX_SIDE), max(long_side / MASK_MIN_SIDE, pixel_size.mpp))
+    mpp = max(MASK_MPP, math.sqrt(width_um * height_um / MASK_MAX_PX))
+    mpp = min(mpp, max(max(width_um, height_um) / MASK_MIN_SIDE, pixel_size.mpp))
     width, height = max(1, round(width_um / mpp)), max(1, round(height_um / mpp))
     return slide.read_whole(width, height), mpp
 
@@ -99,8 +101,9 @@ def tiles_on_tissue(tissue: TissueMask, width: int, height: int, grid: Grid, min
     xs, ys = np.arange(0, width, grid.step_x), np.arange(0, height, grid.step_y)
     left, right = mask_span(xs, grid.tile_width, tissue.scale_x, tissue.mask.shape[1])
     top, bottom = mask_span(ys, grid.tile_height, tissue.scale_y, tissue.mask.shape[0])
-    sums = cv2.integral(tissue.mask.astype(np.uint8)).astype(np.int64)
-    area = sums[np.ix_(bottom, right)] - sums[np.ix_(top, right)] - sums[np.ix_(bottom, left)] + sums[np.ix_(top, left)]
+    sums = sums_above_left(tissue.mask, np.concatenate([top, bottom]), np.concatenate([left, right]))
+    upper, lower = sums[: len(ys)], sums[len(ys) :]
+    area = lower[:, len(xs) :] - upper[:, len(xs) :] - lower[:, : len(xs)] + upper[:, : len(xs)]
     whole = np.outer(full_span(ys, grid.tile_height, tissue.scale_y), full_span(xs, grid.tile_width, tissue.scale_x))
     rows, columns = np.nonzero((area > 0) & (area >= min_tissue * whole))
     return np.stack([xs[columns], ys[rows]], axis=1).astype(np.int64)
@@ -111,6 +114,21 @@ def mask_span(starts: np.ndarray, length: int, scale: float, limit: int) -> tupl
     first = np.minimum(np.round(starts * scale).astype(np.int64), limit - 1)
     last = np.minimum(np.round((starts + length) * scale).astype(np.int64), limit)
     return first, np.maximum(last, first + 1)
+
+
+def sums_above_left(mask: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Count the pixels of (H, W) bool above each of some rows and left of each of some columns, (R, C) int64.
+
+    A summed-area table, of which only what is asked for is kept: the whole would take eight times the mask's memory.
+    """
+    found = np.zeros((len(rows), len(columns)), np.int64)
+    above = np.zeros(len(columns), np.int64)
+    for part in strips(*mask.shape):
+        sums = cv2.integral(mask[part].view(np.uint8))[:, columns]
+        here = np.flatnonzero((rows > part.start) & (rows <= part.stop))
+        found[here] = above + sums[rows[here] - part.start]
+        above += sums[-1]
+    return found
 
 
 def full_span(starts: np.ndarray, length: int, scale: float) -> np.ndarray:

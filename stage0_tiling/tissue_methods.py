@@ -8,21 +8,23 @@ hsv      Fixed bounds on hue, saturation and value, those by which training tile
 entropy  Where grey levels are mixed (after EntropyMasker, Song et al. 2023, doi:10.1038/s41598-023-29638-1) or well
          below those of the glass: colour does not matter, so unstained, pale and immunostained tissue is found.
 
-In all of them dark neutral pixels (scanner borders, black ink) and marker ink are no tissue, and clean-up is in um².
+In all of them the glass is made white first, dark neutral pixels (scanner borders, black ink) and marker ink are no
+tissue, and clean-up is in um². They go through the thumbnail strip by strip: beside it and the mask, memory does not
+grow with it.
 """
-
-import math
 
 import cv2
 import numpy as np
 
+from stage0_tiling.groups import disc, drop_small, fill_small, grow
+from stage0_tiling.strips import map_strips, widen
+from stage0_tiling.white_balance import Balance, Planes, extremes, find_balance, histogram, odd
+
 METHODS = ("otsu", "hsv", "entropy")
 DARK = 70  # brightest channel of scanner borders and black ink
 NEUTRAL = 40  # largest chroma of what counts as grey
-TINT = 30  # largest chroma of a background
 CHROMA_RANGE = (7, 12)  # bounds of the threshold: below is JPEG noise, above is tissue in any stain
 HSV_RANGE = ((90, 8, 103), (180, 255, 255))  # hue in 2 degrees, as OpenCV has it
-MEDIAN_UM = 20.0
 CLOSING_UM = 20.0
 INK_MARGIN_UM = 50.0  # the fringe of a pen stroke looks like tissue
 MIN_TISSUE_UM2 = 3_000.0  # the strands of a biopsy are larger, dust is smaller
@@ -47,162 +49,153 @@ def tissue_mask(picture: np.ndarray, mpp: float, method: str = "otsu") -> np.nda
     Returns:
         (H, W) bool.
     """
-    smooth = cv2.medianBlur(picture, _odd(MEDIAN_UM / mpp))
-    balanced = _white_balance(smooth)
-    brightest, darkest = extremes(balanced)
-    chroma = brightest - darkest
-    dark = _is_dark(brightest, chroma)
-    excluded = grow(dark | marker_ink(balanced), INK_MARGIN_UM / mpp, only_large_px=MIN_INK_UM2 / mpp**2)
+    height, width = picture.shape[:2]
+    balance = find_balance(picture, mpp)
+    found, excluded = np.empty((height, width), np.uint8), np.zeros((height, width), bool)
+
+    def look(rows: slice) -> tuple[bool, np.ndarray]:
+        """Whether some of it is excluded, and how often each level occurs that a threshold is found on."""
+        planes = balance.planes(picture, rows)
+        brightest, darkest = extremes(planes)
+        chroma = brightest - darkest
+        dark = is_dark(brightest, chroma) | marker_ink(planes, brightest, darkest)
+        if some := bool(dark.any()):
+            excluded[rows] = dark
+        if method == "entropy":
+            grey = cv2.cvtColor(balance.smooth(picture, rows), cv2.COLOR_RGB2GRAY)
+            return some, histogram(grey, (chroma <= GLASS_TINT).view(np.uint8))
+        found[rows] = chroma if method == "otsu" else in_hsv_range(planes)
+        return some, histogram(chroma)
+
+    some, counts = zip(*map_strips(look, height, width), strict=True)
+    counts = sum(counts)
+    if any(some):
+        grow(excluded, INK_MARGIN_UM / mpp, only_large_px=MIN_INK_UM2 / mpp**2)
+    excluded = excluded if any(some) and excluded.any() else None
     if method == "otsu":
-        found = chroma > _threshold(chroma[~excluded] if excluded.any() else chroma)
-    elif method == "hsv":
-        found = cv2.inRange(cv2.cvtColor(balanced, cv2.COLOR_RGB2HSV), *HSV_RANGE).view(bool)
-    else:
-        found = _is_mixed(cv2.cvtColor(smooth, cv2.COLOR_RGB2GRAY), chroma, mpp)
-    return _clean(found & ~excluded, excluded, mpp)
+        if excluded is not None:
+            counts = sum(
+                map_strips(lambda rows: histogram(found[rows], (~excluded[rows]).view(np.uint8)), height, width)
+            )
+        np.greater(found, chroma_threshold(counts), out=found.view(bool))
+    elif method == "entropy":
+        _find_mixed(picture, balance, _glass(counts, picture.shape[0] * picture.shape[1]), mpp, out=found)
+    return _clean(found.view(bool), excluded, mpp)
 
 
-def balanced_picture(picture: np.ndarray, mpp: float) -> np.ndarray:
-    """Smooth a thumbnail and scale its channels so that the glass is white, (H, W, 3) uint8."""
-    return _white_balance(cv2.medianBlur(picture, _odd(MEDIAN_UM / mpp)))
-
-
-def dark_pixels(balanced: np.ndarray) -> np.ndarray:
+def is_dark(brightest: np.ndarray, chroma: np.ndarray) -> np.ndarray:
     """Dark neutral pixels, (H, W) bool: black ink, and what the scanner left black."""
-    brightest, darkest = extremes(balanced)
-    return _is_dark(brightest, brightest - darkest)
-
-
-def _is_dark(brightest: np.ndarray, chroma: np.ndarray) -> np.ndarray:
     return (brightest < DARK) & (chroma < NEUTRAL)
 
 
-def _clean(tissue: np.ndarray, excluded: np.ndarray, mpp: float) -> np.ndarray:
-    """Close small gaps, drop specks, fill small holes."""
-    closed = cv2.morphologyEx(tissue.view(np.uint8), cv2.MORPH_CLOSE, disc(CLOSING_UM / 2 / mpp)).view(bool)
-    tissue = without_small(closed & ~excluded, MIN_TISSUE_UM2 / mpp**2)
-    return ~without_small(~tissue, MAX_HOLE_UM2 / mpp**2)
+def marker_ink(planes: Planes, brightest: np.ndarray, darkest: np.ndarray) -> np.ndarray:
+    """Pixels of marker pens: pairs of hue and saturation that H&E, DAB and haematoxylin do not reach.
+
+    Args:
+        planes: red, green and blue, (H, W) uint8 each.
+        brightest: the largest of them in each pixel, (H, W) uint8.
+        darkest: the smallest.
+
+    Returns:
+        (H, W) bool.
+    """
+    # Few pixels need a closer look: the inks below are of a saturation of half and more, but for green, which is of a
+    # quarter and has green for its brightest channel.
+    may_be = darkest <= brightest >> 1
+    may_be |= (planes[1] == brightest) & (brightest - darkest > brightest >> 3)
+    where = np.flatnonzero(may_be)
+    if len(where) == 0:
+        return may_be
+    colours = np.stack([plane.ravel()[where] for plane in planes], axis=1)
+    hue, saturation, value = cv2.cvtColor(colours[None], cv2.COLOR_RGB2HSV)[0].T
+    yellow = (hue > 24) & (hue <= 35) & (saturation > 150)
+    green = (hue > 35) & (hue <= 90) & (saturation > 60)
+    blue = (hue > 90) & (hue <= 124) & (saturation > 130)
+    red = ((hue <= 5) | (hue >= 174)) & (saturation > 190) & (value > 110)
+    may_be.ravel()[where] = yellow | green | blue | red
+    return may_be
 
 
-def _is_mixed(grey: np.ndarray, chroma: np.ndarray, mpp: float) -> np.ndarray:
-    """Where the Shannon entropy of grey levels in a window is high, (H, W) bool.
+def in_hsv_range(planes: Planes) -> np.ndarray:
+    """Pixels within the bounds of the method hsv, (H, W) uint8 of 0 and 1."""
+    return cv2.inRange(cv2.cvtColor(cv2.merge(planes), cv2.COLOR_RGB2HSV), *HSV_RANGE) & 1
+
+
+def chroma_threshold(counts: np.ndarray) -> int:
+    """Otsu's threshold of what (256,) int64 counts, held between noise and the chroma that is tissue in any stain."""
+    levels = np.arange(256)
+    below, total = np.cumsum(counts), counts.sum()
+    sums = np.cumsum(counts * levels)
+    splits = np.flatnonzero((below > 0) & (below < total))  # thresholds with something on both sides
+    if len(splits) == 0:
+        return CHROMA_RANGE[1] if total == 0 else CHROMA_RANGE[0]
+    share = below[splits] / total
+    difference = sums[splits] / below[splits] - (sums[-1] - sums[splits]) / (total - below[splits])
+    otsu = splits[np.argmax(share * (1 - share) * difference**2)]  # the variance between the two sides
+    return int(np.clip(otsu, *CHROMA_RANGE))
+
+
+def _clean(tissue: np.ndarray, excluded: np.ndarray | None, mpp: float) -> np.ndarray:
+    """Close small gaps, drop specks, fill small holes, in place."""
+    pixels = tissue.view(np.uint8)
+    if excluded is not None:
+        np.greater(tissue, excluded, out=tissue)  # set and not excluded
+    cv2.morphologyEx(pixels, cv2.MORPH_CLOSE, disc(CLOSING_UM / 2 / mpp), dst=pixels)
+    if excluded is not None:
+        np.greater(tissue, excluded, out=tissue)
+    drop_small(tissue, MIN_TISSUE_UM2 / mpp**2)
+    fill_small(tissue, MAX_HOLE_UM2 / mpp**2)
+    return tissue
+
+
+def _find_mixed(picture: np.ndarray, balance: Balance, glass: tuple[float, float], mpp: float, out: np.ndarray) -> None:
+    """Where the Shannon entropy of grey levels in a window is high, into (H, W) uint8 of 0 and 1.
 
     Levels are binned around that of the glass, in bins that are wide enough for its noise. One box filter a bin counts
     the pixels of each window, and the entropy is a sum of looked-up terms: no histogram per pixel is made.
     """
-    side = min(15, _odd(ENTROPY_WINDOW_UM / mpp))  # 15 x 15 pixels still count in 8 bit
-    glass, noise = _glass(grey, chroma)
-    width = max(LEAST_BIN, 5 * noise)
-    bins = np.clip(np.round((np.arange(256) - glass) / width) + ENTROPY_BINS - 2, 0, ENTROPY_BINS - 1).astype(np.uint8)
-    binned = cv2.LUT(grey, bins)
+    height, width = out.shape
+    side = min(15, odd(ENTROPY_WINDOW_UM / mpp))  # 15 x 15 pixels still count in 8 bit
+    level, noise = glass
+    step = max(LEAST_BIN, 5 * noise)
+    bins = np.clip(np.round((np.arange(256) - level) / step) + ENTROPY_BINS - 2, 0, ENTROPY_BINS - 1).astype(np.uint8)
     shares = np.arange(256, dtype=np.float32) / side**2
     term = np.where(shares > 0, -shares * np.log2(np.maximum(shares, 1e-9)), 0).astype(np.float32)
-    entropy = np.zeros(grey.shape, np.float32)
-    for level in np.flatnonzero(cv2.calcHist([binned], [0], None, [256], [0, 256])):
-        counts = cv2.boxFilter((binned == level).view(np.uint8), -1, (side, side), normalize=False)
-        entropy += cv2.LUT(counts, term)
-    mixed = (entropy > ENTROPY_BITS) | (cv2.boxFilter(grey, -1, (3, 3)) < glass - 2 * width)
-    return cv2.erode(mixed.view(np.uint8), disc(side / 4)).view(bool)
+    kernel = disc(side / 4)
+
+    def find(rows: slice) -> None:
+        wide, inside = widen(rows, side // 2 + len(kernel) // 2, height)
+        grey = cv2.cvtColor(balance.smooth(picture, wide), cv2.COLOR_RGB2GRAY)
+        binned = cv2.LUT(grey, bins)
+        entropy = np.zeros(grey.shape, np.float32)
+        for used in np.flatnonzero(histogram(binned)).tolist():
+            counts = cv2.boxFilter((binned == used).view(np.uint8), -1, (side, side), normalize=False)
+            entropy += cv2.LUT(counts, term)
+        mixed = (entropy > ENTROPY_BITS) | (cv2.boxFilter(grey, -1, (3, 3)) < level - 2 * step)
+        out[rows] = cv2.erode(mixed.view(np.uint8), kernel)[inside]
+
+    map_strips(find, height, width)
 
 
-def _glass(grey: np.ndarray, chroma: np.ndarray) -> tuple[float, float]:
-    """Grey level of the glass, the brightest of the frequent neutral ones, and the deviation of its noise."""
-    histogram = cv2.calcHist([grey], [0], (chroma <= GLASS_TINT).view(np.uint8), [256], [0, 256]).ravel()
-    histogram[:140] = 0
-    scanned = histogram.copy()
+def _glass(counts: np.ndarray, num_px: int) -> tuple[float, float]:
+    """Grey level of the glass, the brightest of the frequent ones, and the deviation of its noise.
+
+    Args:
+        counts: (256,) int64, how often each grey level occurs among near-neutral pixels.
+        num_px: of the picture.
+    """
+    counts = counts.astype(np.float32)
+    counts[:140] = 0
+    scanned = counts.copy()
     scanned[PURE_WHITE:] = 0  # what was never scanned is filled with white, and glass beside it is a little darker
-    if scanned[PURE_WHITE - 30 :].sum() >= 0.01 * grey.size:
-        histogram = scanned
-    smooth = cv2.GaussianBlur(histogram[None], (5, 1), 1).ravel()
+    if scanned[PURE_WHITE - 30 :].sum() >= 0.01 * num_px:
+        counts = scanned
+    smooth = cv2.GaussianBlur(counts[None], (5, 1), 1).ravel()
     peaks = np.flatnonzero(
         (smooth >= np.roll(smooth, 1)) & (smooth > np.roll(smooth, -1)) & (smooth > smooth.max() / 4)
     )
     if len(peaks) == 0:
         return 255.0, 0.0
     level = int(peaks[-1])
-    above = histogram[level : level + 20]  # tissue is darker: what is brighter than the peak is noise alone
+    above = counts[level : level + 20]  # tissue is darker: what is brighter than the peak is noise alone
     return float(level), float(np.sqrt((above * np.arange(len(above)) ** 2).sum() / max(above.sum(), 1)))
-
-
-def _white_balance(picture: np.ndarray) -> np.ndarray:
-    """Scale channels so that the background is white; a picture without a bright, near-neutral one stays as it is."""
-    brightest, darkest = extremes(picture)
-    candidates = ((brightest - darkest <= TINT) & (brightest > 140)).view(np.uint8)
-    if cv2.countNonZero(candidates) < 0.005 * brightest.size:
-        return picture
-    level = int(_histogram(brightest, candidates).argmax())
-    near = candidates & (brightest >= level - 4) & (brightest <= level + 4)
-    channels = cv2.split(picture)
-    background = [_median(_histogram(channel, near)) for channel in channels]
-    return cv2.merge(
-        [cv2.LUT(channel, _gain(255.0 / level)) for channel, level in zip(channels, background, strict=True)]
-    )
-
-
-def _gain(factor: float) -> np.ndarray:
-    return np.clip(np.arange(256) * factor, 0, 255).astype(np.uint8)
-
-
-def _histogram(channel: np.ndarray, where: np.ndarray) -> np.ndarray:
-    return cv2.calcHist([channel], [0], where, [256], [0, 256]).ravel()
-
-
-def _median(histogram: np.ndarray) -> float:
-    """Median of the values that a histogram counts; the mean of the middle two where they are even in number."""
-    up_to = np.cumsum(histogram.astype(np.int64))
-    middle = (up_to[-1] - 1) // 2, up_to[-1] // 2
-    return float(np.searchsorted(up_to, middle, side="right").mean())
-
-
-def extremes(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Brightest and darkest channel of each pixel; channel by channel, which is ten times as fast as along an axis."""
-    red, green, blue = cv2.split(picture)
-    return cv2.max(cv2.max(red, green), blue), cv2.min(cv2.min(red, green), blue)
-
-
-def marker_ink(picture: np.ndarray) -> np.ndarray:
-    """Pixels of marker pens: pairs of hue and saturation that H&E, DAB and haematoxylin do not reach."""
-    hue, saturation, value = cv2.split(cv2.cvtColor(picture, cv2.COLOR_RGB2HSV))
-    yellow = (hue > 24) & (hue <= 35) & (saturation > 150)
-    green = (hue > 35) & (hue <= 90) & (saturation > 60)
-    blue = (hue > 90) & (hue <= 124) & (saturation > 130)
-    red = ((hue <= 5) | (hue >= 174)) & (saturation > 190) & (value > 110)
-    return yellow | green | blue | red
-
-
-def _threshold(chroma: np.ndarray) -> float:
-    """Otsu's threshold, held between noise and the chroma that is tissue in any stain."""
-    if chroma.size == 0:
-        return CHROMA_RANGE[1]
-    otsu, _ = cv2.threshold(chroma.reshape(-1, 1), 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
-    return float(np.clip(otsu, *CHROMA_RANGE))
-
-
-def grow(mask: np.ndarray, radius_px: float, only_large_px: float) -> np.ndarray:
-    """Widen the connected groups of (H, W) bool that have at least so many pixels, and drop the others."""
-    large = without_small(mask, only_large_px)
-    if not large.any():
-        return large
-    return cv2.dilate(large.view(np.uint8), disc(radius_px)).view(bool)
-
-
-def without_small(mask: np.ndarray, min_px: float) -> np.ndarray:
-    """Drop the connected groups of less than `min_px` pixels from (H, W) bool."""
-    if cv2.countNonZero(mask.view(np.uint8)) < min_px:
-        return np.zeros_like(mask)
-    count, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
-    if count <= 2:  # the background, and one group at most, which is large as its pixels were counted above
-        return mask
-    keep = np.bincount(labels.ravel(), minlength=count) >= min_px
-    keep[0] = False
-    return mask if keep[1:].all() else np.take(keep, labels)
-
-
-def disc(radius_px: float) -> np.ndarray:
-    """Kernel of a disc for morphology."""
-    side = 2 * max(1, round(radius_px)) + 1
-    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
-
-
-def _odd(size: float) -> int:
-    return max(3, 2 * math.floor(size / 2) + 1)

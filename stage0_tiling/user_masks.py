@@ -4,12 +4,14 @@ MASKS/<slide_id>.geojson or .json   Polygon and MultiPolygon features in level-0
 MASKS/<slide_id>.png                any size in the slide's aspect ratio; above 0 is tissue
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from stage0_tiling.slide import SlideError
 
@@ -42,6 +44,15 @@ def find_mask(folder: Path, slide_id: str) -> Path | None:
     if len(found) > 1:
         raise SlideError(f"{slide_id} has two masks, {found[0].name} and {found[1].name}: keep one")
     return found[0] if found else None
+
+
+def fingerprint_mask(folder: Path, slide_id: str) -> str:
+    """Tell one mask of a slide from another by content; empty where the user made none, or it cannot be read."""
+    try:
+        path = find_mask(folder, slide_id)
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path else ""
+    except (SlideError, OSError):  # told when the slide is tiled
+        return ""
 
 
 def read_mask(
@@ -109,9 +120,19 @@ def _read_png(path: Path, shape: tuple[int, int], aspect: float) -> np.ndarray:
             f"({aspect:.3f}): draw it over the whole slide"
         )
     inside = picture > 0 if picture.ndim == 2 else (picture[..., :3] > 0).any(axis=2)
+    if _has_palette(path) and not np.array_equal(inside, np.asarray(Image.open(path)) > 0):
+        raise SlideError(
+            f"mask {path.name} has a palette in which numbers and colours differ in what is tissue (above 0, or not "
+            "black): save it in shades of grey"
+        )
     shrinks = inside.size > shape[0] * shape[1]
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST
     return cv2.resize(inside.astype(np.float32), shape[::-1], interpolation=interpolation) >= 0.5
+
+
+def _has_palette(path: Path) -> bool:
+    with Image.open(path) as picture:
+        return picture.mode == "P"
 
 
 def _polygons(path: Path) -> Iterator[list[np.ndarray]]:

@@ -16,30 +16,25 @@ from pathlib import Path
 import torch
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
-from transformers import get_scheduler
 
 from accelerator_setup import (
+    SCHEDULE_FLAGS,
     add_optimizer_arguments,
     add_run_arguments,
-    begin_run_dir,
-    check_identity,
-    checkpoint_to_resume,
-    checkpoint_trainable_only,
     git_revision,
-    load_checkpoint,
+    learning_rates_now,
     make_accelerator,
+    make_scheduler,
     parameter_groups,
-    read_run_state,
-    refuse_existing_run,
     report_left_out,
-    run_identity,
-    save_checkpoint,
     trainable_parameters,
     windows,
     write_run_json,
 )
-from command_line import DONE, SOME_FAILED, flags_of, make_parser, run
+from command_line import DONE, SOME_FAILED, chosen, flags_of, make_parser, run
 from encoders import load_encoder
+from evaluation.metrics.for_validation import METRICS
+from image_ablation import ABLATION_FLAGS, image_ablation
 from language_model import (
     absolute_if_folder,
     choose_placeholder,
@@ -48,21 +43,44 @@ from language_model import (
     load_tokenizer,
     text_embedding_rms,
 )
+from projector_average import averaged, begin_average, update_average
 from projectors import choose_parts
-from report_loss import evaluation_loss, optimizer_step
+from report_loss import optimizer_step
+from run_checkpoints import (
+    begin_run_dir,
+    check_identity,
+    checkpoint_to_resume,
+    load_checkpoint,
+    read_run_state,
+    refuse_existing_run,
+    run_identity,
+    save_checkpoint,
+)
 from run_log import RunLog
+from sharded_weights import save_result
 from slide_reports import (
     DEFAULT_QUESTIONS,
+    LOADER_FLAGS,
+    RECORD_FLAGS,
     Prompt,
     add_data_arguments,
     default_num_visual_tokens,
     describe_encoder,
     describe_features,
+    inputs_digest,
     make_loaders,
     read_training_records,
     records_digest,
 )
 from slide_vlm import SlideVLM, VLMSettings
+from validation import (
+    METRIC_FLAGS,
+    add_validation_arguments,
+    score_to_go_by,
+    stops_early,
+    validate,
+    written_reports,
+)
 
 
 def parse_arguments():
@@ -90,6 +108,7 @@ def parse_arguments():
         help="visual tokens of a case at most; default: 256 of slides, all of an image's patches",
     )
     add_optimizer_arguments(parser, learning_rate=1e-3, num_epochs=3)
+    add_validation_arguments(parser, METRICS)
     add_run_arguments(parser)
     return parser.parse_args()
 
@@ -103,97 +122,63 @@ def main() -> int:
     state = read_run_state(checkpoint)
 
     # Data
-    train_records, val_records, problems = read_training_records(
-        args.train_json,
-        args.val_json,
-        val_fraction=args.val_fraction,
-        seed=args.seed,
-        splits=args.splits,
-        features_dir=args.features_dir,
-        image_root=args.image_root,
-        group_pattern=args.group_pattern,
-        exclude=args.exclude,
-        revise=args.revise,
-    )
+    train_records, val_records, problems = read_training_records(**chosen(args, RECORD_FLAGS))
     if args.image_root and not args.vision_model_name:
         raise ValueError("--image_root needs an image encoder; name it with --vision_model_name")
 
     accelerator = make_accelerator(
         output_dir=run_dir,
-        seed=args.seed,
-        mixed_precision=args.mixed_precision,
         wandb=args.wandb_project is not None,
-        tensorboard=args.tensorboard,
+        **chosen(args, ("seed", "mixed_precision", "tensorboard")),
     )
 
     # Model
-    tokenizer = load_tokenizer(args.llm_name, revision=args.llm_revision)
-    llm_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    llm = load_llm(args.llm_name, revision=args.llm_revision, dtype=llm_dtype)
-    encoder = load_encoder(args.vision_model_name) if args.image_root else None
-    inputs = describe_encoder(encoder) if encoder else describe_features(train_records[0].inputs[0])
-    projector, reducer = choose_parts(args.projector, args.token_reducer, encoder.patch_grid if encoder else None)
-    settings = VLMSettings(
-        llm_name=absolute_if_folder(args.llm_name),
-        llm_revision=args.llm_revision,
-        llm_fingerprint=fingerprint(llm),
-        **inputs,
-        projector=projector,
-        token_reducer=reducer,
-        position_codes=args.position_codes,
-        num_visual_tokens=args.num_visual_tokens or default_num_visual_tokens(encoder),
-        output_rms=text_embedding_rms(llm),
-        placeholder_id=choose_placeholder(llm),
-        prompt=asdict(Prompt.for_tokenizer(tokenizer)),
-        question=args.question or DEFAULT_QUESTIONS[inputs["input_kind"]],
-        max_question_tokens=args.max_question_tokens or 128,
-        max_answer_tokens=args.max_answer_tokens or 512,
-        training=flags,
-        git_revision=git_revision(),
-    )
-    model = SlideVLM(llm, settings, encoder)
+    model, tokenizer = build_model(args, accelerator.mixed_precision, train_records[0].inputs[0])
     model.requires_grad_(False)
-    model.projector.requires_grad_(True)
-    model.reducer.requires_grad_(True)
-    model.position_codes.requires_grad_(True)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    model.unfreeze_visual_parts()
+    if not model.visual_parameters():
         raise ValueError(f"nothing would learn with --projector {args.projector}; add --position_codes sincos")
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-
+    model.label_smoothing = args.label_smoothing
     train_batches, train_loader, val_loader = make_loaders(
         model,
         tokenizer,
         train_records,
         val_records,
-        batch_size=args.batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
         num_processes=accelerator.num_processes,
-        num_workers=args.num_workers,
-        seed=args.seed,
+        **chosen(args, LOADER_FLAGS),
     )
+    reports = written_reports(accelerator, val_records, tokenizer, METRICS, **chosen(args, METRIC_FLAGS))
 
     # Optimizer
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate)
+    groups = parameter_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
     steps_per_epoch = train_batches.steps_per_epoch
     num_steps = args.num_epochs * steps_per_epoch
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, round(args.warmup_ratio * num_steps), num_steps)
+    scheduler = make_scheduler(optimizer, num_steps, **chosen(args, SCHEDULE_FLAGS))
 
     # Resume
     identity = run_identity(
         flags,
         steps_per_epoch=steps_per_epoch,
+        records_per_step=args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
         records=records_digest(train_records),
+        inputs=inputs_digest(train_records),
+        val_records=records_digest(val_records),
         llm=model.settings.llm_fingerprint,
+        encoder=model.settings.encoder_fingerprint,
     )
+    resuming = {"state": state, "identity": identity, "keep": args.keep_checkpoints}
     check_identity(checkpoint, identity)
     model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
-    checkpoint_trainable_only(accelerator)
+    vlm = accelerator.unwrap_model(model)
+    if args.projector_ema:
+        begin_average(vlm)
     begin_run_dir(accelerator, run_dir, overwrite=args.overwrite and checkpoint is None)
     if checkpoint:
-        load_checkpoint(accelerator, run_dir, checkpoint, scheduler)
+        load_checkpoint(accelerator, run_dir, checkpoint, model, optimizer, scheduler)
     log = RunLog(accelerator, run_dir, state.step, args.wandb_project or "slidescribe", flags)
-    vlm = accelerator.unwrap_model(model)
     write_run_json(
         accelerator,
         run_dir,
@@ -210,36 +195,70 @@ def main() -> int:
     progress = tqdm(total=num_steps, initial=state.step, unit="step", disable=not accelerator.is_main_process)
     num_bad = 0
     for epoch in range(state.step // steps_per_epoch, args.num_epochs):
+        if stops_early(state.evaluations_since_best, args.early_stopping_patience):
+            break
         model.train()
         train_batches.start_at(epoch, first_step=state.step - epoch * steps_per_epoch)
         for micro_batches in windows(train_loader, args.gradient_accumulation_steps):
             result = optimizer_step(accelerator, model, optimizer, micro_batches, args.max_grad_norm)
             state.step += 1
             num_bad += result.num_bad
-            log.step(state.step, state.step / steps_per_epoch, scheduler.get_last_lr()[0], **asdict(result))
+            log.step(state.step, state.step / steps_per_epoch, **learning_rates_now(optimizer), **asdict(result))
             scheduler.step()
+            if args.projector_ema:
+                update_average(vlm, args.projector_ema, state.step)
             progress.update()
             progress.set_postfix(loss=f"{result.loss:.4f}")
             if state.step % args.save_steps == 0 and state.step % steps_per_epoch != 0:
-                save_checkpoint(accelerator, run_dir, state, scheduler, identity, args.keep_checkpoints)
+                save_checkpoint(accelerator, run_dir, model, optimizer, scheduler, **resuming)
         if len(val_records):
-            val_loss = evaluation_loss(accelerator, model, val_loader)
-            log.evaluation(state.step, epoch + 1, val_loss)
-            if val_loss < state.best_loss:
-                state.best_loss = val_loss
-                if accelerator.is_main_process:
-                    vlm.save(run_dir / "best_model", tokenizer)
-        save_checkpoint(accelerator, run_dir, state, scheduler, identity, args.keep_checkpoints)
+            with averaged(vlm):
+                scores = validate(accelerator, model, val_loader, reports)
+                log.evaluation(state.step, epoch + 1, **scores)
+                if state.note(score_to_go_by(scores, args.best_metric)):
+                    save_result(accelerator, model, run_dir / "best_model", tokenizer)
+        save_checkpoint(accelerator, run_dir, model, optimizer, scheduler, **resuming)
     progress.close()
 
     # Save
+    with averaged(vlm):
+        save_result(accelerator, model, run_dir / "final_model", tokenizer)
+        ablation = image_ablation(accelerator, model, tokenizer, val_records, **chosen(args, ABLATION_FLAGS))
+    log.end(state.step, image_ablation=ablation)
     if accelerator.is_main_process:
-        vlm.save(run_dir / "final_model", tokenizer)
-        log.draw()
         print(f"{run_dir / 'final_model'}", file=sys.stdout)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return SOME_FAILED if problems or num_bad else DONE
+
+
+def build_model(args, mixed_precision: str, first_input: Path):
+    """The frozen language model with a new projector and reducer, and its tokenizer."""
+    tokenizer = load_tokenizer(args.llm_name, revision=args.llm_revision)
+    llm_dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+    llm = load_llm(args.llm_name, revision=args.llm_revision, dtype=llm_dtype, ple_device=args.ple_device)
+    encoder = load_encoder(args.vision_model_name) if args.image_root else None
+    inputs = describe_encoder(encoder) if encoder else describe_features(first_input)
+    projector, reducer = choose_parts(args.projector, args.token_reducer, encoder.patch_grid if encoder else None)
+    settings = VLMSettings(
+        llm_name=absolute_if_folder(args.llm_name),
+        llm_revision=args.llm_revision,
+        llm_fingerprint=fingerprint(llm),
+        **inputs,
+        projector=projector,
+        token_reducer=reducer,
+        position_codes=args.position_codes,
+        num_visual_tokens=args.num_visual_tokens or default_num_visual_tokens(encoder),
+        output_rms=text_embedding_rms(llm),
+        placeholder_id=choose_placeholder(llm),
+        prompt=asdict(Prompt.for_tokenizer(tokenizer)),
+        question=args.question or DEFAULT_QUESTIONS[inputs["input_kind"]],
+        max_question_tokens=args.max_question_tokens or 128,
+        max_answer_tokens=args.max_answer_tokens or 512,
+        training=flags_of(args),
+        git_revision=git_revision(),
+    )
+    return SlideVLM(llm, settings, encoder), tokenizer
 
 
 if __name__ == "__main__":

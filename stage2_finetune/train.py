@@ -4,7 +4,8 @@ r"""Stage 2: fine-tune the language model on (image, question, answer) triplets;
       --stage1_projector_path runs/stage1/final_model --llm_training lora --output_dir runs/stage2
 
 Language model, projector, reducer and prompt are those of stage 1. Optionally the projector learns on, and with image
-inputs the image encoder learns in epoch one and is frozen after it (as in CheXagent, Chen et al. 2024).
+inputs the image encoder: in full, through LoRA, or in epoch one only (as in CheXagent, Chen et al. 2024).
+docs/training.md says what each way costs and when to use it.
 """
 
 import sys
@@ -12,48 +13,72 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
-from transformers import get_scheduler
 
 from accelerator_setup import (
+    SCHEDULE_FLAGS,
     add_optimizer_arguments,
     add_run_arguments,
-    begin_run_dir,
-    check_identity,
-    checkpoint_to_resume,
-    checkpoint_trainable_only,
     forget_frozen,
-    git_revision,
-    load_checkpoint,
+    learning_rates_now,
     make_accelerator,
+    make_scheduler,
     parameter_groups,
-    read_run_state,
-    refuse_existing_run,
     report_left_out,
-    run_identity,
-    save_checkpoint,
     trainable_parameters,
     windows,
     write_run_json,
 )
-from command_line import DONE, SOME_FAILED, flags_of, make_parser, run
+from command_line import DONE, SOME_FAILED, chosen, flags_of, make_parser, run
+from encoder_lora import add_encoder_lora
+from evaluation.metrics.for_validation import METRICS
+from image_ablation import ABLATION_FLAGS, image_ablation
 from language_model import add_lora, unfreeze_llm
-from report_loss import evaluation_loss, optimizer_step
+from projector_average import averaged, begin_average, update_average
+from report_loss import optimizer_step
+from run_checkpoints import (
+    begin_run_dir,
+    check_identity,
+    checkpoint_to_resume,
+    file_digest,
+    load_checkpoint,
+    read_run_state,
+    refuse_existing_run,
+    run_identity,
+    save_checkpoint,
+)
 from run_log import RunLog
+from sharded_weights import save_result
 from slide_reports import (
+    LOADER_FLAGS,
+    RECORD_FLAGS,
     add_data_arguments,
-    check_input_kind,
+    inputs_digest,
     make_loaders,
     making_of,
     read_training_records,
     records_digest,
 )
-from slide_vlm import VLMSettings, load_vlm
+from slide_vlm import VISUAL_PARTS, VLMSettings
+from stage2_finetune.what_learns import add_learning_arguments, encoder_learns, open_stage1, refuse_contradictions
+from validation import (
+    METRIC_FLAGS,
+    add_validation_arguments,
+    score_to_go_by,
+    stops_early,
+    validate,
+    written_reports,
+)
 
 
 def parse_arguments():
     parser = make_parser(__doc__)
+    add_arguments(parser)
+    return parser.parse_args()
+
+
+def add_arguments(parser) -> None:
+    """All flags of this command, for those that run it."""
     add_data_arguments(parser)
     group = parser.add_argument_group("Model")
     group.add_argument("--stage1_projector_path", required=True, help="final_model (or best_model) folder of stage 1")
@@ -61,19 +86,10 @@ def parse_arguments():
     group.add_argument(
         "--vision_model_name", default=None, help="where the image encoder of stage 1 is now, if it moved"
     )
-    group.add_argument(
-        "--llm_training", choices=["full", "lora", "frozen"], default="lora", help="what of the LLM learns"
-    )
-    group.add_argument("--lora_rank", type=PositiveInt, default=16, help="rank of the LoRA adapters")
-    group.add_argument("--lora_alpha", type=float, default=32, help="LoRA scale, times 1 / rank")
-    group.add_argument("--lora_dropout", type=float, default=0.05, help="dropout before the LoRA adapters")
-    group.add_argument("--unfreeze_projection_layer", action="store_true", help="the projector and reducer learn on")
-    group.add_argument(
-        "--train_ve_first_epoch", action="store_true", help="the image encoder learns in epoch one (image inputs only)"
-    )
+    add_learning_arguments(parser)
     add_optimizer_arguments(parser, learning_rate=2e-4, num_epochs=3)
+    add_validation_arguments(parser, METRICS)
     add_run_arguments(parser)
-    return parser.parse_args()
 
 
 def main() -> int:
@@ -86,103 +102,78 @@ def main() -> int:
 
     # Data
     settings = VLMSettings.read(args.stage1_projector_path)
+    refuse_contradictions(args, settings)
     train_records, val_records, problems = read_training_records(
-        args.train_json,
-        args.val_json,
-        val_fraction=args.val_fraction,
-        seed=args.seed,
-        splits=args.splits,
-        features_dir=args.features_dir,
-        image_root=args.image_root,
-        group_pattern=args.group_pattern,
-        exclude=args.exclude,
-        revise=args.revise,
-        expected=making_of(settings),
+        **chosen(args, RECORD_FLAGS), expected=making_of(settings)
     )
-    if args.train_ve_first_epoch and settings.input_kind == "features":
-        raise ValueError(
-            "--train_ve_first_epoch needs images: feature files hold what the encoder gave in stage 0, so it cannot "
-            "learn; drop the flag"
-        )
-    check_input_kind(args.stage1_projector_path, settings, args.image_root)
-    if (Path(args.stage1_projector_path) / "adapter").is_dir():
-        raise ValueError(f"{args.stage1_projector_path} holds a LoRA adapter; start stage 2 from a stage 1 result")
 
     accelerator = make_accelerator(
         output_dir=run_dir,
-        seed=args.seed,
-        mixed_precision=args.mixed_precision,
         wandb=args.wandb_project is not None,
-        tensorboard=args.tensorboard,
-        find_unused_parameters=args.train_ve_first_epoch,
+        find_unused_parameters=encoder_learns(args),
+        **chosen(args, ("seed", "mixed_precision", "tensorboard")),
     )
 
     # Model
-    is_bf16 = accelerator.mixed_precision == "bf16" and args.llm_training != "full"
-    model, tokenizer = load_vlm(
-        args.stage1_projector_path,
-        dtype=torch.bfloat16 if is_bf16 else torch.float32,
-        llm_name=args.llm_name,
-        encoder_name=args.vision_model_name,
-    )
-    model.settings.question = args.question or settings.question
-    model.settings.max_question_tokens = args.max_question_tokens or settings.max_question_tokens
-    model.settings.max_answer_tokens = args.max_answer_tokens or settings.max_answer_tokens
-    model.settings.training = flags
-    model.settings.git_revision = git_revision()
+    model, tokenizer = open_stage1(args, settings, accelerator)
     model.requires_grad_(False)
     if args.llm_training == "full":
-        unfreeze_llm(model.llm)
-    if args.llm_training == "lora":
-        model.llm = add_lora(model.llm, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout)
+        unfreeze_llm(model.llm, args.unfreeze_last_layers)
+    if args.llm_training in ("lora", "qlora"):
+        lora = {"rank": args.lora_rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout}
+        model.llm = add_lora(model.llm, **lora, target_modules=args.lora_target_modules)
     if args.unfreeze_projection_layer:
-        model.projector.requires_grad_(True)
-        model.reducer.requires_grad_(True)
-        model.position_codes.requires_grad_(True)
-    if args.train_ve_first_epoch:
-        model.encoder.requires_grad_(True)
-        model.encoder_learned = True
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("nothing would learn; choose --llm_training lora or full, or --unfreeze_projection_layer")
+        model.unfreeze_visual_parts()
+    if args.train_ve or args.train_ve_first_epoch:
+        model.unfreeze_encoder()
+    if args.encoder_lora_rank:
+        add_encoder_lora(model.encoder, rank=args.encoder_lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-
+    model.label_smoothing = args.label_smoothing
     train_batches, train_loader, val_loader = make_loaders(
         model,
         tokenizer,
         train_records,
         val_records,
-        batch_size=args.batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
         num_processes=accelerator.num_processes,
-        num_workers=args.num_workers,
-        seed=args.seed,
+        **chosen(args, LOADER_FLAGS),
     )
+    reports = written_reports(accelerator, val_records, tokenizer, METRICS, **chosen(args, METRIC_FLAGS))
 
     # Optimizer
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate)
+    rates = dict.fromkeys(VISUAL_PARTS, args.projector_learning_rate) | {"encoder": args.encoder_learning_rate}
+    groups = parameter_groups(model, args.weight_decay, rates)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
     steps_per_epoch = train_batches.steps_per_epoch
     num_steps = args.num_epochs * steps_per_epoch
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, round(args.warmup_ratio * num_steps), num_steps)
+    scheduler = make_scheduler(optimizer, num_steps, **chosen(args, SCHEDULE_FLAGS))
 
     # Resume
     identity = run_identity(
         flags,
         steps_per_epoch=steps_per_epoch,
+        records_per_step=args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
         records=records_digest(train_records),
+        inputs=inputs_digest(train_records),
+        val_records=records_digest(val_records),
         llm=model.settings.llm_fingerprint,
+        encoder=model.settings.encoder_fingerprint,
+        stage1_projector=file_digest(Path(args.stage1_projector_path) / "projector" / "model.safetensors"),
     )
+    resuming = {"state": state, "identity": identity, "keep": args.keep_checkpoints}
     check_identity(checkpoint, identity)
     if args.train_ve_first_epoch and state.step >= steps_per_epoch:
         model.encoder.requires_grad_(False)
         forget_frozen(optimizer)
     model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
-    checkpoint_trainable_only(accelerator)
+    vlm = accelerator.unwrap_model(model)
+    if args.projector_ema:
+        begin_average(vlm)
     begin_run_dir(accelerator, run_dir, overwrite=args.overwrite and checkpoint is None)
     if checkpoint:
-        load_checkpoint(accelerator, run_dir, checkpoint, scheduler)
+        load_checkpoint(accelerator, run_dir, checkpoint, model, optimizer, scheduler)
     log = RunLog(accelerator, run_dir, state.step, args.wandb_project or "slidescribe", flags)
-    vlm = accelerator.unwrap_model(model)
     write_run_json(
         accelerator,
         run_dir,
@@ -199,35 +190,40 @@ def main() -> int:
     progress = tqdm(total=num_steps, initial=state.step, unit="step", disable=not accelerator.is_main_process)
     num_bad = 0
     for epoch in range(state.step // steps_per_epoch, args.num_epochs):
+        if stops_early(state.evaluations_since_best, args.early_stopping_patience):
+            break
         model.train()
         train_batches.start_at(epoch, first_step=state.step - epoch * steps_per_epoch)
         for micro_batches in windows(train_loader, args.gradient_accumulation_steps):
             result = optimizer_step(accelerator, model, optimizer, micro_batches, args.max_grad_norm)
             state.step += 1
             num_bad += result.num_bad
-            log.step(state.step, state.step / steps_per_epoch, scheduler.get_last_lr()[0], **asdict(result))
+            log.step(state.step, state.step / steps_per_epoch, **learning_rates_now(optimizer), **asdict(result))
             scheduler.step()
+            if args.projector_ema:
+                update_average(vlm, args.projector_ema, state.step)
             progress.update()
             progress.set_postfix(loss=f"{result.loss:.4f}")
             if state.step % args.save_steps == 0 and state.step % steps_per_epoch != 0:
-                save_checkpoint(accelerator, run_dir, state, scheduler, identity, args.keep_checkpoints)
+                save_checkpoint(accelerator, run_dir, model, optimizer, scheduler, **resuming)
         if len(val_records):
-            val_loss = evaluation_loss(accelerator, model, val_loader)
-            log.evaluation(state.step, epoch + 1, val_loss)
-            if val_loss < state.best_loss:
-                state.best_loss = val_loss
-                if accelerator.is_main_process:
-                    vlm.save(run_dir / "best_model", tokenizer)
+            with averaged(vlm):
+                scores = validate(accelerator, model, val_loader, reports)
+                log.evaluation(state.step, epoch + 1, **scores)
+                if state.note(score_to_go_by(scores, args.best_metric)):
+                    save_result(accelerator, model, run_dir / "best_model", tokenizer)
         if args.train_ve_first_epoch and epoch == 0:
             vlm.encoder.requires_grad_(False)
             forget_frozen(optimizer)
-        save_checkpoint(accelerator, run_dir, state, scheduler, identity, args.keep_checkpoints)
+        save_checkpoint(accelerator, run_dir, model, optimizer, scheduler, **resuming)
     progress.close()
 
     # Save
+    with averaged(vlm):
+        save_result(accelerator, model, run_dir / "final_model", tokenizer)
+        ablation = image_ablation(accelerator, model, tokenizer, val_records, **chosen(args, ABLATION_FLAGS))
+    log.end(state.step, image_ablation=ablation)
     if accelerator.is_main_process:
-        vlm.save(run_dir / "final_model", tokenizer)
-        log.draw()
         print(f"{run_dir / 'final_model'}", file=sys.stdout)
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -34,12 +34,16 @@ class Corpus:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def make_corpus(root: Path) -> Corpus:
+    """Make the corpus under `root`."""
     from PIL import Image
 
     from slide_features import write_slide_features
     from tests.tiny_models import PATCH_WIDTH, REPORTS, make_llm, make_tokenizer
 
-    root = tmp_path_factory.mktemp("corpus")
     make_llm().save_pretrained(root / "llm")
     make_tokenizer().save_pretrained(root / "llm")
     rng = np.random.default_rng(0)

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from slide_reports import RecordTable, read_records
+from slide_reports.edits import listed_ids
 from slide_reports.paths import Folders
 from slide_reports.record import Record, patient_of
-from slide_reports.records import read_ids
 from slide_reports.table import column, fields
 from tests.conftest import ROOT
 
@@ -184,8 +184,8 @@ def test_excluded_and_revised_records(tmp_path, roots):
     revise = write(tmp_path / "new.json", [{"id": "s2.svs", "report": "New 2"}])
     records = read(tmp_path, roots, rows, exclude=exclude, revise=revise)
     assert [(r.id, r.answer) for r in records] == [("s0.svs", "Old 0"), ("s2.svs", "New 2")]
-    assert read_ids(write(tmp_path / "plain.txt", "a\n\nb\n")) == {"a", "b"}
-    assert read_ids(write(tmp_path / "one_column.csv", "id\ns1\n")) >= {"s1"}
+    assert listed_ids(write(tmp_path / "plain.txt", "a\n\nb\n")) == ["a", "b"]
+    assert "s1" in listed_ids(write(tmp_path / "one_column.csv", "id\ns1\n"))
 
 
 def test_exclusion_knows_a_slide_by_any_suffix_and_in_quotes(tmp_path, roots):
@@ -435,3 +435,37 @@ def test_annotation_that_is_not_there(tmp_path):
         read_records(tmp_path / "nothing.json")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         read_records(write(tmp_path / "a.json", [GOOD]), features_dir=tmp_path / "gone")
+
+
+def test_ids_of_conversations_may_be_missing_and_are_names_or_numbers(tmp_path, roots):
+    talk = {"image": "s1.h5", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "A"}]}
+    rows = [talk, talk | {"id": None}, talk | {"id": ""}, talk | {"id": 7}, talk | {"id": "x"}]
+    assert [r.id for r in read(tmp_path, roots, rows)] == ["s1.h5", "s1.h5", "s1.h5", "7", "x"]
+    for bad in (["a"], {"b": 1}, True):
+        with pytest.raises(ValueError, match="record 0 has .* under 'id'; expected a name or a number"):
+            read(tmp_path, roots, [talk | {"id": bad}])
+
+
+def test_more_choices_than_letters_are_all_there(tmp_path, roots):
+    row = {"Id": "s1", "Question": "Which?", "Answer": "54", "Choice": [str(i) for i in range(55)]}
+    (record,) = read(tmp_path, roots, [row])
+    lines = record.question.split("\n")
+    assert lines[1] == "A. 0" and lines[26] == "Z. 25" and lines[27] == "AA. 26" and lines[53] == "BA. 52"
+    assert len(lines) == 56
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_lone_record_with_further_fields_is_a_record(tmp_path, roots, indent):
+    row = {"id": "s1.svs", "report": "Breast", "scanner": {"name": "x"}, "stains": ["HE"]}
+    (tmp_path / "one.jsonl").write_text(json.dumps(row, indent=indent))
+    (record,) = read_records(tmp_path / "one.jsonl", **roots)
+    assert (record.id, record.answer) == ("s1.svs", "Breast")
+
+
+def test_columns_may_have_blanks_around_their_names(tmp_path, roots):
+    (tmp_path / "a.csv").write_text(" slide_id, report \ns1,Breast\n")
+    (record,) = read_records(tmp_path / "a.csv", **roots)
+    assert (record.id, record.answer) == ("s1", "Breast")
+    (tmp_path / "a.csv").write_text("id, id,report\ns1,s2,Breast\n")
+    with pytest.raises(ValueError, match="must name the columns, each once"):
+        read_records(tmp_path / "a.csv", **roots)

@@ -1,6 +1,8 @@
 import argparse
 import json
 import math
+import subprocess
+import sys
 
 import httpx
 import numpy as np
@@ -17,7 +19,9 @@ from longnet import LongNet, attend, attend_plainly, dilated_attention, sincos_p
 from slide_encoders import GatedAttention, TilePool, check_tokens, load_slide_encoder, save_slide_encoder, tile_cells
 from slide_features import read_slide_features, write_slide_features
 from stage0_tiling import encode_slides
-from tests.conftest import ROOT, run_command
+from stage0_tiling.claims import Claims
+from stage0_tiling.slide_tokens import encoders_named
+from tests.conftest import ROOT, environment, run_command
 
 BRANCHES = ((4, 1), (8, 2), (16, 4))
 ABOUT = {"mpp": 0.5, "tile_size": 256, "overlap": 0, "patch_size_level0": 512, "min_tissue": 0.1}
@@ -394,6 +398,7 @@ def test_tokens_of_a_longnet(tmp_path):
         expected = small_longnet()(*batch, tokens=tokens)[0].numpy()
         np.testing.assert_allclose(made.features, expected, rtol=2e-3, atol=2e-3 if tokens == "all" else 1e-5)
         assert made.features.shape == shape
+        assert encoders_named(made.encoder) == ("tiny", str(tmp_path / "mine"), tokens)
     np.testing.assert_array_equal(made.coords, coords[raster])
 
 
@@ -424,6 +429,62 @@ def test_a_second_run_does_what_is_missing_broken_or_older_than_its_tiles(tmp_pa
     np.testing.assert_array_equal(again["c"], again["a"])
     np.testing.assert_allclose(again["d"][0], changed.astype(np.float32).mean(0), rtol=1e-5)
     assert made["a"].read_bytes() == before["a"]
+
+
+def test_a_second_process_shares_the_slides_and_leaves_what_the_first_is_writing(tmp_path, monkeypatch, caplog):
+    for slide_id in "abc":
+        write_tiles(tmp_path / "features", slide_id)
+    folder = tmp_path / "slide_features_mean"
+    folder.mkdir()
+    writing = folder / ".b.h5.12ab.partial"
+    writing.write_bytes(b"half")
+    with Claims(tmp_path / "claims" / folder.name) as other:
+        assert other.take("b")
+        encode(tmp_path)
+        assert writing.exists() and sorted(path.stem for path in folder.glob("*.h5")) == ["a", "c"]
+        assert "2 done, 0 failed, 1 done or in work elsewhere" in caplog.text
+        with pytest.raises(ValueError, match="--overwrite: b is in work"):
+            encode(tmp_path, "--overwrite")
+    encode(tmp_path)
+    assert not writing.exists() and len(list(folder.iterdir())) == 3
+
+    def dies(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(encode_slides, "encode_features", dies)
+    encode(tmp_path, "--overwrite", status=1)
+    assert not list(folder.iterdir()) and "failed: c: MemoryError" in caplog.text
+
+
+def test_a_slide_that_kills_its_process_twice_is_given_up(tmp_path, caplog):
+    for slide_id in "ab":
+        write_tiles(tmp_path / "features", slide_id)
+    script = (
+        "import os, sys; from stage0_tiling.claims import Claims\n"
+        "claims = Claims(sys.argv[1]); claims.folder.mkdir(parents=True, exist_ok=True)\n"
+        "claims.take('a', after_deaths=True); os._exit(9)"
+    )
+    for _ in range(2):
+        claims = str(tmp_path / "claims" / "slide_features_mean")
+        subprocess.run([sys.executable, "-c", script, claims], cwd=ROOT, env=environment(), check=False)
+    encode(tmp_path, status=1)
+    assert "failed: a: the process that worked on it died 2 times" in caplog.text
+    assert [path.stem for path in (tmp_path / "slide_features_mean").iterdir()] == ["b"]
+
+
+def test_slide_tokens_of_two_encoders_of_one_name_do_not_mix(tmp_path):
+    for slide_id in "ab":
+        write_tiles(tmp_path / "features", slide_id)
+    for name in ("one", "two"):
+        save_slide_encoder(small_longnet(seed=len(name) + (name == "two")), tmp_path / name / "mine")
+    encode(tmp_path, slide_encoder=tmp_path / "one" / "mine")
+    (tmp_path / "features" / "b.h5").rename(tmp_path / "b.h5")
+    (tmp_path / "features" / "a.h5").rename(tmp_path / "features" / "c.h5")
+    for more in ((), ("--overwrite",)):
+        with pytest.raises(
+            ValueError, match="slide_features_mine holds features of encoder .*one/mine, not .*two/mine"
+        ):
+            encode(tmp_path, *more, slide_encoder=tmp_path / "two" / "mine")
 
 
 def test_one_bad_file_costs_itself(tmp_path, caplog):
@@ -467,9 +528,9 @@ def test_the_command(tmp_path):
     write_tiles(tmp_path / "features", "a")
     (tmp_path / "features" / "b.h5").write_bytes(b"not a feature file")
     command = ("stage0_tiling/encode_slides.py", "--features_dir", tmp_path / "features", "--output_dir", tmp_path)
-    done = run_command(*command, "--slide_encoder", "max", status=1)
+    done = run_command(*command, "--slide_encoder", "max", processes=2, status=1)
     assert read_slide_features(tmp_path / "slide_features_max" / "a.h5").features.shape == (1, 12)
-    assert "1 done, 1 failed" in done.stderr and not done.stdout
+    assert "1 done, 0 failed" in done.stderr and "0 done, 1 failed" in done.stderr and not done.stdout
 
 
 def test_the_documentation_names_every_slide_encoder():

@@ -14,9 +14,9 @@ from slide_features import (
     choose_patches,
     count_tiles,
     raster_order,
+    read_patches,
     read_slide_coords,
     read_slide_features,
-    read_slide_positions,
     worth_saying,
     write_slide_coords,
     write_slide_features,
@@ -44,7 +44,7 @@ def test_what_is_written_is_read(tmp_path, dtype):
     np.testing.assert_array_equal(read.features, features)
     np.testing.assert_array_equal(read.coords, coords)
     assert (read.mpp, read.encoder, read.tile_size, read.patch_size_level0) == (0.5, "resnet18", 256, 512)
-    np.testing.assert_array_equal(read_slide_positions(path), coords)
+    np.testing.assert_array_equal(read_slide_features(path).coords, coords)
     assert [entry.name for entry in path.parent.iterdir()] == ["s1.h5"]
 
 
@@ -139,7 +139,7 @@ def test_clam_pt_file_gets_a_raster_grid(tmp_path, batch_axis):
     read = read_slide_features(tmp_path / "s.pt", np.array([0, 3, 6]))
     np.testing.assert_array_equal(read.features, features[[0, 3, 6]])
     np.testing.assert_array_equal(read.coords, [[0, 0], [0, 256], [0, 512]])
-    assert raster_order(read_slide_positions(tmp_path / "s.pt")).tolist() == list(range(7))
+    assert raster_order(read_slide_features(tmp_path / "s.pt").coords).tolist() == list(range(7))
 
 
 @pytest.mark.parametrize("suffix", FEATURE_SUFFIXES)
@@ -158,11 +158,11 @@ def test_every_format_gives_what_was_written(tmp_path, suffix):
         assert (read.encoder, read.encoder_fingerprint, read.patch_size_level0) == ("resnet18", "f", 512)
         expected = {"tile_size": 256, "mpp": 0.5, "overlap": 0, "min_tissue": 0.25, "stain_normalizer": "macenko"}
         assert worth_saying(read.making) == expected
-    np.testing.assert_array_equal(read_slide_positions(path), coords)
+    np.testing.assert_array_equal(read_slide_features(path).coords, coords)
     assert count_tiles(path) == 700
     torn = path.with_name(f"torn{suffix}")
     torn.write_bytes(path.read_bytes()[:-100])
-    for read in (count_tiles, read_slide_features, read_slide_positions):
+    for read in (count_tiles, read_slide_features):
         with pytest.raises(ValueError, match="torn.* is not a readable .*make it again"):
             read(torn)
 
@@ -194,7 +194,7 @@ def test_our_own_tensor_without_its_positions_is_refused(tmp_path):
     features, coords = example()
     path = tmp_path / "features" / "s.pt"
     write_slide_features(path, features, coords, encoder="e", **ABOUT)
-    for read in (read_slide_features, read_slide_positions):
+    for read in (read_slide_features, read_patches):
         with pytest.raises(ValueError, match=r"takes its positions from .*coords/s.h5, which is missing: bring that"):
             read(path)
     write_slide_coords(tmp_path / "coords" / "s.h5", coords[:-1], **ABOUT)

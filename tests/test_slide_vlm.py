@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from transformers import Gemma3nAudioConfig, Gemma3nConfig, Gemma3nForConditionalGeneration, Gemma3nVisionConfig
 
 import slide_vlm
+import token_nll
 from encoders import load_encoder
 from language_model import add_lora, choose_placeholder, fingerprint, load_llm, unfreeze_llm
 from slide_reports import Record, ReportDataset, SampleKey, collate
@@ -71,7 +72,7 @@ def plain_loss(model: SlideVLM, batch) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradient_equal_the_stock_loss_over_full_logits(family, monkeypatch):
-    monkeypatch.setattr(slide_vlm, "LOGIT_CHUNK", 7)  # several chunks
+    monkeypatch.setattr(token_nll, "ROWS_PER_CHUNK", 7)  # several chunks
     model, tokenizer = make_model(family)
     model.llm.requires_grad_(False)
     batch = make_batch(tokenizer)

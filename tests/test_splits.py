@@ -1,6 +1,8 @@
 """Splits by patient: exact shares, no leak, the same again, and the commands that make and check them."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import slide_reports.check
+import slide_reports.split
 from slide_features import write_slide_features
 from slide_reports import read_records, read_training_records
 from slide_reports.findings import find_all
-from slide_reports.splits import assign_splits, fold_of, read_splits, share_seen
-from tests.conftest import ROOT, run_command
+from slide_reports.splits import assign_splits, fold_of, read_fold, read_splits, share_seen
+from tests.conftest import ROOT, environment, run_command
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 REG_TRAIN = ROOT.parent / "shared" / "data" / "reports" / "reg2025_train.json"
@@ -46,6 +50,8 @@ def test_splits_stay_when_records_are_added():
 def test_shares_must_add_up():
     with pytest.raises(ValueError, match="must add up to 1"):
         assign_splits(["a"], {"train": 0.8, "val": 0.3}, 0)
+    with pytest.raises(ValueError, match="must add up to 1"):
+        assign_splits(["a"], {"train": float("nan"), "val": 1.0}, 0)
 
 
 def test_folds_are_even_and_stay():
@@ -163,9 +169,79 @@ def test_training_refuses_a_patient_on_both_sides_and_takes_a_table_of_splits(co
         read_training_records(str(folder / "r.json"), None, splits=folder / "s.csv", **reading)
 
 
+def test_a_fold_is_validation_and_the_others_training(corpus_of_8):
+    folder, reading = corpus_of_8, {"val_fraction": 0.25, "seed": 0, "image_root": None}
+    reading |= {"features_dir": str(folder / "f"), "splits": folder / "folds.csv"}
+    rows = ["PIT_01_00000,train,0", "PIT_01_00001,val,1", "PIT_01_00002,train,1", "PIT_01_00003,test,0"]
+    (folder / "folds.csv").write_text("\n".join(["group, split ,fold", *rows]))
+
+    def patients(fold):
+        parts = read_training_records(str(folder / "r.json"), None, fold=fold, **reading)[:2]
+        return [sorted(record.group[-1] for record in part[::2]) for part in parts]
+
+    assert patients(0) == [["1", "2"], ["0"]]
+    assert patients(1) == [["0"], ["1", "2"]]
+    assert patients(None) == [["0", "2"], ["1"]]
+    for fold, more, message in (
+        (2, {}, "--fold 2: --splits .*folds.csv has no such fold but 0, 1"),
+        (0, {"splits": None}, "--fold 0: say with --splits which table"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_training_records(str(folder / "r.json"), None, fold=fold, **(reading | more))
+    with pytest.raises(ValueError, match="--fold 0 and --val_json .* both say"):
+        read_training_records(str(folder / "r.json"), "val.json", fold=0, **reading)
+    (folder / "folds.csv").write_text("group,split\n" + "\n".join(row[:-2] for row in rows))
+    with pytest.raises(ValueError, match="gives its patients no fold; make it with slide_reports/split.py"):
+        patients(0)
+    (folder / "folds.csv").write_text("group,split,fold\n" + "\n".join([*rows[:2], "PIT_01_00002,train,"]))
+    with pytest.raises(ValueError, match="gives 1 patients, PIT_01_00002 among them, no fold"):
+        patients(0)
+
+
+def test_the_folds_of_split_are_those_of_training(tmp_path, monkeypatch):
+    """Each patient outside test is in validation in exactly one turn, by the two commands' own table."""
+    records = [{"id": f"P{i}.svs", "report": f"Report {i}"} for i in range(60)]
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    flags = ["--train_json", tmp_path / "r.json", "--output", tmp_path / "s.csv", "--num_folds", 3]
+    monkeypatch.setattr("sys.argv", [str(word) for word in ["split.py", *flags]])
+    assert slide_reports.split.main() == 0
+    turns = [read_fold(tmp_path / "s.csv", fold) for fold in range(3)]
+    plain = read_splits(tmp_path / "s.csv")
+    for group, split in plain.items():
+        found = sorted(turn[group] for turn in turns)
+        assert found == (["test"] * 3 if split == "test" else ["train", "train", "val"]), group
+
+
+def test_ids_of_no_record_are_told_of_both_files_together(corpus_of_8, capsys, monkeypatch):
+    folder = corpus_of_8
+    rows = json.loads((folder / "r.json").read_text())
+    (folder / "train.json").write_text(json.dumps(rows[:6]))
+    (folder / "val.json").write_text(json.dumps(rows[6:]))
+    first, last = rows[0]["id"], rows[-1]["id"]
+    (folder / "out.csv").write_text(f"id\n{last}\nmistyped.svs\n")
+    texts = [{"id": first, "report": "New"}, {"id": "else.svs", "report": "x"}]
+    texts.append({"id": rows[1]["id"], "question": "Which organ?", "report": "Breast"})
+    (folder / "new.json").write_text(json.dumps(texts))
+    reading = {"val_fraction": 0, "seed": 0, "features_dir": str(folder / "f"), "image_root": None}
+    reading |= {"exclude": folder / "out.csv", "revise": folder / "new.json"}
+    train, val, _ = read_training_records(str(folder / "train.json"), str(folder / "val.json"), **reading)
+    assert (len(train), len(val), train[0].answer) == (6, 1, "New")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 2 and warnings[0].endswith("out.csv: no record has the id mistyped.svs")
+    assert warnings[1].endswith(f"has the id and the question of else.svs, {rows[1]['id']}")
+    command = ["check.py", "--train_json", folder / "train.json", "--val_json", folder / "val.json"]
+    more = ["--exclude", folder / "out.csv", "--revise", folder / "new.json", "--features_dir", folder / "f"]
+    monkeypatch.setattr("sys.argv", [str(word) for word in [*command, *more, "--json", folder / "found.json"]])
+    assert slide_reports.check.main() == 0
+    found = [row for row in json.loads((folder / "found.json").read_text())["findings"] if row["kind"] == "unknown ids"]
+    assert [(row["severity"], row["count"]) for row in found] == [("odd", 1), ("odd", 2)]
+    assert "odd: --exclude" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "table, message",
     [
+        ("group,split,fold\na,train,0\na,train,1\n", "a is in two folds"),
         ("id,split\na,train\n", "expected the columns group and split"),
         ("group,split\na,holdout\n", "line 2: 'holdout' is no split"),
         ("group,split\na,train\na,val\n", "a is in two splits"),
@@ -193,3 +269,17 @@ def test_split_refuses_flags_that_mean_nothing(tmp_path, flags):
     command = ["slide_reports/split.py", "--train_json", str(tmp_path / "r.json"), "--output", str(tmp_path / "s.csv")]
     done = run_command(*command, *flags, status=2)
     assert done.stderr.startswith(f"error: {flags[0]}") and done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    """As in `check.py … | head -1`, whose reader is gone before the table comes."""
+    program = "import sys, time, command_line\n" + (
+        "def main():\n    print('x' * 100_000, flush=True)\n    return 0\n"
+        "sys.argv = ['check.py']\ncommand_line.run(main)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141

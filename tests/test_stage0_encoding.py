@@ -1,5 +1,6 @@
 """Encoding: several encoders in one reading, batches that do not fit, formats, stains, what inference inherits."""
 
+import csv
 import json
 import logging
 from types import SimpleNamespace
@@ -361,8 +362,28 @@ def test_a_slide_without_stains_is_encoded_as_it_is(folders, tmp_path, caplog):
     assert "gray.tiff: only 0 of" in caplog.text and "its 2 tiles stay as they are" in caplog.text
     plain = encode_slide(tmp_path / "gray.tiff", model, **settings)
     np.testing.assert_array_equal(found.features, plain.features)
-    assert found.making["stain_normalizer"] == "macenko" and plain.making["stain_normalizer"] == "none"
+    assert found.making == plain.making and found.making["stain_normalizer"] == "none", "what was done is what is said"
     assert caplog.records[-1].levelno == logging.WARNING
+
+
+def test_a_slide_without_stains_is_marked_in_the_table_and_its_file(folders, tmp_path):
+    path, masks = tmp_path / "blank.tiff", tmp_path / "masks"
+    DrawnSlide(width=256, height=256, num_levels=1, pieces=()).write(path)
+    masks.mkdir()
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(masks / "blank.png")
+    more = ("--masks", masks, "--stain_normalizer", "macenko")
+    for _ in range(2):  # a second run finds nothing to do, though the file says other than the flags
+        encode(path, tmp_path / "out", folders[:1], *more)
+        with (tmp_path / "out" / "slides.csv").open() as file:
+            (row,) = csv.DictReader(file)
+        assert row["status"] == "done"
+        assert row["warning"] == "encoded with --stain_normalizer none, not macenko: its stains cannot be estimated"
+        assert row["warning"] in (tmp_path / "out" / "index.html").read_text()
+    features = tmp_path / "out" / "features" / "blank.h5"
+    assert read_slide_features(features).making["stain_normalizer"] == "none"
+    made = features.stat().st_mtime_ns
+    encode(path, tmp_path / "out", folders[:1], *more)
+    assert features.stat().st_mtime_ns == made
 
 
 def test_a_tiled_slide_is_opened_once_and_its_reader_recorded(slide, folders, tmp_path, monkeypatch):

@@ -420,7 +420,8 @@ def test_the_benchmark_runs_and_writes_ratios(tmp_path):
     measured = json.loads((tmp_path / "r.json").read_text())
     assert all(measured[part]["ratio"] > 0 for part in ("a", "b", "linear", "memory"))
     assert measured["b"]["openslide_tiles"] == measured["b"]["tiles"] and "floor" in done.stdout
-    assert measured["memory"]["peak_bytes"]["1024"] > 2**26
+    assert measured["memory"]["peak_bytes"]["1024"] > 2**26 and measured["memory"]["decoding_ratio"] == 1
+    assert measured["linear"]["above_floor"].keys() == {"20", "40"} and len(measured["b"]["floor_ratios"]) == 1
     run_command("benchmarks/make_slides.py", "--output_dir", tmp_path / "made", "--side", 1024)
     assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["a.svs", "b.svs"]
 

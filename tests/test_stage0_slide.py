@@ -2,10 +2,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from openslide import OpenSlide
 from PIL import Image
 
 from stage0_tiling.plan import TilingSettings, plan_tiles
 from stage0_tiling.slide import Slide, SlideError
+from stage0_tiling.tiled_tiff import TiledTiff
 from tests.slides import write_pyramid
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
@@ -58,6 +60,30 @@ def test_the_whole_slide_in_blocks_equals_one_read(ramp_slide, monkeypatch):
         blocks = slide.read_whole(192, 128)
     assert once.shape == (128, 192, 3)
     np.testing.assert_allclose(blocks.astype(int), once, atol=2)
+
+
+@pytest.mark.parametrize("reader", ["openslide", "tiff"])
+@pytest.mark.parametrize("levels", [1, 3])
+@pytest.mark.parametrize(
+    "box", [(0, 0, 1536, 1024, 96, 64), (37, 11, 1300, 917, 131, 99), (700, 300, 1200, 900, 50, 30)]
+)
+def test_a_large_region_is_read_in_bounded_blocks(ramp, tmp_path, monkeypatch, reader, levels, box):
+    write_pyramid(tmp_path / "s.tiff", ramp, mpp=0.25, num_levels=levels)
+    *where, columns, rows = box
+    read = []
+    ours, plain = TiledTiff.read, OpenSlide.read_region
+    sides = lambda box: (box[2] - box[0], box[3] - box[1])  # noqa: E731
+    monkeypatch.setattr(TiledTiff, "read", lambda self, at, box, *a: read.append(sides(box)) or ours(self, at, box, *a))
+    monkeypatch.setattr(OpenSlide, "read_region", lambda self, *box: read.append(box[2]) or plain(self, *box))
+    with Slide(tmp_path / "s.tiff", reader) as slide:
+        once = slide.read_region(*where, (columns, rows))
+        read.clear()
+        monkeypatch.setattr("stage0_tiling.slide.MAX_READ_PX", 128)
+        monkeypatch.setattr("stage0_tiling.slide.MAX_READ_ROWS", 64)
+        blocks = slide.read_large_region(*where, (columns, rows))
+    # a box may begin and end within a pixel; and a block is at least one pixel of the result
+    assert read and all(width <= 128 + 2 and height <= 64 + 2 for width, height in read)
+    assert np.abs(blocks.astype(int) - once).mean() <= 1
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])

@@ -1,0 +1,136 @@
+"""Weights and optimizer state by parameter name, whole, however the processes hold them.
+
+One process and DDP hold every tensor whole; FSDP2 holds shards of each (``DTensor``), ZeRO-3 partitions of its own.
+What is read here is the same in all, so one layout's checkpoint opens in another, and a result is a plain model.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as every process would hold it alone. Collective where it is sharded: call on every rank."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_on_main(accelerator: Accelerator, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Whole tensors by name, contiguous on the CPU of the main process; empty on the others. Collective.
+
+    They are gathered one after the other, so no other process ever holds more than one of them whole.
+    """
+    gathered = {}
+    for name, tensor in tensors:
+        with gathered_parameter(tensor):
+            if accelerator.is_main_process or isinstance(tensor, DTensor):
+                value = whole(tensor)
+                if accelerator.is_main_process:
+                    gathered[name] = value.to("cpu", copy=True).contiguous()
+    return gathered
+
+
+def gathered_parameter(tensor: Tensor) -> Any:
+    """Context in which a parameter that ZeRO-3 has partitioned is whole; any other tensor is so anyway. Collective."""
+    if not hasattr(tensor, "ds_id"):
+        return torch.no_grad()
+    from deepspeed.zero import GatheredParameters
+
+    return GatheredParameters([tensor])
+
+
+def save_result(accelerator: Accelerator, model: nn.Module, folder: Path, tokenizer: Any) -> None:
+    """Write a result folder, as ``SlideVLM.save`` does, from a model in any layout. Collective: call on every rank."""
+    vlm = accelerator.unwrap_model(model)
+    weights = whole_on_main(accelerator, vlm.result_state().items())
+    if accelerator.is_main_process:
+        vlm.save(folder, tokenizer, weights)
+    accelerator.wait_for_everyone()
+
+
+def sharded_like(value: Tensor, like: Tensor) -> Tensor:
+    """The part of ``value`` that this process holds, in the device, dtype and layout of ``like``."""
+    value = value.to(like.device, like.dtype)
+    if not isinstance(like, DTensor):
+        return value
+    # Every process has read the whole value, so none is sent.
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def optimizer_state(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Tensors ``<parameter name>/<state name>``, whole, on the main process, and the settings of each parameter group.
+
+    The settings have the parameters' names under ``params``. Collective: call on every rank.
+    """
+    names = {parameter: name for name, parameter in accelerator.unwrap_model(model).named_parameters()}
+    groups = [group | {"params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    tensors = (
+        (f"{names[parameter]}/{key}", value)
+        for parameter in parameters
+        for key, value in sorted(optimizer.state.get(parameter, {}).items())
+    )
+    return whole_on_main(accelerator, tensors), groups
+
+
+def load_optimizer_state(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    names: Iterable[str],
+    read: Callable[[str], Tensor],
+    groups: list[dict[str, Any]],
+) -> None:
+    """Give the optimizer the state that :func:`optimizer_state` gave. Call on every rank.
+
+    Args:
+        accelerator: of the run.
+        model: as ``accelerator.prepare`` returned it.
+        optimizer: likewise.
+        names: of the tensors.
+        read: gives one of them.
+        groups: settings of each parameter group, with the names of its parameters.
+
+    Raises:
+        ValueError: the parameters that learn are others, or in other groups.
+    """
+    own = {name: parameter for name, parameter in accelerator.unwrap_model(model).named_parameters()}
+    own_names = {parameter: name for name, parameter in own.items()}
+    learning = [[own_names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    if learning != [group["params"] for group in groups]:
+        raise ValueError("other weights learned then; resume with the flags of that run")
+    numbers = {name: number for number, name in enumerate(name for group in learning for name in group)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for name in names:
+        parameter_name, key = name.rsplit("/", 1)
+        value = read(name)
+        part = value if key == "step" else sharded_like(value, own[parameter_name])
+        state.setdefault(numbers[parameter_name], {})[key] = part
+    packed = [group | {"params": [numbers[name] for name in group["params"]]} for group in groups]
+    optimizer.load_state_dict({"state": state, "param_groups": packed})
+
+
+def load_weights(own: Mapping[str, Tensor], names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+    """Copy weights into the tensors of the same names. Call on every rank.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    names = set(names)
+    for name in sorted(names ^ set(own)):
+        raise ValueError(f"other weights learned then ({name}); resume with the flags of that run")
+    for name, tensor in own.items():
+        value = read(name)
+        if value.shape != tensor.shape:
+            raise ValueError(
+                f"{name} was {tuple(value.shape)} and is {tuple(tensor.shape)}; resume with that run's flags"
+            )
+        with torch.no_grad():
+            tensor.copy_(sharded_like(value, tensor))

@@ -1,0 +1,178 @@
+"""Evaluation at the end of each epoch: the loss, and where asked a metric of reports written for a sample of records.
+
+Shapes: B batch of cases, H language model width.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from report_loss import evaluation_loss
+from slide_reports import Prompt, Record, ReportDataset, SampleKey, collate
+from slide_vlm import SlideVLM, position_arguments
+
+Metric = Callable[[Sequence[str], Sequence[str]], float]
+
+
+def add_validation_arguments(parser, metrics: Sequence[str]) -> None:
+    """Flags about validation, the same in every training stage."""
+    group = parser.add_argument_group("Validation")
+    group.add_argument(
+        "--best_metric",
+        choices=["loss", *metrics],
+        default="loss",
+        help="what best_model and --early_stopping_patience go by: the validation loss, or a metric of reports "
+        "that are written for --metric_records after each epoch",
+    )
+    group.add_argument(
+        "--metric_records", type=PositiveInt, default=64, help="validation records to write reports for, evenly spaced"
+    )
+    group.add_argument(
+        "--early_stopping_patience",
+        type=NonNegativeInt,
+        default=0,
+        help="stop after so many epochs without a better --best_metric; 0: never",
+    )
+    group.add_argument(
+        "--image_ablation_records",
+        type=NonNegativeInt,
+        default=256,
+        help="validation records, at most, on which the end of training checks that the model uses the image; 0: none",
+    )
+
+
+METRIC_FLAGS = ("best_metric", "metric_records", "early_stopping_patience", "batch_size")
+
+
+@dataclass(frozen=True)
+class WrittenReports:
+    """A metric of reports that are written for a sample of validation records.
+
+    Attributes:
+        name: of the metric.
+        metric: of written and reference reports; higher is better.
+        records: to write reports for.
+        tokenizer: of the language model.
+        batch_size: records at a time.
+    """
+
+    name: str
+    metric: Metric
+    records: Sequence[Record]
+    tokenizer: Any
+    batch_size: int
+
+
+def written_reports(
+    accelerator: Accelerator,
+    val_records: Sequence[Record],
+    tokenizer: Any,
+    metrics: dict[str, Metric],
+    *,
+    best_metric: str,
+    metric_records: int,
+    early_stopping_patience: int,
+    batch_size: int,
+) -> WrittenReports | None:
+    """What :func:`validate` needs for ``--best_metric``; None for the loss.
+
+    Raises:
+        ValueError: there are no validation records, or the model's weights are sharded, which cannot generate.
+    """
+    if early_stopping_patience and not len(val_records):
+        raise ValueError("--early_stopping_patience needs validation records; give --val_json or --val_fraction")
+    if best_metric == "loss":
+        return None
+    if not len(val_records):
+        raise ValueError(f"--best_metric {best_metric} needs validation records; give --val_json or --val_fraction")
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(f"--best_metric {best_metric} writes reports, which sharded weights cannot; use loss")
+    places = torch.linspace(0, len(val_records) - 1, min(metric_records, len(val_records)), dtype=torch.float64)
+    sample = [val_records[int(place)] for place in places]
+    return WrittenReports(best_metric, metrics[best_metric], sample, tokenizer, batch_size)
+
+
+def validate(
+    accelerator: Accelerator, model: nn.Module, val_loader: Any, reports: WrittenReports | None
+) -> dict[str, float]:
+    """``val_loss`` and, where asked, ``val_<metric>``. Collective: call on every rank. Leaves evaluation mode."""
+    scores = {"val_loss": evaluation_loss(accelerator, model, val_loader)}
+    if reports is not None:
+        pairs = gather_object(_write_reports(accelerator, accelerator.unwrap_model(model), reports))
+        if not pairs:
+            raise ValueError("no validation record's input can be read; see the messages above")
+        scores[f"val_{reports.name}"] = reports.metric(*zip(*pairs, strict=True))
+    return scores
+
+
+def score_to_go_by(scores: dict[str, float], best_metric: str) -> float:
+    """The score that decides which model is the best; higher is better."""
+    return -scores["val_loss"] if best_metric == "loss" else scores[f"val_{best_metric}"]
+
+
+def stops_early(evaluations_since_best: int, patience: int) -> bool:
+    """Whether training is over for want of a better evaluation."""
+    return 0 < patience <= evaluations_since_best
+
+
+def _write_reports(accelerator: Accelerator, model: SlideVLM, reports: WrittenReports) -> list[tuple[str, str]]:
+    """(written, reference) of this process's share of the records; one whose input cannot be read is left out."""
+    own = reports.records[accelerator.process_index :: accelerator.num_processes]
+    asked = [replace(record, answer="", later_turns=()) for record in own]
+    dataset = ReportDataset.for_model(model, reports.tokenizer, asked)
+    stop_ids = Prompt(**model.settings.prompt).stop_ids(reports.tokenizer, model.base_llm)
+    pairs = []
+    for start in range(0, len(own), reports.batch_size):
+        samples, references = [], []
+        for position in range(start, min(start + reports.batch_size, len(own))):
+            try:
+                samples.append(dataset[SampleKey(position, 0, False)])
+                references.append(own[position].answer)
+            except (ValueError, OSError) as error:
+                print(f"left out of validation: {own[position].id}: {error}", file=sys.stderr)
+        if samples:
+            batch = {name: value.to(accelerator.device) for name, value in collate(samples).items()}
+            with accelerator.autocast():
+                answers = greedy_answers(model, batch, stop_ids, model.settings.max_answer_tokens)
+            texts = [reports.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+            pairs += zip(texts, references, strict=True)
+    return pairs
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: SlideVLM, batch: dict[str, Tensor], stop_ids: list[int], max_new_tokens: int
+) -> list[list[int]]:
+    """Token ids of each answer, always the likeliest next token, without what ends it.
+
+    The same answers as of ``inference`` with one beam; written for the middle of training, where the prompt's length
+    is that of training batches and no beam search is wanted.
+    """
+    inputs = model.embed(batch, padding_side="left")
+    mask, decoder = inputs["attention_mask"], model.base_llm.get_decoder()
+    cache = {"past_key_values": DynamicCache(config=model.base_llm.config.get_text_config()), "use_cache": True}
+    hidden_BH = decoder(**inputs["conditioning"], **position_arguments(mask), **cache).last_hidden_state[:, -1]
+    stop = torch.tensor(stop_ids, device=mask.device)
+    is_done = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
+    answers: list[list[int]] = [[] for _ in range(len(mask))]
+    for _ in range(max_new_tokens):
+        tokens_B = model.logits(hidden_BH).argmax(-1)
+        is_done |= torch.isin(tokens_B, stop)
+        if is_done.all():
+            break
+        for answer, token, done in zip(answers, tokens_B.tolist(), is_done.tolist(), strict=True):
+            if not done:
+                answer.append(token)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        place = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
+        read = model.embed_text(tokens_B.unsqueeze(1))
+        hidden_BH = decoder(**read, **place, **cache).last_hidden_state[:, -1]
+    return answers
