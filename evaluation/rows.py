@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 from evaluation.baselines import constant_report, organ_modal_guesses, retrieval_guesses, shuffled_guesses
 from evaluation.field_scores import value_of
 from evaluation.fields import parse_all
+from evaluation.metrics.cider_d.formula import DocumentFrequency, document_frequency
 from evaluation.metrics.meteor.formula import WITH_SYNONYMS, WITHOUT_SYNONYMS
 from evaluation.metrics.reg_score.formula import WEIGHTS, reg_score, reg_status
 from evaluation.mistakes import find_mistakes
@@ -89,18 +90,22 @@ def score_rows(
 def _score_all(rows: Mapping[str, Row], models: TextModels) -> dict[str, PairScores]:
     """Score all rows, in slices so that processes share the work evenly and memory stays flat."""
     tasks = [(name, part) for name, row in rows.items() for part in slices(len(row.references), PAIRS_AT_A_TIME)]
+    documents: dict[str, DocumentFrequency] = {}  # counted once for rows that share their references
+    for name, row in rows.items():
+        same = next((other for other in documents if rows[other].references is row.references), None)
+        documents[name] = documents[same] if same else document_frequency(row.references)
     plain = models.encoder is None and models.entities is None
-    scores = map_in_processes(_score_slice, (rows, models), tasks, plain=plain)
+    scores = map_in_processes(_score_slice, (rows, models, documents), tasks, plain=plain)
     parts: dict[str, list[PairScores]] = {}
     for (name, _), score in zip(tasks, scores, strict=True):
         parts.setdefault(name, []).append(score)
     return {name: joined(scored) for name, scored in parts.items()}
 
 
-def _score_slice(shared: tuple[Mapping[str, Row], TextModels], task: tuple[str, slice]) -> PairScores:
-    rows, models = shared
+def _score_slice(shared: Any, task: tuple[str, slice]) -> PairScores:
+    rows, models, documents = shared
     row, part = rows[task[0]], task[1]
-    return score_pairs(row.hypotheses[part], row.references[part], models, corpus=row.references)
+    return score_pairs(row.hypotheses[part], row.references[part], models, documents[task[0]])
 
 
 def measure(pairs: PairedReports, models: TextModels) -> PairScores:

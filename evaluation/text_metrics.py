@@ -8,7 +8,7 @@ import numpy as np
 
 from evaluation.metrics.bert_score_f1 import formula as bert
 from evaluation.metrics.chrf.formula import chrf_counts, chrf_of
-from evaluation.metrics.cider_d.formula import cider_pairs
+from evaluation.metrics.cider_d.formula import DocumentFrequency, cider_pairs, document_frequency
 from evaluation.metrics.coco_bleu.formula import bleu_counts, bleu_of
 from evaluation.metrics.coco_rouge.formula import rouge_l_pair
 from evaluation.metrics.embedding_cosine.formula import cosine_pairs
@@ -74,11 +74,11 @@ def joined(parts: Sequence[PairScores]) -> PairScores:
 
 
 def score_pairs(
-    hypotheses: Sequence[str], references: Sequence[str], models: TextModels, corpus: Sequence[str] | None = None
+    hypotheses: Sequence[str], references: Sequence[str], models: TextModels, documents: DocumentFrequency | None = None
 ) -> PairScores:
     """Score each pair; equal pairs are computed once. An empty prediction scores 0 (empty references: as defined).
 
-    `corpus` is all references where these are a part of them; CIDEr-D takes its document frequencies from there.
+    `documents` is the `document_frequency` of all references where these are a part of them, for CIDEr-D.
     """
     pairs = list(zip(hypotheses, references, strict=True))
     places = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
@@ -90,7 +90,7 @@ def score_pairs(
         "rouge_l": np.array([rouge_l_pair(*pair) for pair in places]),
         **{name: rouges[:, i] for i, name in enumerate(rouge.NAMES)},
         "meteor": np.array(meteor_pairs(*distinct, models.wordnet)),
-        "cider_d": cider_pairs(*distinct, corpus=references if corpus is None else corpus),
+        "cider_d": cider_pairs(*distinct, documents=documents or document_frequency(references)),
         "levenshtein_ratio": levenshtein_pairs(*distinct),
     }
     if models.encoder is not None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from evaluation.metrics.bert_score_f1.formula import bert_score_pairs
 from evaluation.metrics.chrf.formula import chrf
-from evaluation.metrics.cider_d.formula import cider_d, cider_pairs
+from evaluation.metrics.cider_d.formula import cider_d, cider_pairs, document_frequency
 from evaluation.metrics.coco_bleu.formula import coco_bleu
 from evaluation.metrics.coco_rouge.formula import coco_rouge_l, lcs_length
 from evaluation.metrics.embedding_cosine.formula import embedding_cosine
@@ -179,7 +179,9 @@ def test_cider_by_hand() -> None:
     # "lung" is in two of three references, "biopsy" in one: idf ln(3/2) and ln 3.
     common, rare = math.log(1.5), math.log(3)
     cosine = common**2 / (common**2 + rare**2)
-    assert cider_pairs(["lung biopsy"], references[:1], references) == pytest.approx([10 * cosine / 4])
+    assert cider_pairs(["lung biopsy"], references[:1], document_frequency(references)) == pytest.approx(
+        [10 * cosine / 4]
+    )
     assert cider_d([""], ["lung"]) == 0 == cider_d(["lung"], ["lung"])
 
 

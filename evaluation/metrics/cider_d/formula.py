@@ -11,6 +11,7 @@ from evaluation.metrics.pairs import check_pairs
 
 SIGMA = 6.0  # of the penalty on a difference in length, in words
 ORDER = 4
+DocumentFrequency = tuple[Counter[tuple[str, ...]], float]
 
 
 def cider_d(hypotheses: Sequence[str], references: Sequence[str]) -> float:
@@ -20,22 +21,17 @@ def cider_d(hypotheses: Sequence[str], references: Sequence[str]) -> float:
 
 
 def cider_pairs(
-    hypotheses: Sequence[str], references: Sequence[str], corpus: Sequence[str] | None = None
+    hypotheses: Sequence[str], references: Sequence[str], documents: DocumentFrequency | None = None
 ) -> np.ndarray:
     """CIDEr-D of each pair, (N,), from 0 to 10. Text is split at whitespace.
 
-    Document frequencies are those of `corpus`, or of the references where that is None.
+    `documents` is the `document_frequency` of all references where these are a part of them.
 
     Definition: Vedantam et al. 2015, as https://github.com/salaniz/pycocoevalcap computes it (no stemming, document
     frequency of an unseen n-gram 1, the length in the Gaussian penalty counted in bigrams). Where all references are
     one text every n-gram is as common as can be and the score is 0.
     """
-    documents = references if corpus is None else corpus
-    frequency: Counter[tuple[str, ...]] = Counter()
-    for reference, count in Counter(documents).items():
-        for grams in _grams(reference):
-            frequency.update(dict.fromkeys(grams, count))
-    log_documents = math.log(len(documents))
+    frequency, log_documents = document_frequency(references) if documents is None else documents
 
     @lru_cache(maxsize=4096)
     def vectors(text: str) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
@@ -59,6 +55,15 @@ def cider_pairs(
         return 10 * total / ORDER * math.exp(-((our_length - their_length) ** 2) / (2 * SIGMA**2))
 
     return np.array([pair(hypothesis, reference) for hypothesis, reference in zip(hypotheses, references, strict=True)])
+
+
+def document_frequency(references: Sequence[str]) -> DocumentFrequency:
+    """In how many references each n-gram occurs, and the logarithm of their number."""
+    frequency: Counter[tuple[str, ...]] = Counter()
+    for reference, count in Counter(references).items():
+        for grams in _grams(reference):
+            frequency.update(dict.fromkeys(grams, count))
+    return frequency, math.log(len(references))
 
 
 def _grams(text: str) -> list[Counter[tuple[str, ...]]]:
