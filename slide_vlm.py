@@ -72,6 +72,7 @@ class VLMSettings:
     llm_fingerprint: str | None = None
     llm_four_bit: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    decoding: dict[str, Any] = field(default_factory=dict)
     git_revision: str | None = None
     format_version: int = FORMAT_VERSION
 

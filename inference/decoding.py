@@ -1,98 +1,346 @@
-"""Decoding behind a visual prefix: the prompt is read once, and Hugging Face's ``generate`` goes on from its cache.
+"""Decoding behind a visual prefix that is read once, by Hugging Face's ``generate``.
 
 ``generate(inputs_embeds=…)`` cannot pass Gemma-3n's per-layer inputs, and stock beam search reads the prompt once per
-beam. So all but the last prompt token are read here once, through :meth:`SlideVLM.embed`, and the cache is repeated for
-the beams.
+beam. Here a prompt is read in two pieces through :meth:`SlideVLM.embed`: the prefix up to its last visual token, once
+for all questions about a slide, and the rest of each question behind a copy of its cache. Then beams share what was
+read, and ``generate`` goes on from there. Rows are padded on the left.
+
+Shapes: B rows, L columns of the prompts, W columns behind the shared ones.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.cache_utils import Cache
 
+from inference.choice import BeamRecorder, Constraint, Recorder, choice_processors
+from inference.loading import open_model as open_model
+from inference.prefix_cache import Prefix, SharedPrefixCache, Sharing, can_share_prefix, shared_attention
+from projectors import PROMPT_TOPK
 from slide_reports import Prompt, collate
-from slide_vlm import SlideVLM, load_vlm, position_arguments
+from slide_vlm import IGNORED_LABEL, IMAGE_MARKER, SlideVLM, position_arguments
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are searched or drawn.
+
+    Attributes:
+        num_beams: beams a sample; 1 is greedy.
+        max_new_tokens: longest answer in tokens.
+        length_penalty: exponent of the length by which a beam's log-likelihood is divided.
+        do_sample: draw tokens instead; what is drawn depends on ``seed`` and the sample's number alone.
+        temperature: of the logits, when drawing.
+        top_p: draw from the likeliest tokens that together have this probability (Holtzman et al. 2020).
+        seed: of the draws.
+        num_return: answers a sample: the best beams, or as many draws.
+    """
+
+    num_beams: int = 3
+    max_new_tokens: int = 256
+    length_penalty: float = 1.0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    num_return: int = 1
+
+    def __post_init__(self) -> None:
+        if self.do_sample and self.num_beams > 1:
+            raise ValueError(f"--do_sample draws single answers; give --num_beams 1, not {self.num_beams}")
+        if not self.do_sample and self.num_return > self.num_beams:
+            raise ValueError(
+                f"--num_return {self.num_return} needs as many --num_beams (now {self.num_beams}), or --do_sample"
+            )
+        if not self.temperature > 0 or not 0 < self.top_p <= 1:
+            raise ValueError("--temperature must be above 0 and --top_p above 0 and at most 1")
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """One generated answer: its token ids without prompt and end, and its beam score (None for greedy decoding)."""
+    """One generated answer.
+
+    Attributes:
+        token_ids: without prompt and end.
+        score: of the beam, its log-likelihood over its length to the power of ``length_penalty``; None without beams.
+        log_probs: natural logarithm of the model's probability of each token, then of the end where it was reached.
+    """
 
     token_ids: list[int]
     score: float | None
+    log_probs: tuple[float, ...] = field(default=(), compare=False)
+
+
+def generate_answers(
+    model: SlideVLM, batch: dict[str, Tensor], *, stop_ids: list[int], **decoding: Any
+) -> list[Decoded]:
+    """The best answer to each prompt of a batch as :class:`SlideVLM` takes it; ``decoding`` as of :class:`Decoding`."""
+    mask = batch["attention_mask"].bool()
+    cut = last_markers(batch["input_ids"])
+    prefixes = read_batch(model, batch)
+    questions = [ids[real][end:].tolist() for ids, real, end in zip(batch["input_ids"], mask, cut, strict=True)]
+    answers = decode(model, prefixes, questions, stop_ids=stop_ids, decoding=Decoding(**decoding))
+    return [best for best, *_ in answers]
+
+
+def last_markers(input_ids: Tensor) -> list[int]:
+    """Number of ids up to and with the last image marker of each row (B, T)."""
+    places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+    return ((input_ids == IMAGE_MARKER) * places).amax(1).tolist()
 
 
 @torch.inference_mode()
-def generate_answers(
+def read_batch(model: SlideVLM, batch: dict[str, Tensor]) -> list[Prefix]:
+    """Read each row of a batch up to its last visual token, in one forward pass."""
+    cut = torch.tensor(last_markers(batch["input_ids"]), device=batch["input_ids"].device)
+    longest = int(cut.max())
+    columns = torch.arange(longest, device=cut.device)
+    beginning = batch | {
+        "input_ids": batch["input_ids"][:, :longest],
+        "attention_mask": (columns < cut[:, None]).long(),
+        "labels": torch.full_like(batch["input_ids"][:, :longest], IGNORED_LABEL),
+    }
+    inputs = model.embed(beginning)
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    stores = None
+    if can_share_prefix(model.base_llm):
+        cache = SharedPrefixCache(model.base_llm.config, max(lengths))
+        _read(model, inputs["conditioning"], inputs["attention_mask"], cache)
+        stores = cache.stores
+    return [_prefix_of_row(inputs, stores, row, length) for row, length in enumerate(lengths)]
+
+
+def _prefix_of_row(inputs: dict[str, Any], stores: list | None, row: int, length: int) -> Prefix:
+    """Cloned, so that a prefix that is kept does not keep the tensors of its whole batch."""
+    layers = stores and [(s.keys[row, :, :length].clone(), s.values[row, :, :length].clone()) for s in stores]
+    conditioning = {name: value[row, :length].clone() for name, value in inputs["conditioning"].items()}
+    return Prefix(inputs["input_ids"][row, :length].clone(), conditioning, layers)
+
+
+def read_prefixes(model: SlideVLM, samples: Sequence[dict[str, Any]]) -> list[Prefix]:
+    """The prefix of each of a list of dataset samples, read once for samples about the very same inputs.
+
+    They are the same when their patch tokens or pixels are one object in memory and their prompts begin alike. A
+    reducer that heeds the question makes other visual tokens for another question, which are then not shared.
+    """
+    heeds_question = model.settings.token_reducer == PROMPT_TOPK
+    numbers, distinct = {}, []
+    for sample in samples:
+        ids = sample["input_ids"][: _cut(sample)]
+        inputs = sample["pixel_values"] if "pixel_values" in sample else sample["patch_tokens"]
+        same = (id(inputs), tuple(ids), tuple(sample["question_ids"]) if heeds_question else None)
+        if same not in numbers:
+            distinct.append(sample | {"input_ids": ids, "labels": [IGNORED_LABEL] * len(ids)})
+        numbers[same] = numbers.get(same, len(numbers))
+        sample["prefix_number"] = numbers[same]
+    prefixes = read_batch(model, {name: value.to(model.device) for name, value in collate(distinct).items()})
+    return [prefixes[sample.pop("prefix_number")] for sample in samples]
+
+
+def _cut(sample: dict[str, Any]) -> int:
+    return len(sample["input_ids"]) - sample["input_ids"][::-1].index(IMAGE_MARKER)
+
+
+@torch.inference_mode()
+def extend_prefix(model: SlideVLM, prefix: Prefix, token_ids: list[int]) -> Prefix:
+    """A prefix with more text behind it, such as a question and its answer."""
+    more = torch.tensor(token_ids, dtype=torch.long, device=prefix.input_ids.device)
+    new = {name: value[0] for name, value in model.embed_text(more[None]).items()}
+    conditioning = {name: torch.cat([value, new[name].to(value)]) for name, value in prefix.conditioning.items()}
+    longer = Prefix(torch.cat([prefix.input_ids, more]), conditioning, None)
+    if prefix.layers is None:
+        return longer
+    sharing = Sharing([1], torch.zeros(1, dtype=torch.long, device=more.device), len(prefix))
+    cache = SharedPrefixCache(model.base_llm.config, len(more), [prefix], sharing)
+    with shared_attention(model.base_llm):
+        _read(model, {name: value[None] for name, value in new.items()}, torch.ones_like(longer.input_ids)[None], cache)
+    read = zip(prefix.layers, cache.stores, strict=True)
+    layers = [(torch.cat([k, s.keys[0]], dim=1), torch.cat([v, s.values[0]], dim=1)) for (k, v), s in read]
+    return replace(longer, layers=layers)
+
+
+@torch.inference_mode()
+def decode(
     model: SlideVLM,
-    batch: dict[str, Tensor],
+    prefixes: Sequence[Prefix],
+    questions: Sequence[list[int]],
     *,
     stop_ids: list[int],
-    num_beams: int = 3,
-    max_new_tokens: int = 256,
-    length_penalty: float = 1.0,
-) -> list[Decoded]:
-    """Answer a batch of prompts by beam search (greedy with one beam).
+    decoding: Decoding,
+    constraint: Constraint | None = None,
+    numbers: Sequence[int] | None = None,
+) -> list[list[Decoded]]:
+    """Answers to prompts whose beginnings were read before.
 
     Args:
         model: in evaluation mode.
-        batch: as :class:`SlideVLM` takes it; ``labels`` are not used.
+        prefixes: the beginning of each prompt; the same one may come several times.
+        questions: ids of the rest of each prompt, at least one.
         stop_ids: token ids that end an answer.
-        num_beams: beams a sample.
-        max_new_tokens: longest answer in tokens.
-        length_penalty: exponent of the length by which a beam's log-likelihood is divided.
+        decoding: how to search or draw.
+        constraint: what answers may be; None for anything.
+        numbers: of the samples, which decide with the seed what is drawn; default: 0, 1, …
 
     Returns:
-        One :class:`Decoded` a sample, in order.
+        ``num_return`` answers for each prompt, the best first; fewer where a constraint allows no more.
     """
-    inputs = model.embed(batch, padding_side="left")
-    input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
-    cache = _read_prompt(model, inputs["conditioning"], attention_mask)
-    cache.batch_repeat_interleave(num_beams)
-    with _own_settings_aside(model.base_llm):
-        output = model.base_llm.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            num_beams=num_beams,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            length_penalty=length_penalty,
-            eos_token_id=stop_ids,
-            pad_token_id=stop_ids[0],
-            return_dict_in_generate=True,
-            output_scores=num_beams > 1,
-        )
-    answers = output.sequences[:, input_ids.shape[1] :].tolist()
-    scores = output.sequences_scores.tolist() if num_beams > 1 else [None] * len(answers)
-    return [Decoded(_until(answer, stop_ids), score) for answer, score in zip(answers, scores, strict=True)]
+    numbers = range(len(questions)) if numbers is None else numbers
+    groups = {id(prefix): place for place, prefix in reversed(list(enumerate(prefixes)))}
+    order = sorted(range(len(prefixes)), key=lambda place: groups[id(prefixes[place])])
+    rows = _Rows.of(model, [prefixes[place] for place in order], [questions[place] for place in order])
+    draws = decoding.num_return if decoding.do_sample else 1
+    if draws > 1:
+        rows = rows.repeat(draws)
+    keys = [(decoding.seed, numbers[place], draw) for place in order for draw in range(draws)]
+    with _set_up_for_decoding(model.base_llm, shared=rows.shared > 0):
+        found = _generate(model, rows, keys, stop_ids, decoding, constraint)
+    grouped = [found[start : start + decoding.num_return] for start in range(0, len(found), decoding.num_return)]
+    if constraint is not None:  # beams for which nothing allowed was left hold texts of probability zero
+        grouped = [
+            [answer for answer in group if constraint.allows(answer.token_ids)] or group[:1] for group in grouped
+        ]
+    answers = dict(zip(order, grouped, strict=True))
+    return [answers[place] for place in range(len(order))]
+
+
+def _generate(
+    model: SlideVLM,
+    rows: "_Rows",
+    keys: list[tuple[int, ...]],
+    stop_ids: list[int],
+    decoding: Decoding,
+    constraint: Constraint | None,
+) -> list[Decoded]:
+    """The answers to all rows, one after the other."""
+    cache = rows.read(model, decoding.num_beams, decoding.max_new_tokens)
+    length = rows.input_ids.shape[1]
+    recorder = BeamRecorder(decoding.num_beams, stop_ids) if decoding.num_beams > 1 else Recorder()
+    processors = choice_processors(decoding, constraint, recorder, keys, prompt_length=length, stop_ids=stop_ids)
+    kept = 1 if decoding.do_sample else decoding.num_return
+    output = model.base_llm.generate(
+        input_ids=rows.input_ids,
+        attention_mask=rows.attention_mask,
+        past_key_values=cache,
+        num_beams=decoding.num_beams,
+        num_return_sequences=kept,
+        do_sample=False,
+        max_new_tokens=decoding.max_new_tokens,
+        length_penalty=decoding.length_penalty,
+        eos_token_id=stop_ids,
+        pad_token_id=stop_ids[0],
+        logits_processor=LogitsProcessorList(processors),
+        return_dict_in_generate=True,
+    )
+    ended = [_with_end(answer, stop_ids) for answer in output.sequences[:, length:].tolist()]
+    log_probs = recorder.log_probs_of(ended, getattr(output, "beam_indices", None))
+    return [_decoded(ids, logs, stop_ids, decoding) for ids, logs in zip(ended, log_probs, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Prompts, left-padded, whose first columns lie in their prefixes.
+
+    Attributes:
+        prefixes: of each row.
+        paddings: columns before each.
+        shared: columns that no row needs to read again.
+        input_ids: (B, L) int64.
+        attention_mask: (B, L) int64.
+        conditioning: arguments of the decoder in the columns from ``shared`` on, (B, W, …) each.
+    """
+
+    prefixes: list[Prefix]
+    paddings: list[int]
+    shared: int
+    input_ids: Tensor
+    attention_mask: Tensor
+    conditioning: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: SlideVLM, prefixes: Sequence[Prefix], questions: Sequence[list[int]]) -> "_Rows":
+        assert all(questions), "a prompt goes on behind its last visual token"
+        lengths = [len(prefix) + len(question) for prefix, question in zip(prefixes, questions, strict=True)]
+        columns, shareable = max(lengths), prefixes[0].layers is not None
+        # A row with a shorter question reads the end of its prefix again, so that all go on at the same column.
+        shared = columns - max(map(len, questions)) if shareable else 0
+        input_ids = torch.zeros((len(lengths), columns), dtype=torch.long, device=prefixes[0].input_ids.device)
+        attention_mask = torch.zeros_like(input_ids)
+        paddings = [columns - length for length in lengths]
+        for row, (prefix, question, padding) in enumerate(zip(prefixes, questions, paddings, strict=True)):
+            input_ids[row, padding : padding + len(prefix)] = prefix.input_ids
+            input_ids[row, padding + len(prefix) :] = input_ids.new_tensor(question)
+            attention_mask[row, padding:] = 1
+        conditioning = model.embed_text(input_ids[:, shared:])
+        for name, values in conditioning.items():
+            for row, (prefix, padding) in enumerate(zip(prefixes, paddings, strict=True)):
+                begin, end = max(padding, shared), padding + len(prefix)
+                values[row, begin - shared : end - shared] = prefix.conditioning[name][begin - padding :]
+        return cls(list(prefixes), paddings, shared, input_ids, attention_mask, conditioning)
+
+    def repeat(self, times: int) -> "_Rows":
+        """Each row as often, one after the other."""
+        tensors = {name: value.repeat_interleave(times, 0) for name, value in self.conditioning.items()}
+        ids, mask = (tensor.repeat_interleave(times, 0) for tensor in (self.input_ids, self.attention_mask))
+        prefixes, paddings = ([one for one in many for _ in range(times)] for many in (self.prefixes, self.paddings))
+        return _Rows(prefixes, paddings, self.shared, ids, mask, tensors)
+
+    def read(self, model: SlideVLM, num_beams: int, more_columns: int) -> Cache:
+        """Cache of all columns but the last, which ``generate`` reads itself, with a row for each beam."""
+        columns = self.input_ids.shape[1] - 1
+        if self.shared:
+            cache = self._shared_cache(model, columns - self.shared)
+        else:
+            cache = DynamicCache(config=model.base_llm.config.get_text_config())
+        if columns > self.shared:
+            conditioning = {name: value[:, :-1] for name, value in self.conditioning.items()}
+            _read(model, conditioning, self.attention_mask[:, :columns], cache)
+        if self.shared:
+            cache.repeat_rows(num_beams, more_columns)
+        else:
+            cache.batch_repeat_interleave(num_beams)
+        return cache
+
+    def _shared_cache(self, model: SlideVLM, capacity: int) -> SharedPrefixCache:
+        runs = [list(run) for _, run in groupby(self.prefixes, key=id)]
+        paddings = torch.tensor(self.paddings, device=self.input_ids.device)
+        sharing = Sharing([len(run) for run in runs], paddings, self.shared)
+        return SharedPrefixCache(model.base_llm.config, capacity, [run[0] for run in runs], sharing)
+
+
+def _read(model: SlideVLM, conditioning: dict[str, Tensor], attention_mask: Tensor, cache: Cache) -> Tensor:
+    """Hidden states (B, W, H) of the last columns of a mask (B, L), read into a cache of all before."""
+    width = conditioning["inputs_embeds"].shape[1]
+    positions = position_arguments(attention_mask)["position_ids"][:, -width:]
+    decoder = model.base_llm.get_decoder()
+    return decoder(
+        **conditioning,
+        attention_mask=attention_mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+
+
+def _decoded(ids: list[int], log_probs: list[float], stop_ids: list[int], decoding: Decoding) -> Decoded:
+    score = sum(log_probs) / len(ids) ** decoding.length_penalty if decoding.num_beams > 1 else None
+    return Decoded(_until(ids, stop_ids), score, tuple(log_probs))
 
 
 @contextmanager
-def _own_settings_aside(llm: PreTrainedModel) -> Iterator[None]:
+def _set_up_for_decoding(llm: PreTrainedModel, *, shared: bool) -> Iterator[None]:
     """Set aside what a checkpoint ships as its generation settings: a repetition penalty, say, sees the prompt too."""
     own, llm.generation_config = llm.generation_config, GenerationConfig()
     try:
-        yield
+        with shared_attention(llm) if shared else nullcontext():
+            yield
     finally:
         llm.generation_config = own
-
-
-def _read_prompt(model: SlideVLM, conditioning: dict[str, Tensor], attention_mask: Tensor) -> DynamicCache:
-    """Cache of all prompt positions but the last, which ``generate`` reads itself to predict the first token."""
-    cache = DynamicCache(config=model.base_llm.config.get_text_config())
-    length = attention_mask.shape[1] - 1
-    positions = position_arguments(attention_mask)
-    model.base_llm.get_decoder()(
-        **{name: value[:, :length] for name, value in conditioning.items()},
-        **{name: value[:, :length] for name, value in positions.items()},
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return cache
 
 
 def _until(token_ids: list[int], stop_ids: list[int]) -> list[int]:
@@ -100,27 +348,51 @@ def _until(token_ids: list[int], stop_ids: list[int]) -> list[int]:
     return token_ids[:end]
 
 
-def answer_samples(model: SlideVLM, tokenizer, samples: list[dict], **decoding) -> list[tuple[str, float | None]]:
-    """Text and beam score for each of a list of dataset samples; ``decoding`` as for :func:`generate_answers`."""
-    batch = {name: value.to(model.device) for name, value in collate(samples).items()}
+def _with_end(token_ids: list[int], stop_ids: list[int]) -> list[int]:
+    return token_ids[: len(_until(token_ids, stop_ids)) + 1]
+
+
+def answer_samples(model: SlideVLM, tokenizer, samples: list[dict], **decoding: Any) -> list[tuple[str, float | None]]:
+    """Text and beam score for each of a list of dataset samples; ``decoding`` as for :class:`Decoding`."""
+    best = (answers[0] for answers in decode_samples(model, tokenizer, samples, decoding=Decoding(**decoding)))
+    return [(text_of(tokenizer, answer), answer.score) for answer in best]
+
+
+def decode_samples(
+    model: SlideVLM,
+    tokenizer,
+    samples: list[dict],
+    *,
+    decoding: Decoding,
+    constraint: Constraint | None = None,
+    numbers: Sequence[int] | None = None,
+    rows_at_once: int | None = None,
+) -> list[list[Decoded]]:
+    """Answers to dataset samples, see :func:`decode`; samples about the same inputs share the reading of them.
+
+    ``rows_at_once`` bounds how many are decoded together; all their prefixes are read together.
+    """
+    if not samples:
+        return []
     stop_ids = Prompt(**model.settings.prompt).stop_ids(tokenizer, model.base_llm)
-    decoded = generate_answers(model, batch, stop_ids=stop_ids, **decoding)
-    return [(tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip(), answer.score) for answer in decoded]
+    prefixes = read_prefixes(model, samples)
+    questions = [sample["input_ids"][_cut(sample) :] for sample in samples]
+    numbers = list(range(len(samples)) if numbers is None else numbers)
+    answers, step = [], rows_at_once or len(samples)
+    for start in range(0, len(samples), step):
+        part = slice(start, start + step)
+        answers += decode(
+            model,
+            prefixes[part],
+            questions[part],
+            stop_ids=stop_ids,
+            decoding=decoding,
+            constraint=constraint,
+            numbers=numbers[part],
+        )
+    return answers
 
 
-def open_model(args, device: str | torch.device | None = None):
-    """Model and tokenizer as the flags say, in evaluation mode on its device."""
-    try:
-        device = torch.device(device or args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device or args.device}: {str(error).splitlines()[0]}; use cuda or cpu") from error
-    dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    return load_vlm(
-        args.model,
-        device=device,
-        dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
-        llm_name=args.llm_name,
-        encoder_name=args.vision_model_name,
-        ple_device=args.ple_device,
-    )
+def text_of(tokenizer, answer: Decoded) -> str:
+    """The answer as text, without special tokens and blanks around it."""
+    return tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip()

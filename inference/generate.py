@@ -1,45 +1,42 @@
-r"""Write the report of one slide (or answer a question about one image); the report alone goes to stdout.
+r"""Write the report of one slide (or answer questions about one image); the report alone goes to stdout.
 
   python inference/generate.py --model runs/stage2/final_model --slide X.svs
   python inference/generate.py --model runs/stage2/final_model --features OUT/features/X.h5 --question "Which grade?"
   python inference/generate.py --model runs/stage2/final_model --image X.png
+  python inference/generate.py --model runs/stage2/final_model --slide X.svs --chat
 
 A slide is tiled and encoded as the slides were that the model was trained on. Several slides or images are one
-case, in the order given.
+case, in the order given. Several questions share what is read of the case, and --chat goes on asking from the keyboard.
 """
 
 import json
-import math
 import sys
 import time
 from pathlib import Path
 
-from jsonargparse.typing import PositiveFloat, PositiveInt
-
 from command_line import DONE, make_parser, run
 from inference.arguments import add_decoding_arguments
+from inference.new_slides import SlideReader, add_slide_arguments, check_slide_arguments
 
 
 def parse_arguments():
     parser = make_parser(__doc__)
     group = parser.add_argument_group("What to report on")
-    group.add_argument("--model", required=True, help="final_model folder of stage 1 or 2")
+    group.add_argument("--model", required=True, help="final_model folder of stage 1 or 2, or a hub name")
     group.add_argument("--slide", nargs="+", default=None, help="whole-slide image, or several of one case")
     group.add_argument("--features", nargs="+", default=None, help="feature files of stage 0, instead of slides")
     group.add_argument("--image", nargs="+", default=None, help="image or images of one case, for a model of images")
-    group.add_argument("--question", default=None, help="default: the question that the model was trained with")
     group.add_argument(
-        "--assume_mpp", type=float, default=None, help="um/px of a slide that states none or a wrong one"
+        "--question", nargs="+", default=None, help="one or several; default: the one that the model was trained with"
     )
-    group.add_argument("--tile_size", type=PositiveInt, default=None, help="pixels; default: as in training")
-    group.add_argument("--mpp", type=PositiveFloat, default=None, help="um/px of tiles; default: as in training")
     group.add_argument(
-        "--segmenter", default=None, help="network that found the tissue of the model's slides, where one did; its file"
+        "--chat", action="store_true", help="ask on from the keyboard, each question with what was said before"
     )
-    group.add_argument("--segmenter_preset", choices=("grandqc-tissue", "hest"), default=None, help="as for tile.py")
-    group.add_argument("--tile_batch_size", type=PositiveInt, default=64, help="tiles per forward pass of the encoder")
-    group.add_argument("--num_workers", type=PositiveInt, default=4, help="threads that read tiles")
-    group.add_argument("--json", action="store_true", help="print a JSON object with question, beam score, seconds, …")
+    group.add_argument("--evidence", default=None, help="folder to write which tiles each line of the report rests on")
+    group.add_argument(
+        "--json", action="store_true", help="print a JSON object with question, scores, probabilities of tokens, …"
+    )
+    add_slide_arguments(parser)
     add_decoding_arguments(parser)
     args = parser.parse_args()
     if sum(value is not None for value in (args.slide, args.features, args.image)) != 1:
@@ -50,37 +47,62 @@ def parse_arguments():
 def main() -> int:
     args = parse_arguments()
 
-    from inference.decoding import answer_samples, open_model
-    from slide_reports import Prompt
-    from slide_vlm import IGNORED_LABEL, VLMSettings
+    from inference.answers import Answering, make_sample
+    from inference.decoding import decode_samples, open_model
+    from inference.loading import model_folder
+    from slide_vlm import VLMSettings
 
     began = time.perf_counter()
+    args.model = model_folder(args.model)
     settings = VLMSettings.read(args.model)
     check_input(args, settings)
     model, tokenizer = open_model(args)
-    question = args.question or settings.question
-    paths = args.slide or args.features or args.image
-    prompt = Prompt(**settings.prompt)
-    prompt_ids = prompt.question_ids(tokenizer, question, settings.max_question_tokens, num_images=len(paths))
-    bare_ids = prompt.bare_question_ids(tokenizer, question, settings.max_question_tokens)
+    answering = Answering.of(args, settings, tokenizer)
+    questions = args.question or ([] if args.chat else [settings.question])
     case = read_case_of(args, model)
-    labels = [IGNORED_LABEL] * len(prompt_ids)
-    sample = {"input_ids": prompt_ids, "labels": labels, "question_ids": bare_ids, **case}
-    decoding = {name: getattr(args, name) for name in ("num_beams", "max_new_tokens", "length_penalty")}
-    ((report, score),) = answer_samples(model, tokenizer, [sample], **decoding)
-    if args.json:
+    paths = args.slide or args.features or args.image
+    if args.chat:
+        from inference.chat import chat
+
+        return chat(model, tokenizer, case, len(paths), answering, first=questions)
+    samples = [make_sample(model, tokenizer, question, case, len(paths)) for question in questions]
+    found = decode_samples(model, tokenizer, samples, decoding=answering.decoding, constraint=answering.constraint)
+    for number, (question, answers) in enumerate(zip(questions, found, strict=True)):
         details = {
             "id": ", ".join(Path(path).name for path in paths),
-            "report": report,
             "question": question,
-            "beam_score": score,
+            **answering.describe(tokenizer, answers),
             "num_patches": sum(map(len, case.get("coords", []))) or None,
             "seconds": round(time.perf_counter() - began, 3),
         }
-        print(json.dumps(details, indent=1))
-    else:
-        print(report)
+        if args.evidence:
+            folder = Path(args.evidence) / f"question_{number + 1}" if len(questions) > 1 else Path(args.evidence)
+            write_case_evidence(args, model, tokenizer, samples[number], details, folder)
+        if args.json:
+            show_json(details, tokenizer, answers[0])
+        else:
+            show_text(details, question if len(questions) > 1 else None, is_first=number == 0)
     return DONE
+
+
+def show_json(details: dict, tokenizer, answer) -> None:
+    """One JSON object a question, with the probability of each token."""
+    from inference.answers import token_probabilities
+
+    tokens = [[text, round(probability, 4)] for text, probability in token_probabilities(tokenizer, answer)]
+    print(json.dumps(details | {"tokens": tokens}, indent=1))
+
+
+def show_text(details: dict, question: str | None, *, is_first: bool) -> None:
+    """Answers to stdout, under their questions where there are several; what is to be said of them to stderr."""
+    if question is not None:
+        print(f"{'' if is_first else chr(10)}# {question}")
+    for number, answer in enumerate(details.get("n_best", [details])):
+        if number:
+            print()
+        print(answer["report"])
+    if details.get("uncertain"):
+        print("uncertain: true (have it read)", file=sys.stderr)
 
 
 def check_input(args, settings) -> None:
@@ -88,68 +110,38 @@ def check_input(args, settings) -> None:
     for path in args.slide or args.features or args.image:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file")
-    if args.assume_mpp is not None:
-        from stage0_tiling.slide_list import check_mpp
-
-        check_mpp(args.assume_mpp)
+    if args.evidence and (args.image or args.chat):
+        raise ValueError("--evidence shows what written reports of slides rest on; leave out --image and --chat")
     if settings.input_kind == "images" and not args.image:
         raise ValueError(f"{args.model} was trained on images; give --image")
     if settings.input_kind == "features" and args.image:
         raise ValueError(f"{args.model} was trained on slides; give --slide or --features")
     if args.slide:
-        tissue_sources_of(args).check_segmenter(settings.tiling.get("segmenter"))
+        check_slide_arguments(args, settings)
 
 
-def tissue_sources_of(args):
-    """Files that the tissue of a slide is found with."""
-    from stage0_tiling.tissue_sources import TissueSources, segmenter_file
+def write_case_evidence(args, model, tokenizer, sample: dict, details: dict, folder: Path) -> None:
+    """Find what the best answer to a question rests on and write it to a folder."""
+    from inference.evidence import explain
+    from inference.evidence_files import tiled_slide, tiled_slide_of_features, write_evidence
 
-    segmenter, preset = segmenter_file(args)
-    return TissueSources(segmenter=segmenter, preset=preset)
+    if not details["report"]:
+        print("--evidence: the report is empty, and rests on nothing", file=sys.stderr)
+        return
+    tiling = model.settings.tiling | {k: getattr(args, k) for k in ("tile_size", "mpp") if getattr(args, k) is not None}
+    slides = [tiled_slide(path, tiling, args.assume_mpp) for path in args.slide or ()]
+    slides += [tiled_slide_of_features(path) for path in args.features or ()]
+    evidence = explain(model, tokenizer, sample, details["report"])
+    write_evidence(folder, evidence, slides, {"model": str(args.model), "question": details["question"]})
 
 
 def read_case_of(args, model) -> dict:
     """Patch tokens with coordinates, or pixels, of what the flags name."""
-    from slide_reports import case_of_slides, making_of, patch_budget, read_case, read_images
+    from inference.answers import read_inputs
 
-    settings = model.settings
-    budgets = {"num_patches": patch_budget(settings), "num_visual_tokens": settings.num_visual_tokens}
-    if args.image:
-        grid = model.encoder.patch_grid
-        per_image = math.prod(grid) if grid else None
-        paths = [Path(path) for path in args.image]
-        return read_images(paths, model.encoder.transform, **budgets, patches_per_image=per_image)
-    if args.features:
-        return read_case([Path(path) for path in args.features], **budgets, expected=making_of(settings))
-
-    from inference.slide_tokens import load_encoders
-    from slide_features import MAKING_FACTS
-    from stage0_tiling.encoding import encode_slide
-
-    name = args.vision_model_name or settings.encoder
-    tiling = settings.tiling | {k: getattr(args, k) for k in ("tile_size", "mpp") if getattr(args, k) is not None}
-    if name is None or not {"tile_size", "mpp"} <= tiling.keys():
-        raise ValueError(
-            f"{args.model} does not say how its slides were tiled and encoded (their feature files did not); say it "
-            "with --vision_model_name, --tile_size and --mpp"
-        )
-    if unknown := tiling.keys() - MAKING_FACTS.keys():
-        raise ValueError(f"{args.model} was trained on tiles with {', '.join(sorted(unknown))}; update SlideScribe")
-    encoder, finish = load_encoders(settings, model.device, args.vision_model_name)
-    slides = []
-    for path in args.slide:
-        slide = encode_slide(
-            path,
-            encoder,
-            **tiling,
-            sources=tissue_sources_of(args),
-            assume_mpp=args.assume_mpp,
-            batch_size=args.tile_batch_size,
-            num_workers=args.num_workers,
-        )
-        print(f"{Path(path).name}: {len(slide.coords)} tiles", file=sys.stderr)
-        slides.append(finish(slide))
-    return case_of_slides(slides, **budgets)
+    if args.slide:
+        return SlideReader(args, model).read(args.slide)
+    return read_inputs(model, [Path(path) for path in args.features or args.image])
 
 
 if __name__ == "__main__":

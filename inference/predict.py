@@ -1,61 +1,108 @@
-r"""Write the reports of many slides (or answers about many images) from a file of records.
+r"""Write the reports of many slides (or answers about many images) from a file of records, or straight from slides.
 
   accelerate launch inference/predict.py --model runs/stage2/final_model --test_json test.json \
       --features_dir OUT/features --output predictions.json
+  accelerate launch inference/predict.py --model runs/stage2/final_model --slides slides/ --output predictions.json
 
-The same command goes on where an interrupted one stopped; a record that failed is tried again.
+The same command goes on where an interrupted one stopped; a record that failed is tried again. Questions about one case
+share what is read of it. With --slides the next slide is tiled and encoded while this one's report is decoded.
 """
 
-import hashlib
 import json
 import os
 import shutil
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
 
 from accelerate import PartialState
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
 from accelerator_setup import LONGEST_WAIT, runs_on_cpu
-from command_line import DONE, SOME_FAILED, flags_of, make_parser, run
-from inference.arguments import add_decoding_arguments
-from inference.decoding import answer_samples, open_model
+from command_line import DONE, SOME_FAILED, make_parser, run
+from inference.answers import Answering
+from inference.arguments import SAVED, add_decoding_arguments
+from inference.case_batches import CaseBatch, batches_of, read_ahead, records_of_slides, records_to_answer
+from inference.decoding import open_model
+from inference.loading import model_folder
+from inference.new_slides import SlideReader, add_slide_arguments, check_slide_arguments
+from inference.progress import (
+    answers_everything,
+    open_journal,
+    prepare_progress,
+    read_progress,
+    run_description,
+    run_file,
+)
+from inference.submission import FORMATS, write_predictions
 from slide_features import atomic_path
-from slide_reports import Record, ReportDataset, SampleKey, check_input_kind, read_records
-from slide_vlm import SlideVLM, VLMSettings
+from slide_reports import check_input_kind
+from slide_vlm import VLMSettings
 
 
 def parse_arguments():
     parser = make_parser(__doc__)
     group = parser.add_argument_group("Model and records")
-    group.add_argument("--model", required=True, help="final_model folder of stage 1 or 2")
-    group.add_argument("--test_json", required=True, help="records to answer; reports in it are not read")
+    group.add_argument("--model", required=True, help="final_model folder of stage 1 or 2, or a hub name")
+    group.add_argument("--test_json", default=None, help="records to answer; reports in it are not read")
     group.add_argument("--features_dir", default=None, help="folder of stage 0's <slide_id>.h5, for slides")
+    group.add_argument(
+        "--slides",
+        nargs="+",
+        default=None,
+        help="slides in place of features: folders, files, or CSVs as stage 0 takes them; all of them, or those that "
+        "--test_json names",
+    )
     group.add_argument("--image_root", default=None, help="folder that `image` in the records is relative to")
+    group.add_argument("--question", default=None, help="asked where a record has none; default: the model's own")
     group.add_argument("--output", required=True, help="JSON file to write: [{id, report}]")
-    group.add_argument("--details", action="store_true", help="add question, beam score and seconds to each record")
+    group.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="list",
+        help="of --output: a row a record; reg2025, a report an id; reg2026, a chain of questions an id",
+    )
+    group.add_argument(
+        "--details", action="store_true", help="add question, beam score, probabilities, seconds, … to each record"
+    )
     group.add_argument("--batch_size", type=PositiveInt, default=4, help="records decoded together, per process")
     group.add_argument("--overwrite", action="store_true", help="answer every record anew")
+    group.add_argument(
+        "--save_decoding",
+        action="store_true",
+        help="write num_beams, max_new_tokens and length_penalty into the model's vlm.json, for later inference",
+    )
+    add_slide_arguments(parser)
     add_decoding_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not (args.test_json or args.slides):
+        raise ValueError("give --test_json, or --slides, or both")
+    if args.slides and (args.features_dir or args.image_root):
+        raise ValueError("give --slides, or --features_dir or --image_root, not both")
+    if args.details and args.format != "list":
+        raise ValueError(f"--details goes with --format list, not {args.format}")
+    return args
 
 
 def main() -> int:
     args = parse_arguments()
     state = PartialState(cpu=args.device == "cpu" or runs_on_cpu(), timeout=LONGEST_WAIT)
+    with state.local_main_process_first():
+        args.model = model_folder(args.model)
     output = Path(args.output)
     progress_dir = output.with_name(output.name + ".progress")
 
     # Records
-    check_input_kind(args.model, VLMSettings.read(args.model), args.image_root)
-    records = read_records(args.test_json, features_dir=args.features_dir, image_root=args.image_root)
-    if any(record.split == "test" for record in records):
-        records = [record for record in records if record.split == "test"]
-    description = run_description(args)
+    settings = VLMSettings.read(args.model)
+    check_input_kind(args.model, settings, args.image_root)
+    if args.slides:
+        check_slide_arguments(args, settings)
+        records, slides = records_of_slides(args.slides, args.test_json)
+    else:
+        records, slides = records_to_answer(args.test_json, args.features_dir, args.image_root), {}
+    FORMATS[args.format].check(records)
+    description = run_description(args, settings.decoding, list(slides.values()))
     is_complete = not args.overwrite and answers_everything(output, progress_dir, description)
     state.wait_for_everyone()
     if is_complete:
@@ -65,41 +112,55 @@ def main() -> int:
 
     # Model
     model, tokenizer = open_model(args, args.device or state.device)
+    answering = Answering.of(args, settings, tokenizer)
+    model.settings.question = args.question or settings.question
+    reader = SlideReader(args, model) if args.slides else None
 
     # Resume
     if state.is_main_process:
         prepare_progress(progress_dir, output, description, overwrite=args.overwrite)
     state.wait_for_everyone()
     finished = read_progress(progress_dir)
-    to_do = [(i, r) for i, r in enumerate(records) if i not in finished][state.process_index :: state.num_processes]
+    batches = batches_of(records, finished, args.batch_size)[state.process_index :: state.num_processes]
 
     # Answer
-    decoding = {key: getattr(args, key) for key in ("num_beams", "max_new_tokens", "length_penalty")}
-    failures = {}
-    bar = tqdm(total=len(to_do), unit="record", disable=not state.is_main_process)
+    done = {"failures": {}, "cases": 0, "records": 0, "tokens": 0, "seconds": 0.0}
+    began = time.perf_counter()
+    bar = tqdm(total=sum(map(len, batches)), unit="record", disable=not state.is_main_process)
     with open_journal(progress_dir / f"process_{state.process_index}.jsonl") as journal:
-        for start in range(0, len(to_do), args.batch_size):
-            batch = to_do[start : start + args.batch_size]
-            answers, failed = answer_batch(model, tokenizer, batch, decoding)
+        for batch in read_ahead(batches, model, tokenizer, reader, slides):
+            answers, failed = answer_batch(model, tokenizer, batch, answering, args.batch_size)
             journal.writelines(json.dumps(answer) + "\n" for answer in answers)
             journal.flush()
-            failures |= failed
+            done["failures"] |= failed
+            done["cases"] += batch.num_cases
+            done["records"] += len(answers)
+            done["tokens"] += sum(answer["num_tokens"] for answer in answers)
             bar.update(len(batch))
+            bar.set_postfix_str(throughput(done, time.perf_counter() - began))
     bar.close()
-    (progress_dir / f"failed_{state.process_index}.json").write_text(json.dumps(failures))
+    done["seconds"] = time.perf_counter() - began
+    with atomic_path(progress_dir / f"done_{state.process_index}.json") as partial:
+        partial.write_text(json.dumps(done))
     state.wait_for_everyone()
 
     # Save
-    failures = {}
-    for file in sorted(progress_dir.glob("failed_*.json")):
-        failures |= json.loads(file.read_text())
+    parts = [json.loads(file.read_text()) for file in sorted(progress_dir.glob("done_*.json"))]
+    failures = {index: error for part in parts for index, error in part["failures"].items()}
     state.wait_for_everyone()
     if state.is_main_process:
         answers = read_progress(progress_dir)
-        write_predictions(output, records, answers, details=args.details)
+        write_predictions(output, records, answers, form=args.format, details=args.details)
         for index, error in failures.items():
             print(f"failed: {records[int(index)].id}: {error}", file=sys.stderr)
+        if answering.uncertain:
+            uncertain = sum(answer["uncertain"] for answer in answers.values())
+            print(f"uncertain: {uncertain} of {len(answers)} records, to be read by somebody", file=sys.stderr)
+        totals = {key: sum(part[key] for part in parts) for key in ("cases", "records", "tokens")}
+        print(throughput(totals, max(part["seconds"] for part in parts)), file=sys.stderr)
         print(f"{len(answers)} of {len(records)} records answered: {output}", file=sys.stderr)
+        if args.save_decoding:
+            save_decoding(Path(args.model), answering)
         if not failures:
             os.replace(progress_dir / "settings.json", run_file(output))
             shutil.rmtree(progress_dir)
@@ -107,103 +168,32 @@ def main() -> int:
 
 
 def answer_batch(
-    model: SlideVLM, tokenizer: Any, batch: list[tuple[int, Record]], decoding: dict[str, Any]
-) -> tuple[list[dict[str, Any]], dict[int, str]]:
-    """Answers to numbered records, and an error for each number whose record could not be read."""
-    asked = [replace(record, answer="", later_turns=()) for _, record in batch]
-    dataset = ReportDataset.for_model(model, tokenizer, asked)
-    samples, failed = {}, {}
-    for position, (index, _) in enumerate(batch):
-        try:
-            samples[position] = dataset[SampleKey(position, 0, False)]
-        except (ValueError, OSError) as error:
-            failed[index] = str(error)
-    if not samples:
-        return [], failed
+    model, tokenizer, batch: CaseBatch, answering: Answering, rows_at_once: int
+) -> tuple[list[dict], dict[int, str]]:
+    """Answers to the records of a batch, and an error for each whose input could not be read."""
     began = time.perf_counter()
-    texts = answer_samples(model, tokenizer, list(samples.values()), **decoding)
-    seconds = round((time.perf_counter() - began) / len(samples), 3)
+    numbers = list(batch.samples)
+    described = answering.answer(model, tokenizer, list(batch.samples.values()), numbers, rows_at_once)
+    seconds = round((time.perf_counter() - began) / max(1, len(numbers)), 3)
     answers = []
-    for position, (text, score) in zip(samples, texts, strict=True):
-        index, record = batch[position]
+    for index, answer in zip(numbers, described, strict=True):
+        record = batch.records[index]
         question = record.question or model.settings.question
-        answer = {"index": index, "id": record.id, "report": text, "question": question}
-        answers.append(answer | {"beam_score": score, "seconds": seconds})
-    return answers, failed
+        answers.append({"index": index, "id": record.id, "question": question, **answer, "seconds": seconds})
+    return answers, batch.failed
 
 
-def run_description(args) -> dict:
-    """What decides the answers; progress made under another description is not continued."""
-    free = {"output", "batch_size", "overwrite", "device", "ple_device"}
-    described = {name: value for name, value in flags_of(args).items() if name not in free}
-    files = [Path(args.test_json), *sorted(path for path in Path(args.model).rglob("*") if path.is_file())]
-    return described | {"sha256": {str(path): hash_of(path) for path in files}}
+def throughput(done: dict, seconds: float) -> str:
+    """How fast it goes: cases, of slides or images, and tokens of answers a second."""
+    seconds = max(seconds, 1e-9)
+    return f"{done['cases'] / seconds:.2f} cases/s, {done['tokens'] / seconds:.1f} tokens/s"
 
 
-def hash_of(path: Path) -> str:
-    """SHA-256 of a file, also of one of many gigabytes, in constant memory."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def run_file(output: Path) -> Path:
-    """Beside finished predictions: what they were made with."""
-    return output.with_name(output.name + ".run.json")
-
-
-def answers_everything(output: Path, progress_dir: Path, description: dict) -> bool:
-    """Whether ``output`` is the finished work of the same model, records and flags.
-
-    Raises:
-        ValueError: it is of others, finished or not.
-    """
-    kept = progress_dir / "settings.json"
-    earlier = kept if kept.is_file() else run_file(output)
-    if earlier.is_file() and json.loads(earlier.read_text()) != description:
-        raise ValueError(f"--output {output} is of another model, records or flags; name another, or add --overwrite")
-    return output.is_file() and run_file(output).is_file() and not progress_dir.exists()
-
-
-def prepare_progress(progress_dir: Path, output: Path, description: dict, *, overwrite: bool) -> None:
-    """Make the progress folder, or empty it; answers in it stay, failures are tried again."""
-    if overwrite:
-        shutil.rmtree(progress_dir, ignore_errors=True)
-        run_file(output).unlink(missing_ok=True)
-    progress_dir.mkdir(parents=True, exist_ok=True)
-    for stale in progress_dir.glob("failed_*.json"):
-        stale.unlink()
-    with atomic_path(progress_dir / "settings.json") as partial:
-        partial.write_text(json.dumps(description, indent=1))
-
-
-def open_journal(path: Path) -> TextIO:
-    """Open a journal to add lines, a line cut short by a kill closed first, so that the next one stands alone."""
-    is_cut = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    journal = path.open("a")
-    if is_cut:
-        journal.write("\n")
-    return journal
-
-
-def read_progress(progress_dir: Path) -> dict[int, dict]:
-    """Answers by record index; a line cut short by a kill is left out."""
-    answers = {}
-    for journal in sorted(progress_dir.glob("process_*.jsonl")):
-        for line in journal.read_text().splitlines():
-            try:
-                answer = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            answers[answer["index"]] = answer
-    return answers
-
-
-def write_predictions(output: Path, records: list[Record], answers: dict[int, dict], *, details: bool) -> None:
-    """Write ``[{"id", "report"}]`` in the order of the records."""
-    keys = ("id", "report", *(("question", "beam_score", "seconds") if details else ()))
-    rows = [{key: answers[i][key] for key in keys} for i in range(len(records)) if i in answers]
-    with atomic_path(output) as partial:
-        partial.write_text(json.dumps(rows, indent=1) + "\n")
+def save_decoding(folder: Path, answering: Answering) -> None:
+    """Write how answers were searched into the model's settings."""
+    settings = VLMSettings.read(folder)
+    settings.decoding |= {name: getattr(answering.decoding, name) for name in SAVED}
+    settings.write(folder)
 
 
 if __name__ == "__main__":

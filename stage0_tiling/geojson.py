@@ -1,7 +1,7 @@
 """Tissue and tiles as GeoJSON for QuPath (File > Import objects from file), in level-0 pixels, y downwards."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from stage0_tiling.tissue import Grid, TissueMask
 
 TISSUE_COLOR = (0, 160, 0)
 TILE_COLOR = (30, 80, 220)
+EVIDENCE_COLOR = (213, 94, 0)
 TOLERANCE = 0.75  # mask pixels that a simplified outline may leave the mask's; straightens its stairs, at most 0.71
 PRECISION = 0.5  # level-0 pixels; never coarser than half a mask pixel
 
@@ -47,6 +48,34 @@ def write_tiles_geojson(path: str | Path, coords: np.ndarray, grid: Grid, origin
     _write(path, (_feature(square, "tile", "Tile", TILE_COLOR) for square in squares))
 
 
+def write_measured_tiles_geojson(
+    path: str | Path,
+    coords: np.ndarray,
+    grid: Grid,
+    measurements: Mapping[str, np.ndarray],
+    marked: Iterable[tuple[str, int]] = (),
+    origin: tuple[int, int] = (0, 0),
+) -> None:
+    """Write tiles with measurements, which QuPath shows as colours (Measure > Show measurement maps), atomically.
+
+    Args:
+        path: file to write.
+        coords: (N, 2) int64 (x, y) of top-left corners, level-0 pixels.
+        grid: sizes of the tiles.
+        measurements: name to (N,) of finite numbers.
+        marked: (name, row of a tile): tiles that are written once more, as annotations of that name above the others.
+        origin: as in `write_tissue_geojson`.
+    """
+    corners = coords - np.asarray(origin)
+    squares = shapely.box(*corners.T, *(corners + [grid.tile_width, grid.tile_height]).T)
+    tiles = [
+        _feature(square, "tile", "Tile", TILE_COLOR, measurements={k: float(v[i]) for k, v in measurements.items()})
+        for i, square in enumerate(squares)
+    ]
+    tops = [_feature(squares[i], "annotation", "Evidence", EVIDENCE_COLOR, name=name) for name, i in marked]
+    _write(path, tiles + tops)
+
+
 def tissue_polygons(tissue: TissueMask) -> np.ndarray:
     """Outline the tissue.
 
@@ -65,7 +94,7 @@ def _shifted(geometry: shapely.Geometry, origin: tuple[int, int]) -> shapely.Geo
 
 
 def _feature(
-    geometry: shapely.Geometry, object_type: str, label: str, color: tuple[int, int, int], **more: str
+    geometry: shapely.Geometry, object_type: str, label: str, color: tuple[int, int, int], **more: object
 ) -> dict:
     classification = {"name": label, "color": color}
     properties = {"objectType": object_type, "classification": classification, **more}

@@ -74,7 +74,8 @@ def test_generate_prints_the_same_report_alone_on_stdout(corpus, model, predicti
     flags = ["--model", model, "--features", features, "--max_new_tokens", 6, "--num_beams", 2]
     assert run_command(GENERATE, *flags).stdout == expected["report"] + "\n"
     details = json.loads(run_command(GENERATE, *flags, "--json", "--question", "Which organ?").stdout)
-    assert set(details) == {"id", "report", "question", "beam_score", "num_patches", "seconds"}
+    probabilities = {"mean_token_probability", "min_token_probability", "probability", "num_tokens", "tokens"}
+    assert set(details) == {"id", "report", "question", "beam_score", "num_patches", "seconds"} | probabilities
     assert details["question"] == "Which organ?"
 
 
@@ -106,7 +107,8 @@ def test_missing_features_are_listed_and_the_rest_answered(corpus, model, tmp_pa
     done = run_command(*flags, "--details", status=1)
     rows = json.loads((tmp_path / "p.json").read_text())
     assert [row["id"] for row in rows] == [record["id"] for record in records[:3]]
-    assert set(rows[0]) == {"id", "report", "question", "beam_score", "seconds"}
+    probabilities = {"mean_token_probability", "min_token_probability", "probability"}
+    assert set(rows[0]) == {"id", "report", "question", "beam_score", "seconds"} | probabilities
     assert "failed: PIT_09_00001_01.tiff" in done.stderr
     assert "3 of 4" in done.stderr
 

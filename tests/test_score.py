@@ -1,26 +1,22 @@
-"""The score command and its metrics against plain definitions and recorded scores."""
+"""The score command: what it reads, counts, compares with and writes."""
 
+import csv
 import json
-import math
 import subprocess
 import sys
-from collections import Counter
+from base64 import b64decode
 from pathlib import Path
 from zlib import crc32
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from evaluation.fields import organ
-from evaluation.metrics.coco_bleu import coco_bleu
-from evaluation.metrics.coco_rouge import coco_rouge_l, lcs_length
-from evaluation.metrics.exact_match import exact_match
-from evaluation.metrics.meteor import WITH_SYNONYMS, WITHOUT_SYNONYMS, meteor, open_wordnet
+from evaluation import compare, plots, score
+from evaluation.metrics.meteor.formula import WITH_SYNONYMS, WITHOUT_SYNONYMS, open_wordnet
+from evaluation.page import marked_differences
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-TEXTS = st.lists(st.sampled_from(["lung", "Lung", "biopsy;", "no", "tumor", "grade", "II"]), max_size=9).map(" ".join)
 
 TRAIN = [
     {"id": "1", "report": "Lung, biopsy;\n  Adenocarcinoma"},
@@ -32,122 +28,26 @@ REFERENCES = [
     {"id": "a", "report": "Lung, biopsy;\n  Adenocarcinoma"},
     {"id": "b", "report": "Urinary bladder, transurethral resection;\n  No tumor present"},
 ]
+GLEASON = "Prostate, biopsy;\n  Acinar adenocarcinoma, Gleason's score {}, grade group {}, tumor volume: {}%"
 
 
-def score(folder: Path, predictions: object, references: object, train: object = None) -> tuple[int, str, dict | None]:
-    """Launch the command on JSON contents; returns exit status, stderr and metrics.json."""
-    flags = []
+def run_score(folder: Path, predictions: object, references: object, train: object = None, *flags: object):
+    """Run the command on JSON contents in this process; returns its exit status and metrics.json."""
+    words = []
     for name, content in (("predictions", predictions), ("references", references), ("train_json", train)):
         if content is not None:
-            text = content if isinstance(content, str) else json.dumps(content)
-            (folder / f"{name}.json").write_text(text)
-            flags += [f"--{name}", str(folder / f"{name}.json")]
-    command = [sys.executable, "evaluation/score.py", *flags, "--output_dir", str(folder / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            (folder / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+            words += [f"--{name}", str(folder / f"{name}.json")]
+    status = score.main([*words, "--output_dir", str(folder / "out"), "--num_resamples", "50", *map(str, flags)])
     written = folder / "out" / "metrics.json"
-    return done.returncode, done.stderr, json.loads(written.read_text()) if written.exists() else None
-
-
-def plain_lcs(a: list[str], b: list[str]) -> int:
-    """The textbook table."""
-    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
-    for i, x in enumerate(a):
-        for j, y in enumerate(b):
-            table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
-    return table[-1][-1]
-
-
-def plain_bleu(hypotheses: list[str], references: list[str], max_order: int) -> float:
-    """Corpus BLEU written out from its definition."""
-    product = 1.0
-    for order in range(1, max_order + 1):
-        matched = total = 0
-        for hypothesis, reference in zip(hypotheses, references, strict=True):
-            grams = [
-                Counter(tuple(words[i : i + order]) for i in range(len(words) - order + 1))
-                for words in (hypothesis.split(), reference.split())
-            ]
-            matched += (grams[0] & grams[1]).total()
-            total += grams[0].total()
-        product *= (matched + 1e-15) / (total + 1e-9)
-    lengths = [sum(len(text.split()) for text in texts) for texts in (hypotheses, references)]
-    ratio = (lengths[0] + 1e-15) / (lengths[1] + 1e-9)
-    return product ** (1 / max_order) * (math.exp(1 - 1 / ratio) if ratio < 1 else 1)
-
-
-@given(a=st.lists(st.sampled_from("abcd"), max_size=20), b=st.lists(st.sampled_from("abcd"), max_size=20))
-@settings(derandomize=True, deadline=None)
-def test_lcs_equals_the_plain_table(a: list[str], b: list[str]) -> None:
-    assert lcs_length(a, b) == plain_lcs(a, b)
-
-
-@given(pairs=st.lists(st.tuples(TEXTS, TEXTS.filter(bool)), min_size=1, max_size=5))
-@settings(derandomize=True, deadline=None)
-def test_bleu_equals_its_plain_definition(pairs: list[tuple[str, str]]) -> None:
-    hypotheses, references = map(list, zip(*pairs, strict=True))
-    scores = coco_bleu(hypotheses, references)
-    for order in range(1, 5):
-        assert scores[f"bleu_{order}"] == pytest.approx(plain_bleu(hypotheses, references, order), rel=1e-9)
-
-
-def test_rouge_l_by_hand() -> None:
-    # 2 of 3 hypothesis words, 2 of 4 reference words: P = 2/3, R = 1/2.
-    expected = (1 + 1.44) * (2 / 3) * 0.5 / (0.5 + 1.44 * (2 / 3))
-    assert coco_rouge_l(["no tumor seen"], ["no evidence of tumor"]) == pytest.approx(expected)
-    assert coco_rouge_l(["", "no tumor"], ["no tumor", "no tumor"]) == 0.5
-    # A line break and its indentation are one blank; a double blank inside a line is an empty word, as upstream.
-    assert coco_rouge_l(["Lung, biopsy; Adenocarcinoma"], ["Lung, biopsy;\n  Adenocarcinoma "]) == 1
-    assert coco_rouge_l(["no tumor"], ["no  tumor"]) < 1
-
-
-def test_exact_match_ignores_only_whitespace() -> None:
-    assert exact_match(["Lung,  biopsy;\nno tumor ", "lung"], ["Lung, biopsy; no tumor", "Lung"]) == 0.5
-
-
-def test_meteor_steps() -> None:
-    # nltk's own documentation gives 0.6944 for this pair with WordNet; exact and stem matches alone give the same.
-    hypothesis = "It is a guide to action which ensures that the military always obeys the commands of the party"
-    reference = "It is a guide to action that ensures that the military will forever heed Party commands"
-    assert meteor([hypothesis], [reference]) == pytest.approx(0.6944, abs=5e-5)
-    assert meteor(["tumors"], ["tumor"]) == meteor(["tumor"], ["tumor"]) == 0.5  # stem, and one chunk of one word
-    assert meteor(["", "x"], ["tumor", "tumor"]) == 0
-
-
-def test_meteor_reads_a_bare_wordnet(tmp_path: Path) -> None:
-    """A dictionary as Debian installs it: no lexnames, no index.sense."""
-    for name in ("index", "data"):
-        for part in ("noun", "verb", "adj", "adv"):
-            (tmp_path / f"{name}.{part}").write_text("")
-    for name in ("noun.exc", "verb.exc", "adj.exc", "adv.exc", "cntlist.rev"):
-        (tmp_path / name).write_text("")
-    (tmp_path / "data.noun").write_text("00000000 26 n 02 tumor 0 neoplasm 0 000 | an abnormal growth\n")
-    (tmp_path / "index.noun").write_text("neoplasm n 1 0 1 0 00000000\ntumor n 1 0 1 0 00000000\n")
-    wordnet = open_wordnet(tmp_path)
-    assert wordnet is not None
-    assert meteor(["neoplasm"], ["tumor"], wordnet) == 0.5
-    assert meteor(["neoplasm"], ["tumor"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("report", "expected"),
-    [
-        ("Breast, core-needle biopsy;\n  Papillary neoplasm", "breast"),
-        ("Bladder, transurethral resection;\n  No tumor", "urinary bladder"),
-        ("Cervix , punch biopsy;\n  CIN 1", "uterine cervix"),
-        ("Uterine  cervix, punch biopsy;", "uterine cervix"),
-        ("Lung;\n No tumor, see note", "lung"),
-        ("", ""),
-    ],
-)
-def test_organ(report: str, expected: str) -> None:
-    assert organ(report) == expected
+    return status, json.loads(written.read_text()) if written.exists() else None
 
 
 def test_perfect_predictions_and_baselines(tmp_path: Path) -> None:
-    status, _, metrics = score(tmp_path, REFERENCES, REFERENCES, TRAIN)
-    assert status == 0 and metrics is not None
+    status, metrics = run_score(tmp_path, REFERENCES, REFERENCES, TRAIN)
+    assert status == 0
     assert metrics["n"] == 2 and metrics["missing_predictions"] == []
-    for name in ("bleu_1", "bleu_2", "bleu_3", "rouge_l", "exact_match"):
+    for name in ("bleu_1", "bleu_2", "bleu_3", "rouge_l", "rouge_1_f1", "exact_match", "chrf", "levenshtein_ratio"):
         assert metrics[name] == pytest.approx(1, abs=1e-6)
     assert metrics["meteor_variant"] == (WITH_SYNONYMS if open_wordnet() else WITHOUT_SYNONYMS)
     constant, modal = metrics["baselines"]["constant"], metrics["baselines"]["organ_modal"]
@@ -155,17 +55,39 @@ def test_perfect_predictions_and_baselines(tmp_path: Path) -> None:
     assert modal["reports"] == {"lung": TRAIN[1]["report"], "urinary bladder": TRAIN[3]["report"]}
     assert constant["exact_match"] == modal["exact_match"] == 0
     assert modal["rouge_l"] > constant["rouge_l"]
-    assert metrics["references_seen_in_training"] == 1
+    assert metrics["references_seen_in_training"] == 1 and metrics["predictions_verbatim_from_training"] == 0.5
+    assert metrics["distinct_predictions"] == 2 and metrics["mistakes"]["cases_affected"] == 0
+    assert metrics["shuffled_images"]["exact_match"] == 0 and metrics["shuffled_images"]["n"] == 40
+    # Lung's report has three words, fewer than BLEU's four: 0.15 of its score is out of reach.
+    assert metrics["reg"]["reg_status"] == "partial: KEY and EMB not computed" and "reg_score" not in metrics
+    assert metrics["reg"]["reg_ceiling"]["ceiling"] == pytest.approx((0.15 + 0.3) / 2)
+    assert metrics["intervals_95"]["exact_match"] == [1, 1]
 
 
-def test_missing_and_extra_predictions_are_counted(tmp_path: Path) -> None:
-    predictions = [REFERENCES[0], {"id": "zzz", "report": "text"}]
-    status, stderr, metrics = score(tmp_path, predictions, REFERENCES)
-    assert status == 1 and metrics is not None
-    assert metrics["missing_predictions"] == ["b"] and metrics["extra_predictions"] == ["zzz"]
-    assert metrics["exact_match"] == 0.5 and metrics["n"] == 2
+def test_odd_input_is_counted_and_scores_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    references = [{"id": name, "report": "Lung, biopsy;\n  Adenocarcinoma"} for name in "abcdefg"]
+    references += [{"id": "n", "report": None}, references[0], {"id": "o", "report": " "}]
+    predictions = """[
+        {"id": "a", "report": "Lung, biopsy; Adenocarcinoma"}, {"id": "a", "report": "a second one"},
+        {"id": "b", "report": null}, {"id": "c", "report": NaN}, {"id": "d", "report": 3}, {"id": "e", "report": "  "},
+        {"id": "f", "report": ["Lung, biopsy; Adenocarcinoma"]}, {"id": "zzz", "report": "text"},
+        {"id": "o", "report": ""}
+    ]"""
+    status, metrics = run_score(tmp_path, predictions, references)
+    assert status == 1
+    counted = {"missing_predictions": 1, "extra_predictions": 1, "empty_predictions": 2, "predictions_not_text": 3}
+    counted |= {"duplicate_predictions": 1, "empty_references": 1, "references_not_text": 1, "duplicate_references": 1}
+    assert metrics["input_problems"] == counted
+    assert metrics["missing_predictions"] == ["g"] and metrics["extra_predictions"] == ["zzz"]
+    # a, f and the empty pair o of eight usable references are right; everything unusable scores 0.
+    assert metrics["n"] == 8 and metrics["exact_match"] == pytest.approx(3 / 8)
+    assert metrics["rouge_l"] == pytest.approx(2 / 8) and metrics["meteor"] < 0.26
+    assert metrics["mistakes"]["by_kind"]["no report"] == 6
     assert metrics["baselines"] is None and "--train_json" in metrics["baselines_missing_because"]
-    assert "no prediction" in stderr and "zzz" in stderr
+    stderr = capsys.readouterr().err
+    assert "1 references have no prediction" in stderr and "3 predictions are not text" in stderr and "zzz" in stderr
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "3 predictions are not text" in page
 
 
 @pytest.mark.parametrize(
@@ -174,38 +96,125 @@ def test_missing_and_extra_predictions_are_counted(tmp_path: Path) -> None:
         ("[{", "not JSON"),
         ([], "no records"),
         ([{"id": "a"}], "record 0"),
-        ([{"id": "a", "report": None}], "report is None"),
-        ('[{"id": "a", "report": NaN}]', "report is nan"),
         ([{"id": ["a"], "report": "x"}], "give a string"),
-        ([REFERENCES[0], REFERENCES[0]], "second time"),
         ([{"id": "other", "report": "x"}], "not one id"),
+        ({"train": [], "val": []}, "without a 'test' part"),
     ],
 )
 def test_malformed_files_are_refused(tmp_path: Path, predictions: object, message: str) -> None:
-    status, stderr, metrics = score(tmp_path, predictions, REFERENCES)
-    assert status == 2 and metrics is None
-    assert message in stderr and "predictions.json" in stderr and len(stderr.strip().splitlines()) == 1
+    with pytest.raises(ValueError, match=message) as refusal:
+        run_score(tmp_path, predictions, REFERENCES)
+    assert "predictions.json" in str(refusal.value) and "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
 
 
-def test_missing_file_is_refused(tmp_path: Path) -> None:
+def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "references.json").write_text(json.dumps(REFERENCES))
     flags = ["--predictions", "nowhere.json", "--references", str(tmp_path / "references.json")]
     command = [sys.executable, "evaluation/score.py", *flags, "--output_dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "nowhere.json" in done.stderr
+    assert done.returncode == 2 and "nowhere.json" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_agrees_with_recorded_scores(tmp_path: Path) -> None:
-    folder = SHARED / "scores"
-    if not folder.is_dir():
-        pytest.skip("needs ../shared/data/scores, the recorded scores of a published run")
-    contents = [(folder / f"iu_xray_{name}.json").read_text() for name in ("predictions", "references")]
-    status, _, metrics = score(tmp_path, *contents)
-    recorded = json.loads((folder / "iu_xray_metrics.json").read_text())
-    assert status == 0 and metrics is not None and metrics["n"] == 382
-    for order in range(1, 5):
-        assert metrics[f"bleu_{order}"] == pytest.approx(recorded[f"Bleu_{order}"], abs=1e-6)
-    assert metrics["rouge_l"] == pytest.approx(recorded["ROUGE_L"], abs=1e-6)
+def test_text_metrics_miss_what_the_mistakes_show_first(tmp_path: Path) -> None:
+    """Tumor volume 5 % instead of 90 %, another Gleason score, a cancer missed: each is in the list, gravest first."""
+    references = [GLEASON.format("8 (4+4)", 4, 90)] * 3 + [GLEASON.format("6 (3+3)", 1, 10)]
+    predictions = [GLEASON.format("8 (4+4)", 4, 5), GLEASON.format("6 (3+3)", 1, 90)]
+    predictions += ["Prostate, biopsy;\n  No tumor present", references[3]]
+    rows = [[{"id": str(i), "report": text} for i, text in enumerate(side)] for side in (predictions, references)]
+    status, metrics = run_score(tmp_path, *rows)
+    mistakes = json.loads((tmp_path / "out" / "mistakes.json").read_text())
+    assert status == 0 and [mistake["kind"] for mistake in mistakes] == [
+        "malignancy missed",
+        "grade off by two",
+        "wrong Gleason",
+        "percentage off",
+    ]
+    assert mistakes[0]["id"] == "2" and mistakes[-1] == {
+        "id": "0", "kind": "percentage off", "reference": "tumor volume 90 %", "predicted": "tumor volume 5 %",
+    }  # fmt: skip
+    fields = metrics["fields"]
+    assert fields["tumor_volume"]["mean_absolute_error"] == pytest.approx(85 / 3)
+    assert fields["tumor_volume"]["left_out"] == 1 and fields["organ"]["accuracy"] == 1
+    with (tmp_path / "out" / "cases.csv").open(newline="") as file:
+        cases = list(csv.DictReader(file))
+    assert float(cases[0]["rouge_l"]) > 0.9 and cases[0]["serious_mistakes"] == "percentage off"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.index("malignancy missed") < page.index("percentage off") < page.index('id="scores"')
+
+
+def test_shuffled_predictions_and_retrieval(tmp_path: Path) -> None:
+    from slide_features import write_slide_features
+
+    rng = np.random.default_rng(0)
+    kinds = {"a": 0, "1": 0, "b": 1, "4": 1, "2": 2}  # slide 3 has no features
+    means = rng.normal(size=(3, 8)) * 3
+    for name, kind in kinds.items():
+        write_slide_features(
+            tmp_path / "features" / f"{name}.h5",
+            (means[kind] + 0.1 * rng.normal(size=(5, 8))).astype(np.float16),
+            np.stack([np.arange(5), np.zeros(5, int)], axis=1) * 256,
+            name=name, encoder="made-up", mpp=0.5, tile_size=256, overlap=0, min_tissue=0.1, patch_size_level0=256,
+        )  # fmt: skip
+    shuffled = tmp_path / "shuffled.json"
+    shuffled.write_text(json.dumps([{"id": "a", "report": REFERENCES[0]["report"]}]))
+    flags = ("--features_dir", tmp_path / "features", "--shuffled_predictions", shuffled)
+    _, metrics = run_score(tmp_path, REFERENCES, REFERENCES, TRAIN, *flags)
+    retrieval = metrics["baselines"]["retrieval"]
+    assert retrieval["slides_without_features"] == 1
+    assert retrieval["exact_match"] == 0.5 and retrieval["rouge_l"] > 0.8  # "Bladder" is not "Urinary bladder"
+    assert metrics["shuffled_images"]["missing"] == 1 and metrics["shuffled_images"]["exact_match"] == 0.5
+    with pytest.raises(ValueError, match="not one feature file"):
+        run_score(tmp_path, REFERENCES, REFERENCES, TRAIN, "--features_dir", tmp_path)
+
+
+def test_survival_and_calibration(tmp_path: Path) -> None:
+    references = [
+        {"id": f"TCGA-AA-{i:04d}-01", "report": GLEASON.format(*grade), "time": 90 - 10 * i, "event": i % 3 != 0}
+        for i, grade in enumerate([("6 (3+3)", 1, 10), ("7 (3+4)", 2, 20), ("8 (4+4)", 4, 60)] * 3)
+    ]
+    predictions = [row | {"beam_score": -0.1 * i} for i, row in enumerate(references)]
+    predictions[-1]["report"] = "Prostate, biopsy;\n  No tumor present"
+    _, metrics = run_score(tmp_path, predictions, references)
+    survival = metrics["survival"]
+    assert survival["risk_source"] == "grade in the reports" and survival["n"] == 8 and survival["without_risk"] == 1
+    assert set(survival["groups"]) == {"1", "2", "4"} and 0 <= survival["log_rank_p"] <= 1
+    bins = metrics["calibration"]["bins"]
+    assert [row["n"] for row in bins] == [1] * 9 and bins[0]["without_serious_mistake"] == 0
+    assert (tmp_path / "out" / "pictures" / "survival.svg").read_text().count("<path") > 10
+    risks = tmp_path / "risks.csv"
+    risks.write_text("id,risk\n" + "".join(f"{row['id']},{-row['time']}\n" for row in references))
+    _, metrics = run_score(tmp_path, predictions, references, None, "--risks", risks)
+    assert metrics["survival"]["concordance_index"] == 1 and metrics["survival"]["n"] == 9
+    risks.write_text("id,risk\nx,high\n")
+    with pytest.raises(ValueError, match="row 0 has no id with a finite risk"):
+        run_score(tmp_path, predictions, references, None, "--risks", risks)
+    with pytest.raises(ValueError, match="no reference carries 'months'"):
+        run_score(tmp_path, predictions, references, None, "--risks", risks, "--time_field", "months")
+
+
+def test_the_page_is_self_contained_and_escapes(tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "stage0" / "thumbnails").mkdir(parents=True)
+    Image.new("RGB", (900, 600), "purple").save(tmp_path / "stage0" / "thumbnails" / "a.jpg")
+    (tmp_path / "stage0" / "thumbnails" / "b.jpg").write_bytes(b"torn")
+    predictions = [{"id": "a", "report": "<script>alert(1)</script>"}, REFERENCES[1]]
+    run_score(tmp_path, predictions, REFERENCES, TRAIN, "--stage0_dir", tmp_path / "stage0")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "http" not in page.replace("http-equiv", "") and 'src="data:' in page and str(tmp_path) not in page
+    thumbnail = b64decode(page.split('src="data:image/jpeg;base64,')[1].split('"')[0])
+    assert thumbnail[:2] == b"\xff\xd8" and page.count("data:image/jpeg") == 1
+
+
+def test_differences_are_marked_word_by_word() -> None:
+    left, right = marked_differences("no tumor\n  in <lung>", "no carcinoma in <lung>")
+    assert left == "no <del>tumor</del>\n  in &lt;lung&gt;" and right == "no <ins>carcinoma</ins> in &lt;lung&gt;"
+    assert marked_differences("same", "same") == ("same", "same") and marked_differences("a", "") == (
+        "<del>a</del>",
+        "",
+    )
 
 
 def test_reg_baselines_on_a_patient_split(tmp_path: Path) -> None:
@@ -216,17 +225,62 @@ def test_reg_baselines_on_a_patient_split(tmp_path: Path) -> None:
     patients = [crc32("_".join(record["id"].split("_")[:3]).encode()) for record in records]
     held_out = [record for record, patient in zip(records, patients, strict=True) if patient % 5 == 0]
     train = [record for record, patient in zip(records, patients, strict=True) if patient % 5 != 0]
-    _, _, metrics = score(tmp_path, held_out, held_out, train)
-    assert metrics is not None and metrics["exact_match"] == 1
+    _, metrics = run_score(tmp_path, held_out, held_out, train)
+    assert metrics["exact_match"] == 1 and metrics["mistakes"]["cases_affected"] == 0
     assert metrics["baselines"]["constant"]["rouge_l"] == pytest.approx(0.218, abs=0.02)
     assert metrics["baselines"]["organ_modal"]["rouge_l"] == pytest.approx(0.602, abs=0.02)
+    assert metrics["references_parsed"] > 0.999
+    assert 0.29 < metrics["reg"]["reg_ceiling"]["ceiling"] < 0.3  # some references have fewer than four words
 
 
-def test_ten_thousand_pairs_are_all_scored(tmp_path: Path) -> None:
-    words = "lung biopsy no tumor present invasive carcinoma of special type grade II with necrosis and".split()
-    references = [
-        {"id": str(i), "report": " ".join(words[(i * step) % len(words)] for step in range(1, 30))}
-        for i in range(10_000)
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    references = [{"id": f"PIT_01_{i:05d}_01.tiff", "report": TRAIN[i % 4]["report"]} for i in range(24)]
+    better = [row | {"report": row["report"] if i % 8 else "Colon"} for i, row in enumerate(references)]
+    worse = [row | {"report": row["report"] if i % 2 else "Colon"} for i, row in enumerate(references)][:-1]
+    paths = {}
+    for name, rows in (("references", references), ("worse", worse), ("better", better)):
+        paths[name] = tmp_path / f"{name}.json"
+        paths[name].write_text(json.dumps(rows))
+    out = tmp_path / "comparison.json"
+    flags = ["--references", str(paths["references"]), "--num_resamples", "200", "--num_shuffles", "400"]
+    status = compare.main([str(paths["worse"]), str(paths["better"]), *flags, "--output", str(out)])
+    result = json.loads(out.read_text())
+    row = result["metrics"]["exact_match"]
+    assert status == 1 and result["problems"]["a"]["missing_predictions"] == 1 and result["n"] == 24
+    assert (
+        row["a"] == 11 / 24 and row["b"] == 21 / 24 and row["low"] < row["difference"] < row["high"] and row["low"] > 0
+    )
+    assert row["p"] < 0.02 <= row["p_holm"] * 20 and row["superiority"] == pytest.approx((10 + 14 / 2) / 24)
+    assert "no_serious_mistake" in capsys.readouterr().out
+    assert compare.main([str(paths["better"]), str(paths["better"]), *flags]) == 0
+    assert "1.0000" in capsys.readouterr().out
+
+
+def test_holm_by_hand() -> None:
+    assert compare.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+
+
+def test_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        run = tmp_path / "runs" / name / "stage1"
+        run.mkdir(parents=True)
+        lines = [{"step": step, "loss": 2 / step, "lr": 1e-3} for step in (1, 2, 3)] + [{"step": 3, "val_loss": 1.0}]
+        (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
+        (tmp_path / name).mkdir()
+        run_score(tmp_path / name, REFERENCES, REFERENCES, TRAIN)
+    runs = [str(tmp_path / "runs" / name / "stage1") for name in ("one", "two")]
+    flags = [
+        "--scores",
+        str(tmp_path / "one" / "out"),
+        str(tmp_path / "two" / "out"),
+        "--output_dir",
+        str(tmp_path / "p"),
     ]
-    status, _, metrics = score(tmp_path, references, references, references)
-    assert status == 0 and metrics is not None and metrics["n"] == 10_000
+    assert plots.main(["--runs", *runs, *flags, "--names", "uni", "virchow"]) == 0
+    for name in ("curves", "comparison", "distributions"):
+        assert (tmp_path / "p" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert plots._names([Path(run) for run in runs]) == ["one/stage1", "two/stage1"]
+    assert plots.main(["--runs", runs[0], str(tmp_path), "--output_dir", str(tmp_path / "p")]) == 1
+    assert "no log.jsonl" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plots.main(["--output_dir", str(tmp_path)])

@@ -261,7 +261,7 @@ def test_accelerate_launch(slides, encoder, encoded, tmp_path):
 def running(slides, encoder, tmp_path):
     """An encode run that has written some features and not all, in a process group of its own."""
     command = [sys.executable, "stage0_tiling/encode.py", *flags(slides, tmp_path, encoder)]
-    slow = "import runpy, sys, slide_features as s, time\n"
+    slow = "import runpy, sys, slide_features.atomic as s, time\n"
     slow += "write, s.os.replace = s.os.replace, lambda a, b: (time.sleep(0.4), write(a, b))\n"
     slow += "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     command[1:1] = ["-c", slow]

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-from evaluation.metrics.coco_bleu import coco_bleu
-from evaluation.metrics.coco_rouge import coco_rouge_l
-from evaluation.metrics.exact_match import exact_match
+from evaluation.metrics.coco_bleu.formula import coco_bleu
+from evaluation.metrics.coco_rouge.formula import coco_rouge_l
+from evaluation.metrics.exact_match.formula import exact_match
 
 
 def bleu_4(hypotheses: Sequence[str], references: Sequence[str]) -> float:

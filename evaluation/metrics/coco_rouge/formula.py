@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from evaluation.metrics.pairs import check_pairs
+
 # pycocoevalcap's weight of recall against precision; rouge-score uses 1, so the two figures differ.
 BETA = 1.2
 
@@ -49,8 +51,5 @@ def coco_rouge_l(hypotheses: Sequence[str], references: Sequence[str]) -> float:
 
     Definition: Lin 2004 with the F weight of https://github.com/salaniz/pycocoevalcap (rouge.py).
     """
-    if not hypotheses or len(hypotheses) != len(references):
-        raise ValueError(
-            f"ROUGE: {len(hypotheses)} hypotheses, {len(references)} references; give as many, at least one"
-        )
+    check_pairs("ROUGE", hypotheses, references)
     return sum(map(rouge_l_pair, hypotheses, references)) / len(references)

@@ -7,6 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from evaluation.metrics.pairs import check_pairs
+
 DEBIAN_WORDNET = Path("/usr/share/wordnet")
 NUM_LEXNAMES = 45  # lexicographer files of WordNet 3
 WITH_SYNONYMS = "exact, stem and WordNet synonyms"
@@ -59,13 +61,14 @@ def meteor(hypotheses: Sequence[str], references: Sequence[str], wordnet: Any | 
 
     Definition: Lavie and Agarwal 2007 with nltk's parameters (alpha 0.9, beta 3, gamma 0.5), `single_meteor_score`.
     """
+    check_pairs("METEOR", hypotheses, references)
+    return sum(meteor_pairs(hypotheses, references, wordnet)) / len(references)
+
+
+def meteor_pairs(hypotheses: Sequence[str], references: Sequence[str], wordnet: Any | None = None) -> list[float]:
+    """METEOR of each pair."""
     from nltk.stem.porter import PorterStemmer
     from nltk.translate.meteor_score import single_meteor_score
-
-    if not hypotheses or len(hypotheses) != len(references):
-        raise ValueError(
-            f"METEOR: {len(hypotheses)} hypotheses, {len(references)} references; give as many, at least one"
-        )
 
     # Reports repeat their words and often whole texts, and nltk stems and looks up each word anew.
     class CachedStemmer:
@@ -74,8 +77,8 @@ def meteor(hypotheses: Sequence[str], references: Sequence[str], wordnet: Any | 
     class CachedSynonyms:
         synsets = staticmethod(lru_cache(maxsize=100_000)((wordnet or NoSynonyms()).synsets))
 
-    @lru_cache(maxsize=100_000)
+    @lru_cache(maxsize=4096)
     def pair_score(hypothesis: str, reference: str) -> float:
         return single_meteor_score(reference.split(), hypothesis.split(), stemmer=CachedStemmer, wordnet=CachedSynonyms)
 
-    return sum(map(pair_score, hypotheses, references)) / len(references)
+    return [pair_score(*pair) for pair in zip(hypotheses, references, strict=True)]

@@ -1,0 +1,59 @@
+"""A dialogue about one case in the terminal: what was said stays in the cache, and each question is read behind it."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from command_line import DONE
+from inference.answers import Answering, make_sample
+from inference.decoding import decode, extend_prefix, last_markers, read_prefixes, text_of
+from slide_reports import Prompt
+from slide_vlm import SlideVLM
+
+LEAVE = ("", "exit", "quit")
+
+
+def chat(
+    model: SlideVLM, tokenizer, case: dict[str, Any], num_inputs: int, answering: Answering, first: list[str]
+) -> int:
+    """Answer questions from ``first``, then from stdin, a line each, until an empty line or its end.
+
+    Answers go to stdout. A question is prompted for on stderr where somebody sits at the keyboard.
+    """
+    prompt, longest = Prompt(**model.settings.prompt), model.settings.max_question_tokens
+    stop_ids = prompt.stop_ids(tokenizer, model.base_llm)
+    prefix = None
+    for number, question in enumerate(_questions(first)):
+        if prefix is None:
+            sample = make_sample(model, tokenizer, question, case, num_inputs)
+            (prefix,) = read_prefixes(model, [sample])
+            import torch
+
+            (cut,) = last_markers(torch.tensor([sample["input_ids"]]))
+            asked = sample["input_ids"][cut:]
+        else:
+            asked = prompt.next_question_ids(tokenizer, question, longest)
+        ((answer, *_),) = decode(
+            model,
+            [prefix],
+            [asked],
+            stop_ids=stop_ids,
+            decoding=answering.decoding,
+            constraint=answering.constraint,
+            numbers=[number],
+        )
+        print(text_of(tokenizer, answer), flush=True)
+        ending = tokenizer(prompt.after_answer, add_special_tokens=False)["input_ids"]
+        prefix = extend_prefix(model, prefix, [*asked, *answer.token_ids, *ending])
+    return DONE
+
+
+def _questions(first: list[str]) -> Iterator[str]:
+    yield from first
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if line.strip().lower() in LEAVE:
+            return
+        yield line.strip()

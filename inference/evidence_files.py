@@ -1,0 +1,251 @@
+"""Evidence on disk: pictures to look at, GeoJSON for QuPath, JSON for programs.
+
+    DIR/evidence.json                          report, lines, their tiles of most evidence, and every map
+    DIR/<slide_id>/report.png line_<i>.png     the slide under the evidence for the report and each line
+    DIR/<slide_id>/evidence.geojson            tiles with the evidence for each as measurements; the top tiles
+    DIR/<slide_id>/tiles/line_<i>_<rank>.png   the top tiles themselves, where the slide is at hand
+
+Pictures are of the slide's pyramid alone: no label, no macro image.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from inference.evidence import INTEGRATED, Evidence
+from slide_features import read_slide_coords, slide_id_of_features
+from stage0_tiling.geojson import write_measured_tiles_geojson
+from stage0_tiling.slide import Slide
+from stage0_tiling.tissue import Grid, make_grid
+
+FOR, AGAINST = (213, 94, 0), (0, 114, 178)  # vermilion and blue, which colour-blind readers tell apart
+INK = (40, 40, 48)
+STRONGEST = 0.75  # opacity of the tile of most evidence
+LONG_SIDE = 1400  # pixels of a picture's longer side
+TOP_TILES = 5
+WORTH_NAMING = 0.05  # of the strongest evidence, for or against, that a top tile has at least
+
+
+@dataclass(frozen=True)
+class TiledSlide:
+    """What the pictures of one slide need.
+
+    Attributes:
+        slide_id: names its folder.
+        grid: sizes of its tiles.
+        width: level-0 pixels; of the tiles' extent where the slide's is unknown.
+        height: likewise.
+        path: the slide; None where only its features are at hand.
+        tile_px: side of the tile pictures in pixels.
+    """
+
+    slide_id: str
+    grid: Grid
+    width: int
+    height: int
+    path: Path | None = None
+    tile_px: int = 256
+
+
+def tiled_slide(path: str | Path, tiling: dict[str, Any], assume_mpp: float | None = None) -> TiledSlide:
+    """A slide that is at hand, cut as the model's slides are: ``tiling`` has at least ``tile_size`` and ``mpp``."""
+    with Slide(path) as slide:
+        grid = make_grid(tiling["tile_size"], tiling.get("overlap") or 0, tiling["mpp"], slide.pixel_size(assume_mpp))
+        return TiledSlide(Path(path).stem, grid, slide.width, slide.height, Path(path), tiling["tile_size"])
+
+
+def tiled_slide_of_features(path: str | Path) -> TiledSlide:
+    """A slide of which only the feature file is at hand; tiles of unknown size are taken to touch each other."""
+    about = read_slide_coords(path)
+    side = about.patch_size_level0 or _least_distance(about.coords)
+    far = about.coords.max(0) + side
+    width, height = about.level0_width or int(far[0]), about.level0_height or int(far[1])
+    return TiledSlide(slide_id_of_features(path), Grid(side, side, side, side), width, height)
+
+
+def write_evidence(folder: str | Path, evidence: Evidence, slides: Sequence[TiledSlide], about: dict[str, Any]) -> None:
+    """Write the files named above, all or none; an earlier result in ``folder`` is replaced.
+
+    Args:
+        folder: to make.
+        evidence: with the map :data:`inference.evidence.INTEGRATED`.
+        slides: of the case, in its order.
+        about: what evidence.json says besides: model, question, ...
+
+    Raises:
+        ValueError: the folder holds something else than evidence.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and ((folder / "evidence.json").exists() or not any(folder.iterdir()))):
+        raise ValueError(f"--evidence {folder} holds something else; name a new folder")
+    slides = _with_own_names(slides)
+    partial = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for number, slide in enumerate(slides):
+        write_slide_evidence(partial / slide.slide_id, evidence, number, slide)
+    content = {**about, **describe(evidence, slides)}
+    (partial / "evidence.json").write_text(json.dumps(content, indent=1) + "\n")
+    outdated = folder.with_name(f".{folder.name}.outdated")
+    shutil.rmtree(outdated, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, outdated)
+    os.replace(partial, folder)
+    shutil.rmtree(outdated, ignore_errors=True)
+
+
+def write_slide_evidence(folder: Path, evidence: Evidence, number: int, slide: TiledSlide) -> None:
+    """Write pictures, GeoJSON and tiles of one slide of the case."""
+    folder.mkdir(parents=True)
+    rows = evidence.maps[INTEGRATED][number]
+    tops = [top_tiles(row) for row in rows]
+    names = row_names(evidence)
+    coords, origin = evidence.coords[number], (0, 0)
+    with nullcontext() if slide.path is None else Slide(slide.path) as opened:
+        picture = base_picture(slide, opened)
+        if opened is not None:
+            origin = opened.bounds[:2]
+            write_tiles(folder / "tiles", opened, slide, coords, dict(zip(names, tops, strict=True)))
+    for row, values in enumerate(rows):
+        strongest = max(float(np.abs(of_slide[row]).max()) for of_slide in evidence.maps[INTEGRATED])
+        overlay = draw_evidence(picture, slide, coords, values / (strongest or 1), tops[row])
+        legend = draw_legend(overlay.shape[1], evidence.rows[row].text)
+        Image.fromarray(np.vstack([overlay, legend])).save(folder / f"{names[row]}.png")
+    measurements = {f"{name.replace('_', ' ')}: {INTEGRATED}": v for name, v in zip(names, rows, strict=True)}
+    marked = [
+        (f"{name.replace('_', ' ')}, tile {rank}", tile)
+        for name, of_row in zip(names, tops, strict=True)
+        for rank, tile in enumerate(of_row, 1)
+    ]
+    write_measured_tiles_geojson(folder / "evidence.geojson", coords, slide.grid, measurements, marked, origin)
+
+
+def row_names(evidence: Evidence) -> list[str]:
+    """Names of the maps' rows in files: ``report``, ``line_1``, ..."""
+    return ["report", *(f"line_{i}" for i in range(1, len(evidence.lines) + 1))]
+
+
+def top_tiles(values: np.ndarray, count: int = TOP_TILES) -> list[int]:
+    """Tiles of most evidence, best first, without those whose evidence is against the line or next to nothing."""
+    best = np.argsort(-values, kind="stable")[:count]
+    return [int(tile) for tile in best if values[tile] > WORTH_NAMING * np.abs(values).max()]
+
+
+def describe(evidence: Evidence, slides: Sequence[TiledSlide]) -> dict[str, Any]:
+    """The content of evidence.json: log-probabilities are natural logarithms, positions level-0 pixels."""
+    lines = []
+    for row, (name, line) in enumerate(zip(row_names(evidence), evidence.rows, strict=True)):
+        tops = []
+        for slide, coords, values in zip(slides, evidence.coords, evidence.maps[INTEGRATED], strict=True):
+            for rank, tile in enumerate(top_tiles(values[row]), 1):
+                x, y = coords[tile].tolist()
+                picture = f"{slide.slide_id}/tiles/{name}_{rank}.png" if slide.path else None
+                where = {"slide_id": slide.slide_id, "tile": tile, "x": x, "y": y, "picture": picture}
+                tops.append({"rank": rank, **where, "evidence": float(values[row, tile])})
+        lines.append({"name": name, **asdict(line), "top_tiles": tops})
+    return {
+        "report": evidence.report,
+        "method": INTEGRATED,
+        "lines": lines,
+        "slides": [
+            {
+                "slide_id": slide.slide_id,
+                "width": slide.width,
+                "height": slide.height,
+                "tile_width": slide.grid.tile_width,
+                "tile_height": slide.grid.tile_height,
+                "coords": evidence.coords[number].tolist(),
+                "maps": {name: np.round(of[number], 6).astype(float).tolist() for name, of in evidence.maps.items()},
+            }
+            for number, slide in enumerate(slides)
+        ],
+    }
+
+
+def base_picture(slide: TiledSlide, opened: Slide | None) -> np.ndarray:
+    """The slide, a little faded, or a blank ground where it is not at hand, (H, W, 3) uint8 RGB."""
+    zoom = LONG_SIDE / max(slide.width, slide.height)
+    zoom = min(zoom, 1.0) if opened is not None else zoom
+    size = max(1, round(slide.width * zoom)), max(1, round(slide.height * zoom))
+    if opened is None:
+        return np.full((size[1], size[0], 3), 248, np.uint8)
+    picture = opened.read_whole(*size)
+    return cv2.addWeighted(picture, 0.8, np.full_like(picture, 255), 0.2, 0)
+
+
+def draw_evidence(
+    picture: np.ndarray, slide: TiledSlide, coords: np.ndarray, values: np.ndarray, top: list[int]
+) -> np.ndarray:
+    """Lay evidence (N,), from -1 to 1, over a picture of the whole slide; the top tiles are outlined and numbered."""
+    drawn = picture.copy()
+    scale = np.array([picture.shape[1] / slide.width, picture.shape[0] / slide.height])
+    lows = np.round(coords * scale).astype(int)
+    highs = np.round((coords + [slide.grid.tile_width, slide.grid.tile_height]) * scale).astype(int)
+    for (left, upper), (right, lower), value in zip(lows.tolist(), highs.tolist(), values.tolist(), strict=True):
+        under = drawn[upper:lower, left:right]
+        if under.size:
+            colour = np.full_like(under, FOR if value > 0 else AGAINST)
+            share = STRONGEST * min(1.0, abs(value))
+            drawn[upper:lower, left:right] = cv2.addWeighted(under, 1 - share, colour, share, 0)
+        cv2.rectangle(drawn, (left, upper), (right - 1, lower - 1), (170, 170, 176), 1)
+    image = Image.fromarray(drawn)
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(max(12, round(max(picture.shape) / 60)))
+    for rank, tile in enumerate(top, 1):
+        (left, upper), (right, lower) = lows[tile].tolist(), highs[tile].tolist()
+        draw.rectangle([left, upper, right - 1, lower - 1], outline=INK, width=3)
+        draw.text((left + 6, upper + 3), str(rank), INK, font, stroke_width=2, stroke_fill="white")
+    return np.asarray(image)
+
+
+def draw_legend(width: int, text: str, height: int = 44) -> np.ndarray:
+    """A strip with the words that the evidence is for and what the colours mean, (height, width, 3) uint8."""
+    strip = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(strip)
+    font = ImageFont.load_default(15)
+    right = width - 12
+    for label, colour in (("against", AGAINST), ("speaks for", FOR)):
+        right -= draw.textlength(label, font)
+        draw.text((right, height // 2), label, INK, font, anchor="lm")
+        draw.rectangle([right - 22, height // 2 - 7, right - 8, height // 2 + 7], fill=colour)
+        right -= 40
+    words = " ".join(text.split())
+    while words and draw.textlength(words, font) > right - 24:
+        words = words[:-2].rstrip() + "…" if len(words) > 2 else ""
+    draw.text((12, height // 2), words, INK, font, anchor="lm")
+    return np.asarray(strip)
+
+
+def write_tiles(folder: Path, opened: Slide, slide: TiledSlide, coords: np.ndarray, tops: dict[str, list[int]]) -> None:
+    """Write the pixels of the top tiles, as the encoder was shown them before its own transform."""
+    folder.mkdir()
+    for name, tiles in tops.items():
+        for rank, tile in enumerate(tiles, 1):
+            x, y = coords[tile].tolist()
+            size = slide.tile_px, slide.tile_px
+            pixels = opened.read_region(x, y, slide.grid.tile_width, slide.grid.tile_height, size)
+            Image.fromarray(pixels).save(folder / f"{name}_{rank}.png")
+
+
+def _with_own_names(slides: Sequence[TiledSlide]) -> list[TiledSlide]:
+    """Slides of one case may have the same file name in several folders; a number tells the later ones apart."""
+    named, seen = [], {}
+    for slide in slides:
+        seen[slide.slide_id] = number = seen.get(slide.slide_id, 0) + 1
+        named.append(slide if number == 1 else replace(slide, slide_id=f"{slide.slide_id} ({number})"))
+    return named
+
+
+def _least_distance(coords: np.ndarray) -> int:
+    """The least step from a tile to another in x or y; 1 where there is only one tile."""
+    steps = np.concatenate([np.diff(np.unique(axis)) for axis in coords.T])
+    return int(steps.min()) if len(steps) else 1

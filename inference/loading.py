@@ -1,0 +1,86 @@
+"""Opening a model for inference: where it is, its precision, threads and compilation."""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from hub_access import explained
+from slide_vlm import SlideVLM, load_vlm
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+# What a result folder may hold. Nothing else is fetched: no code, no pickles.
+HUB_FILES = [
+    "README.md",
+    "vlm.json",
+    "projector/*.safetensors",
+    *(f"{part}/*.{kind}" for part in ("adapter", "language_model", "encoder") for kind in ("json", "safetensors")),
+    *(f"tokenizer/*.{kind}" for kind in ("json", "txt", "model", "jinja")),
+]
+
+
+def model_folder(name: str) -> str:
+    """A result folder, or where the files of a hub name (`org/name`, `org/name@revision`) were put.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a model on the hub.
+        ConnectionError, PermissionError: the hub does not give it.
+    """
+    if Path(name).is_dir() or not HUB_NAME.fullmatch(name):
+        return name
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    with explained(f"model {name}", repository):
+        folder = snapshot_download(repository, revision=revision or None, allow_patterns=HUB_FILES)
+    if not (Path(folder) / "vlm.json").is_file():
+        raise FileNotFoundError(f"--model {name}: holds no vlm.json, so it is no model of SlideScribe; name another")
+    return folder
+
+
+def open_model(args, device: str | torch.device | None = None) -> tuple[SlideVLM, PreTrainedTokenizerBase]:
+    """Model and tokenizer as the flags say, in evaluation mode on its device."""
+    try:
+        device = torch.device(device or args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device or args.device}: {str(error).splitlines()[0]}; use cuda or cpu") from error
+    if device.type == "cpu":
+        set_threads(getattr(args, "threads", None))
+    dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    load_in = getattr(args, "load_in", None)
+    model, tokenizer = load_vlm(
+        model_folder(args.model),
+        device="cpu" if load_in else device,
+        dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
+        llm_name=args.llm_name,
+        encoder_name=args.vision_model_name,
+        ple_device=getattr(args, "ple_device", "model"),
+    )
+    if load_in:
+        from inference.quantized import quantize_llm
+
+        quantize_llm(model.llm, load_in, device)
+        model.to(device)
+    if getattr(args, "compile", False):
+        compile_feed_forward(model)
+    return model, tokenizer
+
+
+def set_threads(threads: int | None) -> None:
+    """PyTorch's threads: the given number, else OMP_NUM_THREADS, else the cores this process may use, shared with the
+    other processes of a run on this machine.
+    """
+    if threads is None and "OMP_NUM_THREADS" in os.environ:
+        return
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // processes))
+
+
+def compile_feed_forward(model: SlideVLM) -> None:
+    """Compile the feed-forward blocks: most of the work, and of shapes that change with the number of rows only."""
+    for name, module in model.base_llm.get_decoder().named_modules():
+        if name.endswith(".mlp"):
+            module.compile(dynamic=True)

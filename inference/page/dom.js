@@ -1,0 +1,37 @@
+// Small helpers: elements, requests, sizes in words.
+
+export const $ = (id) => document.getElementById(id);
+
+/** Make an element; text is always text, never markup, since names and reports come from files. */
+export function element(tag, properties = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name in made) made[name] = value;
+    else made.setAttribute(name, value);
+  }
+  made.append(...children.filter((child) => child !== null));
+  return made;
+}
+
+/** Ask the server; throws an Error with the server's one line where it refuses. */
+export async function ask(path, { method = "GET", body } = {}) {
+  const headers = { "X-SlideScribe": "page" };
+  if (body) headers["Content-Type"] = "application/json";
+  let answer;
+  try {
+    answer = await fetch(path, { method, headers, body: body && JSON.stringify(body) });
+  } catch {
+    throw new Error("The server does not answer. Is it still running?");
+  }
+  const content = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw new Error(typeof content.error === "string" ? content.error : `Refused (${answer.status}).`);
+  return content;
+}
+
+export function bytesInWords(bytes) {
+  for (const [unit, size] of [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]])
+    if (bytes >= size) return `${(bytes / size).toPrecision(3)} ${unit}`;
+  return `${bytes} bytes`;
+}
+
+export const sleep = (milliseconds) => new Promise((wake) => setTimeout(wake, milliseconds));

@@ -1,0 +1,143 @@
+// The slide that can be zoomed, and what is drawn on it.
+/* global OpenSeadragon */
+
+import { $ } from "./dom.js";
+
+const canvas = Object.assign(document.createElement("canvas"), { className: "marks" });
+const shown = { tissue: false, tiles: false, evidence: true };
+let viewer = null;
+let slide = null;
+let marks = {}; // outline: tissue and tiles; evidence: values, coords, tile sizes, top tiles
+
+export function openSlide(opened) {
+  slide = opened;
+  marks = {};
+  if (!viewer) start();
+  viewer.open({
+    width: slide.width, height: slide.height, tileSize: slide.tile_px, tileOverlap: 1,
+    minLevel: 0, maxLevel: slide.max_level,
+    getTileUrl: (level, x, y) => `/api/slides/${slide.key}/zoom/${level}/${x}_${y}.jpg`,
+  });
+  for (const id of ["zoom-in", "zoom-out", "zoom-all"]) $(id).disabled = false;
+}
+
+export function closeSlide() {
+  viewer?.close();
+  slide = null;
+  marks = {};
+  $("scale").hidden = true;
+  for (const id of ["zoom-in", "zoom-out", "zoom-all"]) $(id).disabled = true;
+  draw();
+}
+
+export function setMarks(name, value) {
+  marks[name] = value;
+  draw();
+}
+
+export function setShown(name, isShown) {
+  shown[name] = isShown;
+  draw();
+}
+
+/** Bring a rectangle of level-0 pixels into view, with room around it. */
+export function lookAt(x, y, width, height) {
+  const item = viewer?.world.getItemAt(0);
+  if (!item) return;
+  const room = 1.2;
+  viewer.viewport.fitBounds(
+    item.imageToViewportRectangle(x - room * width, y - room * height, (1 + 2 * room) * width, (1 + 2 * room) * height));
+}
+
+export const lookAtAll = () => viewer?.viewport.goHome();
+
+function start() {
+  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  viewer = OpenSeadragon({
+    element: $("viewer"), showNavigationControl: false, drawer: "canvas", crossOriginPolicy: false,
+    visibilityRatio: 0.5, maxZoomPixelRatio: 4, animationTime: calm ? 0 : 0.6, gestureSettingsMouse: { clickToZoom: false },
+  });
+  viewer.canvas.append(canvas);
+  viewer.addHandler("update-viewport", draw);
+  viewer.addHandler("resize", draw);
+  viewer.addHandler("open", draw);
+  viewer.addHandler("tile-load-failed", () => {
+    $("viewer").dataset.failed = "true";
+  });
+  $("zoom-in").onclick = () => viewer.viewport.zoomBy(1.6).applyConstraints();
+  $("zoom-out").onclick = () => viewer.viewport.zoomBy(1 / 1.6).applyConstraints();
+  $("zoom-all").onclick = lookAtAll;
+}
+
+function draw() {
+  const box = $("viewer").getBoundingClientRect();
+  const dense = window.devicePixelRatio || 1;
+  canvas.width = box.width * dense;
+  canvas.height = box.height * dense;
+  canvas.style.width = `${box.width}px`;
+  canvas.style.height = `${box.height}px`;
+  const item = viewer?.world.getItemAt(0);
+  $("legend").hidden = !(marks.evidence && shown.evidence);
+  if (!item || !slide) return;
+  const corner = viewer.viewport.pixelFromPoint(item.imageToViewportCoordinates(0, 0), true);
+  const far = viewer.viewport.pixelFromPoint(item.imageToViewportCoordinates(slide.width, 0), true);
+  const scale = (far.x - corner.x) / slide.width; // screen pixels per level-0 pixel
+  const pen = canvas.getContext("2d");
+  pen.setTransform(scale * dense, 0, 0, scale * dense, corner.x * dense, corner.y * dense);
+  if (shown.evidence && marks.evidence) drawEvidence(pen, marks.evidence, 1 / scale);
+  if (shown.tiles && marks.outline) drawTiles(pen, marks.outline, 1 / scale);
+  if (shown.tissue && marks.outline) drawTissue(pen, marks.outline, 1 / scale);
+  drawScale(scale);
+}
+
+function drawEvidence(pen, { values, coords, width, height, top }, pixel) {
+  const strongest = Math.max(...values.map(Math.abs)) || 1;
+  const colors = getComputedStyle(document.documentElement);
+  const [speaksFor, against] = ["--for", "--against"].map((name) => colors.getPropertyValue(name));
+  coords.forEach(([x, y], tile) => {
+    pen.globalAlpha = 0.75 * Math.abs(values[tile]) / strongest;
+    pen.fillStyle = values[tile] > 0 ? speaksFor : against;
+    pen.fillRect(x, y, width, height);
+  });
+  pen.globalAlpha = 1;
+  pen.lineWidth = 2 * pixel;
+  pen.font = `600 ${14 * pixel}px system-ui, sans-serif`;
+  top.forEach(({ x, y, rank }) => {
+    pen.strokeStyle = "#1d1d27";
+    pen.strokeRect(x, y, width, height);
+    pen.lineWidth = 3 * pixel;
+    pen.strokeStyle = "#ffffff";
+    pen.strokeText(rank, x + 5 * pixel, y + 16 * pixel);
+    pen.fillStyle = "#1d1d27";
+    pen.fillText(rank, x + 5 * pixel, y + 16 * pixel);
+    pen.lineWidth = 2 * pixel;
+  });
+}
+
+function drawTiles(pen, { tiles, tile_width, tile_height }, pixel) {
+  pen.lineWidth = pixel;
+  pen.strokeStyle = "rgb(30 80 220 / 75%)";
+  for (const [x, y] of tiles) pen.strokeRect(x, y, tile_width, tile_height);
+}
+
+function drawTissue(pen, { tissue }, pixel) {
+  pen.lineWidth = 2 * pixel;
+  pen.strokeStyle = "rgb(0 140 0 / 90%)";
+  pen.beginPath();
+  for (const rings of tissue)
+    for (const ring of rings) {
+      ring.forEach(([x, y], i) => (i ? pen.lineTo(x, y) : pen.moveTo(x, y)));
+      pen.closePath();
+    }
+  pen.stroke();
+}
+
+function drawScale(scale) {
+  $("scale").hidden = !slide.mpp;
+  if (!slide.mpp) return;
+  const longest = 140 * slide.mpp / scale; // um
+  const power = 10 ** Math.floor(Math.log10(longest));
+  const length = [5, 2, 1].map((step) => step * power).find((um) => um <= longest);
+  $("scale-text").textContent = length >= 1000 ? `${length / 1000} mm` : `${+length.toPrecision(1)} µm`;
+  $("scale").querySelector("i").style.width = `${(length / slide.mpp) * scale}px`;
+}

@@ -1,0 +1,168 @@
+"""A slide to its report with evidence, step by step: the work behind each job of the page."""
+
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inference.answers import Answering, budgets_of, make_sample
+from inference.evidence import METHODS, explain
+from inference.evidence_files import describe, tiled_slide, write_evidence
+from inference.job_queue import Job
+from slide_features import MAKING_FACTS, SlideFeatures
+from slide_reports import case_of_slides
+from slide_vlm import SlideVLM, VLMSettings, check_encoder
+from stage0_tiling.encoding import encode_slide
+from stage0_tiling.geojson import tissue_polygons
+from stage0_tiling.pixel_size import SlideError
+from stage0_tiling.plan import TilePlan, TilingSettings, plan_tiles, why_empty
+from stage0_tiling.slide import Slide
+from stage0_tiling.tissue_sources import TissueSources
+
+SLIDES_KEPT = 8  # whose patch tokens stay, so that a question about a slide does not encode it again
+
+
+def check_settings(settings: VLMSettings, folder: str) -> None:
+    """Refuse a model that new slides cannot be read for, before anything is loaded.
+
+    Raises:
+        ValueError: it is of images, or does not say how its slides were tiled.
+    """
+    if settings.input_kind != "features":
+        raise ValueError(f"{folder} was trained on images; the page shows slides")
+    if not {"tile_size", "mpp"} <= settings.tiling.keys():
+        raise ValueError(f"{folder} does not say how its slides were tiled (their feature files did not); train anew")
+    if unknown := settings.tiling.keys() - MAKING_FACTS.keys():
+        raise ValueError(f"{folder} was trained on tiles with {', '.join(sorted(unknown))}; update SlideScribe")
+
+
+class ReportWriter:
+    """Model and encoder in memory, used by one thread at a time.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer: of its language model.
+        encoder: of its tiles.
+        answering: how it answers.
+        sources: files that tissue is found with, where the model's slides had a segmenter.
+        assume_mpp: um per level-0 pixel of slides that state none.
+        batch_size: tiles per forward pass of the encoder.
+        num_workers: threads that read tiles.
+    """
+
+    def __init__(
+        self,
+        model: SlideVLM,
+        tokenizer: Any,
+        encoder: Any,
+        *,
+        answering: Answering,
+        sources: TissueSources | None = None,
+        assume_mpp: float | None = None,
+        batch_size: int = 64,
+        num_workers: int = 4,
+    ):
+        check_encoder(encoder, model.settings)
+        self.model, self.tokenizer, self.encoder = model, tokenizer, encoder
+        self.answering, self.sources, self.assume_mpp = answering, sources or TissueSources(), assume_mpp
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self._kept: OrderedDict[tuple, SlideFeatures] = OrderedDict()
+
+    @property
+    def tiling(self) -> dict[str, Any]:
+        """How the model's slides were tiled."""
+        return self.model.settings.tiling
+
+    @property
+    def tiling_settings(self) -> TilingSettings:
+        """The same as stage 0 takes it, without the colours of tiles."""
+        names = TilingSettings.__dataclass_fields__
+        return TilingSettings(**{name: value for name, value in self.tiling.items() if name in names})
+
+    def plan(self, path: Path) -> TilePlan:
+        """Tissue and tiles of a slide.
+
+        Raises:
+            SlideError: it cannot be read, or has no tile.
+        """
+        with Slide(path, icc=self.tiling_settings.icc) as slide:
+            plan = plan_tiles(slide, self.tiling_settings, self.assume_mpp, self.sources)
+        if len(plan.coords) == 0:
+            raise SlideError(f"{path.name}: {why_empty(plan, self.tiling_settings)}")
+        return plan
+
+    def write(self, job: Job, path: Path, question: str | None = None) -> dict[str, Any]:
+        """Write the report of a slide, or answer a question about it, and find what it rests on.
+
+        Files go to the job's folder: those of :mod:`inference.evidence_files`, and report.txt.
+
+        Returns:
+            What evidence.json holds, with ``question`` and ``seconds``.
+
+        Raises:
+            SlideError, ValueError: the slide cannot be used.
+            Cancelled: the job was given up.
+        """
+        began = time.perf_counter()
+        slide = self._features(job, path)
+        settings = self.model.settings
+        case = case_of_slides([slide], **budgets_of(settings))
+        sample = make_sample(self.model, self.tokenizer, question or settings.question, case, 1)
+        job.progress("Writing the report" if question is None else "Answering")
+        (answer,) = self.answering.answer(self.model, self.tokenizer, [sample])
+        report = answer.pop("report")
+        if not report:
+            raise ValueError("the model wrote nothing; ask another question")
+        job.progress("Finding the evidence")
+        evidence = explain(self.model, self.tokenizer, sample, report, METHODS[:1])
+        where = tiled_slide(path, self.tiling, self.assume_mpp)
+        about = {"question": question or settings.question, **answer, "num_tiles": len(slide.coords)}
+        write_evidence(job.folder / "evidence", evidence, [where], about)
+        (job.folder / "report.txt").write_text(report + "\n", encoding="utf-8")
+        return {**about, **describe(evidence, [where]), "seconds": round(time.perf_counter() - began, 1)}
+
+    def _features(self, job: Job, path: Path) -> SlideFeatures:
+        """Patch tokens of a slide, kept from the last time where the file is the same."""
+        status = path.stat()
+        key = str(path), status.st_mtime_ns, status.st_size
+        if key not in self._kept:
+            job.progress("Finding the tissue")
+            coords = self.plan(path).coords
+            job.progress("Reading tiles", 0, len(coords))
+
+            def count(tiles: int) -> None:
+                job.progress("Reading tiles", job.done + tiles, len(coords))
+
+            self._kept[key] = encode_slide(
+                path,
+                self.encoder,
+                **self.tiling,
+                coords=np.asarray(coords),
+                assume_mpp=self.assume_mpp,
+                batch_size=self.batch_size,
+                num_workers=self.num_workers,
+                on_tiles=count,
+            )
+            while len(self._kept) > SLIDES_KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+
+def outline(plan: TilePlan) -> dict[str, Any]:
+    """Tissue and tiles of a plan for the page, in level-0 pixels."""
+    pieces = [
+        [np.round(np.asarray(ring.coords), 1).tolist() for ring in (piece.exterior, *piece.interiors)]
+        for polygons in tissue_polygons(plan.tissue)
+        for piece in getattr(polygons, "geoms", [polygons])
+        if not piece.is_empty
+    ]
+    return {
+        "tissue": pieces,
+        "tissue_fraction": plan.tissue.fraction,
+        "tiles": plan.coords.tolist(),
+        "tile_width": plan.grid.tile_width,
+        "tile_height": plan.grid.tile_height,
+    }

@@ -1,0 +1,197 @@
+"""The page in a browser, one session: pick, zoom, write, click on a line, ask, add a slide, and what goes wrong."""
+
+import shutil
+import threading
+import time
+
+import pytest
+import uvicorn
+
+from encoders import load_encoder
+from inference.answers import Answering
+from inference.app_routes import create_app
+from inference.decoding import Decoding
+from inference.report_writer import ReportWriter
+from inference.slide_folder import SlideFolder
+from slide_vlm import load_vlm
+from tests.slides import DrawnSlide
+from tests.test_app import HOSTS, TILING
+from tests.test_inference import save_model
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="module")
+def address(corpus, tmp_path_factory):
+    """The page, served to a port of this machine, with a folder of three slides, one without tissue and one broken."""
+    root = tmp_path_factory.mktemp("slides")
+    DrawnSlide(width=1100, height=900, num_levels=2).write(root / "one.tiff")
+    DrawnSlide(width=700, height=600, num_levels=1, pieces=()).write(root / "blank.tiff")
+    (root / "broken.tiff").write_bytes((root / "one.tiff").read_bytes()[:900])
+    encoder = load_encoder(str(corpus.encoder))
+    about = {"encoder": str(corpus.encoder), "encoder_fingerprint": encoder.fingerprint(), "tiling": TILING}
+    folder = save_model(tmp_path_factory.mktemp("m") / "final_model", corpus, patch_width=encoder.width, **about)
+    model, tokenizer = load_vlm(folder)
+    answering = Answering(Decoding(num_beams=1, max_new_tokens=12))
+    writer = ReportWriter(model, tokenizer, encoder, answering=answering, num_workers=1)
+    shown = {"model": "tiny", "llm": "tiny", "encoder": "tiny", "tile_size": 64, "mpp": 2.0}
+    app = create_app(SlideFolder(root, 3_000_000), writer, shown, HOSTS)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def page(address):
+    """The page opened in headless Chromium; whatever the browser complains about is kept in `page.complaints`."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    with playwright.sync_playwright() as started:
+        try:
+            browser = started.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+        except playwright.Error as error:
+            pytest.skip(f"no Chromium starts here (apt-get install chromium): {str(error).splitlines()[0]}")
+        page = browser.new_page(viewport={"width": 1300, "height": 800}, color_scheme="dark", accept_downloads=True)
+        page.set_default_timeout(60_000)
+        page.complaints = []
+        page.on("pageerror", lambda error: page.complaints.append(str(error)))
+        page.on("console", lambda m: complain(page, m))
+        page.goto(address)
+        yield page
+        browser.close()
+
+
+def complain(page, message) -> None:
+    """Keep what the browser calls an error, but for refused requests: the broken slide has no thumbnail."""
+    if message.type == "error" and not message.text.startswith("Failed to load resource"):
+        page.complaints.append(message.text)
+
+
+def painted(page) -> int:
+    """Pixels of the drawings above the slide that are not clear."""
+    return page.evaluate(
+        """() => { const c = document.querySelector('.marks');
+        const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+        let n = 0; for (let i = 3; i < d.length; i += 4) n += d[i] > 0; return n; }"""
+    )
+
+
+def pick(page, name: str) -> None:
+    page.get_by_role("button", name=name).click()
+
+
+def until(page, script: str) -> None:
+    """Wait until an expression is true; the page's own policy forbids Playwright's `wait_for_function`."""
+    deadline = time.monotonic() + 60
+    while not page.evaluate(script):
+        assert time.monotonic() < deadline, script
+        page.wait_for_timeout(30)
+
+
+def test_list_and_empty_state(page):
+    page.get_by_role("button", name="one.tiff").wait_for()
+    assert page.locator(".slide").count() == 3
+    assert "Pick a slide" in page.locator("#view-message").inner_text()
+    assert page.get_by_role("button", name="Write the report").is_disabled()
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    page.fill("#search", "nothing of this name")
+    assert "No slide" in page.locator("#slides").inner_text()
+    page.fill("#search", "")
+
+
+def test_a_slide_opens_zooms_and_shows_tissue_and_tiles(page):
+    zooms = []
+    page.on("response", lambda answer: "/zoom/" in answer.url and zooms.append((answer.url, answer.status)))
+    pick(page, "one.tiff")
+    page.locator("#scale").wait_for()
+    assert "1,100 × 900 px" in page.locator("#slide-facts").inner_text()
+    before = page.locator("#scale-text").inner_text()
+    for _ in range(3):
+        page.get_by_role("button", name="Zoom in").click()
+    until(page, f"document.getElementById('scale-text').textContent !== {before!r}")
+    page.get_by_role("button", name="Show the whole slide").click()
+    until(page, f"document.getElementById('scale-text').textContent === {before!r}")
+    assert zooms and all(status == 200 for _, status in zooms)
+    assert painted(page) == 0
+    for name in ("Tissue", "Tiles"):
+        page.get_by_role("button", name=name, exact=True).click()
+    until(page, "document.getElementById('show-tiles').title.includes('tiles')")
+    both = painted(page)
+    page.get_by_role("button", name="Tissue", exact=True).click()
+    assert both > painted(page) > 0
+    page.get_by_role("button", name="Tiles", exact=True).click()
+    assert painted(page) == 0
+
+
+def test_a_report_is_written_and_a_click_on_a_line_shows_its_evidence(page):
+    page.get_by_role("button", name="Write the report").click()
+    line = page.locator(".lines button").first
+    line.wait_for()
+    line.click()
+    page.locator(".lines [aria-pressed=true]").wait_for()
+    assert painted(page) > 1000 and page.locator("#legend").is_visible()
+    page.locator(".tiles button img").first.wait_for()
+    assert page.evaluate("document.querySelector('.tiles img').complete")
+    before = page.locator("#scale-text").inner_text()
+    page.locator(".tiles button").first.click()
+    until(page, f"document.getElementById('scale-text').textContent !== {before!r}")
+    page.get_by_role("button", name="Evidence", exact=True).click()
+    assert painted(page) == 0
+    page.get_by_role("button", name="Evidence", exact=True).click()
+    line.press("Enter")  # by keyboard, and off again
+    assert painted(page) == 0 and page.locator(".tiles").count() == 0
+    for name, suffix in (("Report", ".txt"), ("GeoJSON", ".geojson"), ("Overlay (PNG)", ".png")):
+        with page.expect_download() as download:
+            page.get_by_role("link", name=name, exact=True).click()
+        assert download.value.suggested_filename.endswith(suffix)
+        assert download.value.path().stat().st_size > 0
+
+
+def test_a_question_is_answered(page):
+    page.fill("#question", "Which organ? <b>bold</b>")
+    page.locator("#question").press("Enter")
+    until(page, "document.querySelectorAll('.downloads').length === 2")
+    assert page.locator(".card h3", has_text="<b>bold</b>").count() == 1, "text stays text"
+
+
+def test_what_goes_wrong_is_said(page, tmp_path):
+    pick(page, "broken.tiff")
+    until(page, "document.getElementById('view-message').textContent.includes('cannot be shown')")
+    pick(page, "blank.tiff")
+    page.get_by_role("button", name="Write the report").click()
+    page.locator(".card.bad").wait_for()
+    assert "no tissue" in page.locator(".card.bad").inner_text()
+    page.get_by_role("button", name="Try again").click()
+    page.locator(".card.bad").wait_for()
+    (tmp_path / "a.pdf").write_bytes(b"x")
+    (tmp_path / "text.tiff").write_bytes(b"no slide")
+    page.set_input_files("#file", tmp_path / "a.pdf")
+    page.locator("#uploads .bad").wait_for()
+    assert "a.pdf" in page.locator("#uploads .bad").inner_text()
+    page.set_input_files("#file", tmp_path / "text.tiff")
+    until(page, "document.querySelector('#uploads .bad')?.textContent.includes('this file')")
+
+
+def test_a_slide_is_added_and_opened(page, tmp_path):
+    DrawnSlide(width=600, height=500, num_levels=1, seed=4).write(tmp_path / "added.tiff")
+    page.set_input_files("#file", tmp_path / "added.tiff")
+    until(page, "document.getElementById('slide-name').textContent === 'added.tiff'")
+    assert page.locator(".slide").count() == 4
+    assert page.locator("[aria-current=true]").inner_text().startswith("added.tiff")
+
+
+def test_small_screens_and_reloads(page):
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out at the side"
+    page.get_by_role("button", name="light and dark").click()
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    assert page.locator(".notice").is_visible()
+    page.reload()
+    until(page, "document.getElementById('slide-name').textContent === 'added.tiff'")
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    assert page.complaints == []

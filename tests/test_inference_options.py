@@ -1,0 +1,233 @@
+"""Options of generate.py and predict.py, called in this process on one tiny model."""
+
+import io
+import json
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.test_inference import save_model
+from tests.tiny_models import REPORTS
+
+SHORT = ["--num_beams", 2, "--max_new_tokens", 6]
+
+
+@pytest.fixture(scope="module")
+def model(corpus, tmp_path_factory):
+    from tests.tiny_models import PATCH_WIDTH
+
+    return save_model(tmp_path_factory.mktemp("model") / "final_model", corpus, patch_width=PATCH_WIDTH)
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Run a command of inference in this process: exit status, stdout and stderr."""
+
+    def run(command, *flags, stdin=""):
+        module = __import__(f"inference.{command}", fromlist=["main"])
+        monkeypatch.setattr(sys, "argv", [f"inference/{command}.py", *map(str, flags)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        status = module.main()
+        said = capsys.readouterr()
+        return SimpleNamespace(status=status, stdout=said.out, stderr=said.err)
+
+    return run
+
+
+@pytest.fixture
+def features(corpus):
+    return sorted(corpus.features.glob("*.h5"))[0]
+
+
+def write(path: Path, value) -> Path:
+    path.write_text(json.dumps(value))
+    return path
+
+
+def test_several_questions_are_answered_as_one_by_one(run_here, model, features):
+    flags = ["--model", model, "--features", features, *SHORT]
+    asked = ["Which organ?", "Is it malignant?"]
+    both = run_here("generate", *flags, "--question", *asked).stdout
+    alone = [run_here("generate", *flags, "--question", question).stdout for question in asked]
+    assert both == f"# {asked[0]}\n{alone[0]}\n# {asked[1]}\n{alone[1]}"
+
+
+def test_json_has_probabilities_of_tokens_and_the_best_answers(run_here, model, features):
+    done = run_here("generate", "--model", model, "--features", features, *SHORT, "--json", "--num_return", 2)
+    found = json.loads(done.stdout)
+    assert found["n_best"][0]["report"] == found["report"] and len(found["n_best"]) == 2
+    assert found["n_best"][0]["beam_score"] >= found["n_best"][1]["beam_score"]
+    probabilities = [probability for _, probability in found["tokens"]]
+    assert len(probabilities) == found["num_tokens"] and all(0 < p <= 1 for p in probabilities)
+    assert found["min_token_probability"] <= found["mean_token_probability"]
+
+
+def test_chat_remembers_what_was_said(run_here, model, features):
+    flags = ["--model", model, "--features", features, "--chat", *SHORT]
+    talk = run_here("generate", *flags, stdin="Which organ?\nWhich grade?\n\nnever asked\n")
+    first, second = talk.stdout.splitlines()
+    assert run_here("generate", *flags, "--question", "Which organ?", stdin="Which grade?\n").stdout == talk.stdout
+    assert run_here("generate", *flags, stdin="Which organ?\n").stdout == first + "\n"
+    assert run_here("generate", *flags, stdin="Which grade?\n").stdout != second + "\n"
+
+    # The second answer is that to the whole conversation read anew.
+    from inference.answers import make_sample, read_inputs
+    from inference.decoding import Decoding, decode_samples, text_of
+    from slide_reports import Prompt
+    from slide_vlm import load_vlm
+
+    vlm, tokenizer = load_vlm(model)
+    prompt = Prompt(**vlm.settings.prompt)
+    sample = make_sample(vlm, tokenizer, "Which organ?", read_inputs(vlm, [features]), 1)
+    decoding = Decoding(num_beams=2, max_new_tokens=6)
+    ((answer,),) = decode_samples(vlm, tokenizer, [sample], decoding=decoding)
+    ending = tokenizer(prompt.after_answer, add_special_tokens=False)["input_ids"]
+    more = [*answer.token_ids, *ending, *prompt.next_question_ids(tokenizer, "Which grade?", 128)]
+    sample |= {"input_ids": sample["input_ids"] + more, "labels": sample["labels"] + [-100] * len(more)}
+    ((answer,),) = decode_samples(vlm, tokenizer, [sample], decoding=decoding)
+    assert text_of(tokenizer, answer) == second
+
+
+def test_allowed_reports_and_snapping(run_here, corpus, model, features):
+    flags = ["--model", model, "--features", features, "--num_beams", 2]
+    limited = run_here("generate", *flags, "--max_new_tokens", 80, "--allowed_reports", corpus.reports)
+    assert limited.stdout.strip("\n") in REPORTS
+    snapped = run_here("generate", *flags, "--max_new_tokens", 6, "--snap_to", corpus.reports, "--json")
+    found = json.loads(snapped.stdout)
+    assert found["report"] in REPORTS and found["generated"] not in REPORTS and 0 <= found["similarity"] < 1
+    with pytest.raises(ValueError, match="not both"):
+        run_here("generate", *flags, "--allowed_reports", corpus.reports, "--grammar", corpus.reports)
+
+
+def test_decoding_is_inherited_from_vlm_json_and_flags_override(run_here, corpus, tmp_path, features):
+    from tests.tiny_models import PATCH_WIDTH
+
+    folder = save_model(tmp_path / "final_model", corpus, patch_width=PATCH_WIDTH)
+    records = write(tmp_path / "t.json", json.loads(corpus.reports.read_text())[:3])
+    predict = ["--model", folder, "--test_json", records, "--features_dir", corpus.features]
+    run_here("predict", *predict, "--output", tmp_path / "p.json", *SHORT, "--save_decoding", "--details")
+    saved = json.loads((folder / "vlm.json").read_text())["decoding"]
+    assert saved == {"num_beams": 2, "max_new_tokens": 6, "length_penalty": 1.0}
+    again = run_here("predict", *predict, "--output", tmp_path / "p.json", "--details")
+    assert "answered before" in again.stderr
+    inherited = run_here("generate", "--model", folder, "--features", features, "--json")
+    rows = json.loads((tmp_path / "p.json").read_text())
+    assert json.loads(inherited.stdout)["report"] == rows[0]["report"]
+    longer = run_here("generate", "--model", folder, "--features", features, "--max_new_tokens", 12, "--json")
+    assert json.loads(longer.stdout)["num_tokens"] > 6
+
+    # A threshold between the confidences of two of its answers marks one of them.
+    low, high = sorted(row["mean_token_probability"] for row in rows)[:2]
+    settings = json.loads((folder / "vlm.json").read_text())
+    threshold = {"measure": "mean_token_probability", "threshold": (low + high) / 2, "decoding": {"num_beams": 2}}
+    write(folder / "vlm.json", settings | {"decoding": saved | {"uncertain": threshold}})
+    done = run_here("predict", *predict, "--output", tmp_path / "q.json", "--details")
+    assert [row["uncertain"] for row in json.loads((tmp_path / "q.json").read_text())].count(True) == 1
+    assert "uncertain: 1 of 3 records" in done.stderr
+    done = run_here("predict", *predict, "--output", tmp_path / "r.json", "--num_beams", 1)
+    assert "choose it anew" in done.stderr
+
+
+def test_questions_about_one_case_share_it_and_make_a_reg_2026_chain(run_here, monkeypatch, corpus, model, tmp_path):
+    ids = [record["id"] for record in json.loads(corpus.reports.read_text())[:3]]
+    chain = [{"question": "What is the organ?"}, {"question": "Which grade?"}, {"question": "The report?"}]
+    records = write(tmp_path / "t.json", [{"id": name, "chain-of-thought": chain} for name in ids])
+    flags = ["--model", model, "--test_json", records, "--features_dir", corpus.features, *SHORT, "--batch_size", 2]
+    from inference import case_batches
+
+    read = []
+    original = case_batches.read_inputs
+    monkeypatch.setattr(case_batches, "read_inputs", lambda vlm, paths: read.append(paths) or original(vlm, paths))
+    done = run_here("predict", *flags, "--output", tmp_path / "p.json", "--format", "reg2026")
+    assert len(read) == 3 and "cases/s" in done.stderr and "tokens/s" in done.stderr
+    rows = json.loads((tmp_path / "p.json").read_text())
+    assert [row["id"] for row in rows] == ids
+    steps = rows[0]["chain-of-thought"]
+    assert [step["question"] for step in steps] == [step["question"] for step in chain]
+    assert [step["next_question"] for step in steps] == ["Which grade?", "The report?", ""]
+    plain = run_here("predict", *flags, "--output", tmp_path / "q.json", "--batch_size", 1)
+    answers = [step["answer"] for row in rows for step in row["chain-of-thought"]]
+    assert [row["report"] for row in json.loads((tmp_path / "q.json").read_text())] == answers
+    assert plain.status == 0
+    with pytest.raises(ValueError, match="comes twice"):
+        run_here("predict", *flags, "--output", tmp_path / "r.json", "--format", "reg2025")
+
+
+def test_slides_are_encoded_while_others_are_decoded(run_here, monkeypatch, corpus, tmp_path):
+    from inference import predict
+    from inference.new_slides import SlideReader
+    from slide_reports import describe_features
+    from tests.slides import DrawnSlide
+
+    slides = tmp_path / "slides"
+    for name in "abc":
+        DrawnSlide().write(slides / f"{name}.tiff")
+    (slides / "torn.svs").write_bytes(b"not a slide")
+    with pytest.MonkeyPatch.context() as patched:
+        tiles = ["--tile_size", 64, "--mpp", 1, "--min_tissue", 0.3, "--encoder", corpus.encoder]
+        flags = ["--slides", slides / "a.tiff", "--output_dir", tmp_path / "out", *tiles]
+        patched.setattr(sys, "argv", ["encode.py", *map(str, flags)])
+        from stage0_tiling import encode
+
+        assert encode.main() == 0
+    folder = save_model(tmp_path / "final_model", corpus, **describe_features(tmp_path / "out" / "features" / "a.h5"))
+    from_features = run_here("generate", "--model", folder, "--features", tmp_path / "out/features/a.h5", *SHORT)
+
+    # Each decoding waits until the next slide is being encoded: one after the other would wait for ever.
+    began = {number: threading.Event() for number in range(5)}
+    reading, answer, count = SlideReader.read, predict.answer_batch, {"read": 0, "answered": 0}
+
+    def read(*args, **kwargs):
+        began[count["read"]].set()
+        count["read"] += 1
+        return reading(*args, **kwargs)
+
+    def answer_batch(*args):
+        count["answered"] += 1
+        if count["answered"] < 4:
+            assert began[count["answered"]].wait(60)
+        return answer(*args)
+
+    monkeypatch.setattr(SlideReader, "read", read)
+    monkeypatch.setattr(predict, "answer_batch", answer_batch)
+    predict_flags = ["--model", folder, "--slides", slides, *SHORT, "--batch_size", 1]
+    done = run_here("predict", *predict_flags, "--output", tmp_path / "p.json")
+    rows = json.loads((tmp_path / "p.json").read_text())
+    assert done.status == 1 and "failed: torn.svs" in done.stderr
+    assert [row["id"] for row in rows] == ["a.tiff", "b.tiff", "c.tiff"]
+    assert rows[0]["report"] == from_features.stdout.strip("\n")
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_model_answers_with_quantised_layers(run_here, model, features, kind):
+    pytest.importorskip("bitsandbytes")
+    import torch
+
+    flags = ["--model", model, "--features", features, *SHORT]
+    assert run_here("generate", *flags, "--load_in", kind).status == 0
+    from inference.quantized import quantize_llm
+    from slide_vlm import load_vlm
+
+    whole, _ = load_vlm(model)
+    small, _ = load_vlm(model)
+    quantize_llm(small.llm, kind, "cpu")
+    names = {type(module).__name__ for module in small.llm.modules()}
+    assert {"int8": "Linear8bitLt", "nf4": "Linear4bit"}[kind] in names
+    assert type(small.llm.lm_head).__name__ == "Linear"
+    ids = torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        plain, rough = (vlm.llm(input_ids=ids).logits.flatten() for vlm in (whole, small))
+    similarity = torch.cosine_similarity(plain, rough, dim=0)
+    assert (0.99 if kind == "int8" else 0.8) < similarity < 1
+
+
+def test_feed_forward_blocks_are_compiled_on_request(run_here, monkeypatch, model, features):
+    import torch
+
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **kwargs: compiled.append(type(module).__name__))
+    run_here("generate", "--model", model, "--features", features, *SHORT, "--compile")
+    assert compiled == ["Gemma3nTextMLP"] * 4
