@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-STAGES = {"stage0_tiling", "stage1_projector", "stage2_finetune", "inference", "evaluation", "demo"}
+STAGES = {"stage0_encoder", "stage0_tiling", "stage1_projector", "stage2_finetune", "inference", "evaluation", "demo"}
 # A module may import those on lower floors only.
 FLOORS = [
     {
