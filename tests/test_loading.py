@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from command_line import run
 from slide_features import read_patches, read_slide_features, write_slide_features
 from slide_features.header import read_header
 from slide_reports import Prompt, Record, ReportDataset, collate
@@ -255,6 +256,18 @@ def test_passes_that_are_left_early_or_run_side_by_side_give_the_same(tmp_path):
         for name, tensor in expected.items():
             assert torch.equal(one[name], tensor) and torch.equal(other[name], tensor)
             one[name].zero_()
+
+
+def test_what_a_worker_process_refuses_is_one_line(tmp_path, capsys):
+    data = dataset(tmp_path, num_records=3)
+    loader = make_loader(data, RecordBatches(len(data), 1), 1)
+    (tmp_path / "1.h5").unlink()
+    with pytest.raises(SystemExit) as left:
+        run(lambda: len(list(loader)))
+    assert left.value.code == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1] == f"error: no feature file {tmp_path / '1.h5'}; stage0_tiling/encode.py makes it"
+    assert not any("Traceback" in line for line in told)
 
 
 def test_loaders_of_many_workers_have_few_files_open():
