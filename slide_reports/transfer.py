@@ -59,7 +59,7 @@ class SentBatch:
             end = start + tensor.numel() * tensor.element_size()
         found = memory.fill(max(1, end)) if memory is not None else None
         if found is None:
-            self._where = bytes_ = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(max(1, end)))
+            self._where = bytes_ = _new_shared(max(1, end))
         else:
             self._where, bytes_ = found
         for name, view in _tensors(bytes_, self._places).items():
@@ -67,6 +67,21 @@ class SentBatch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _receive, (self._where, self._places)
+
+
+def _new_shared(num_bytes: int) -> Tensor:
+    """New shared memory, (num_bytes,) uint8.
+
+    Raises:
+        OSError: the machine has too little of it.
+    """
+    try:
+        return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(num_bytes))
+    except RuntimeError as error:
+        raise OSError(
+            f"a batch of {num_bytes / 2**20:.0f} MiB does not fit the shared memory of this machine (/dev/shm): give "
+            "the container more (docker run --shm-size 8g), or --num_workers 0"
+        ) from error
 
 
 def _receive(where: Tensor | Piece, places: dict[str, Place]) -> dict[str, Tensor]:

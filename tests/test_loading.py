@@ -285,6 +285,17 @@ def test_loaders_of_many_workers_have_few_files_open():
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
+def test_too_little_shared_memory_is_one_clear_line(monkeypatch):
+    def refuse(num_bytes):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", refuse)
+    with pytest.raises(
+        OSError, match=r"a batch of 8 MiB does not fit .* \(docker run --shm-size 8g\), or --num_workers 0"
+    ):
+        SentBatch({"x": torch.zeros(2**20, dtype=torch.int64)})
+
+
 def test_without_memory_of_our_own_batches_go_the_plain_way(monkeypatch):
     def refuse(name):
         raise OSError(24, "Too many open files")
