@@ -75,9 +75,19 @@ def run(main: Callable[[], int], *, to_go_on: str = "the same command goes on wh
             sys.exit(NOBODY_READS)
         if os.environ.get("SLIDESCRIBE_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_told(error)}", file=sys.stderr)
         status = REFUSED
     sys.exit(status)
+
+
+def _told(error: Exception) -> str:
+    """The message of an error; PyTorch's of one in a process that reads batches is a traceback that ends with it."""
+    text = str(error)
+    head, traceback, rest = text.partition("\nOriginal Traceback (most recent call last):\n")
+    if not (traceback and head.startswith("Caught ")):
+        return text
+    raised = next((line for line in rest.splitlines()[::-1] if line and not line[0].isspace()), rest)
+    return raised.partition(": ")[2] or raised
 
 
 def _nobody_reads(pipe: int) -> bool:

@@ -1,5 +1,6 @@
 """What is known of a feature file without its arrays, remembered as long as it stays the same file."""
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -29,15 +30,33 @@ class Header(NamedTuple):
     making: dict[str, Any]
 
 
+class Version(NamedTuple):
+    """A file as it is now. Whoever writes it can keep its size and time of modification, but not that of change."""
+
+    device: int
+    inode: int
+    num_bytes: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, file: int | str | Path) -> "Version":
+        """Of an open file by its number, or of the one that a path names."""
+        now = os.stat(file)
+        return cls(now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+
+
 @lru_cache(maxsize=2**14)  # of some 2 KB each
-def read_header(path: str, inode: int, num_bytes: int, modified_ns: int) -> Header:
-    """Header of one version of an HDF5 file.
+def read_header(path: str, version: Version) -> Header | None:
+    """Header of one version of an HDF5 file; None if the path names another one by now.
 
     Raises:
         ValueError: as `read_slide_features`.
     """
     path = Path(path)
     with open_arrays(path) as file:
+        if Version.of(path) != version:
+            return None
         return Header(_layout(path, file), making_of(what_it_says(path, file)))
 
 

@@ -1,6 +1,5 @@
 """Read the files of one slide, ours and those of other systems."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 from feature_containers import SUFFIXES, attributes_path, format_of, open_arrays, read_attributes, read_tensor
 from hdf5_rows import read_rows_directly
 from slide_features.contents import COORD_KEYS, FEATURE_KEYS, QUALITY_KEYS, SlideCoords, SlideFeatures, check_arrays
-from slide_features.header import read_header
+from slide_features.header import Version, read_header
 from slide_features.stored import (
     as_float,
     checked_rows,
@@ -102,9 +101,8 @@ def _read(
     if format_of(path) == "h5":
         try:
             with open(path, "rb", buffering=0) as file:
-                stored = os.fstat(file.fileno())
-                header = read_header(str(path), stored.st_ino, stored.st_size, stored.st_mtime_ns)
-                if header.layout is not None:
+                header = read_header(str(path), Version.of(file.fileno()))
+                if header is not None and header.layout is not None:
                     features, coords = header.layout.read(path, file.fileno(), rows)
                     return features, coords, header.making | {"more_making": dict(header.making["more_making"])}
         except (FileNotFoundError, IsADirectoryError):

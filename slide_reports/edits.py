@@ -78,9 +78,11 @@ def listed_ids(path: str | Path) -> list[str]:
     if path.suffix.lower() not in (".csv", ".tsv", ".txt"):
         return [draft.id for row in read_rows(path) for draft in read_drafts(row)]
     lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if path.suffix.lower() == ".csv" and any(";" in line for line in lines[:1]):
+        raise ValueError(f"--exclude {path}: its columns are separated by semicolons; save it with commas")
     if path.suffix.lower() == ".txt" or not any("," in line or "\t" in line for line in lines):
         ids = [line.strip("\"'") for line in lines]  # R quotes even a single column
-        return ids[1:] if ids[:1] in (["id"], ["slide_id"]) and len(ids) > 1 else ids
+        return ids[1:] if len(ids) > 1 and ids[0].lower() in ("id", "slide_id") else ids
     found = (row.values.get("id", row.values.get("slide_id")) for row in read_rows(path))
     ids = [listed.strip() for listed in found if listed]
     if not ids:

@@ -45,6 +45,7 @@ def find_all(splits: dict[str, Sequence[Record]], features_dir: Path | None) -> 
         yield from repeated_questions(part, split)
         yield from empty_answers(part, split)
         yield from odd_characters(part, split)
+    yield from nothing_to_train_on(splits)
     yield from shared_patients(splits)
     yield from repeated_texts(splits)
     inputs = [paths for _, part in records for paths in column(part, "inputs")]
@@ -142,6 +143,13 @@ def extra_features(features_dir: Path, named: set[str]) -> Iterator[Finding]:
     extra = [path.name for path in files if str(path) not in named]
     if extra:
         yield Finding(ODD, "extra features", f"{_named(extra)} in {features_dir} belong to no record", len(extra))
+
+
+def nothing_to_train_on(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
+    """No training records, where others are there: a table of splits, or a field, gave them all away."""
+    if not len(splits["train"]):
+        counts = ", ".join(f"{len(part)} in {split}" for split, part in splits.items() if split != "train")
+        yield Finding(WRONG, "no training records", f"no record to train on, {counts}; mend --splits or --val_fraction")
 
 
 def refuse_leaks(train: Sequence[Record], val: Sequence[Record]) -> None:

@@ -76,7 +76,7 @@ def _records(
     group_pattern: str | None,
     edits: Edits,
 ) -> Iterator[Record]:
-    for source, in_folders, times in _sources(annotation, folders):
+    for source, in_folders, times in annotation_sources(annotation, folders):
         rows = tqdm(read_rows(source), desc=f"reading {source.name}", unit="record", delay=5, leave=False)
         for row in rows:
             for draft in read_drafts(row):
@@ -96,7 +96,7 @@ def _record(where: str, draft: Draft, folders: Folders | None, group_pattern: st
     return Record(draft.id, inputs, question, answer, group, draft.split, tuple(later))
 
 
-def _sources(annotation: Path, folders: Folders | None) -> Iterator[tuple[Path, Folders | None, int]]:
+def annotation_sources(annotation: Path, folders: Folders | None = None) -> Iterator[tuple[Path, Folders | None, int]]:
     """The annotation file itself, or those that an InternVL meta file names, with their roots and repetitions.
 
     Raises:

@@ -9,9 +9,14 @@ later and keep every patient where it is, name the first table with --earlier.
 
 import re
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 
 from command_line import DONE, make_parser, run
-from slide_reports.records import read_records
+from slide_reports.annotation_files import read_rows
+from slide_reports.forms import read_drafts
+from slide_reports.record import Record
+from slide_reports.records import annotation_sources, read_records
 from slide_reports.splits import assign_splits, fold_of, read_splits, share_seen, strata_by, write_splits
 from slide_reports.table import column, fields
 
@@ -28,8 +33,8 @@ def parse_arguments():
     parser.add_argument(
         "--stratify",
         default=None,
-        help="organ (a report up to its first comma), or a regular expression searched in the answer, whose first "
-        "group is the stratum; default: no strata",
+        help="organ (a report up to its first comma), or a field of the records, or a regular expression searched in "
+        "the answer, whose first group is the stratum; default: no strata",
     )
     parser.add_argument("--earlier", default=None, help="table of an earlier split whose patients keep their places")
     parser.add_argument("--group_pattern", default=None, help="regular expression that finds the patient in an id")
@@ -39,6 +44,8 @@ def parse_arguments():
 
 def main() -> int:
     args = parse_arguments()
+    if Path(args.output).is_dir():
+        raise IsADirectoryError(f"--output {args.output} is a folder; name a file, such as splits.csv in it")
     if args.num_folds < 1:
         raise ValueError(f"--num_folds {args.num_folds}: at least 1 is needed")
     try:
@@ -47,7 +54,7 @@ def main() -> int:
         raise ValueError(f"--stratify {args.stratify!r} is no regular expression ({error})") from error
     records = read_records(args.train_json, group_pattern=args.group_pattern, exclude=args.exclude, locate_inputs=False)
     groups = column(records, "group")
-    strata = strata_by(records, lambda answer: stratum_of(answer, args.stratify)) if args.stratify else None
+    strata = find_strata(records, args.train_json, args.stratify) if args.stratify else None
     earlier = read_splits(args.earlier) if args.earlier else None
     shares = dict(zip(("train", "val", "test"), args.shares, strict=True))
     assigned = assign_splits(groups, shares, args.seed, strata, earlier)
@@ -55,6 +62,34 @@ def main() -> int:
     write_splits(args.output, assigned, folds)
     report(groups, [turns[0][1] for (turns,) in fields(records, "turns")], assigned, strata)
     return DONE
+
+
+def find_strata(records: Sequence[Record], annotation: str, stratify: str) -> list[str]:
+    """Stratum of each record, by --stratify.
+
+    Raises:
+        ValueError: no record has such a field, and no answer what the expression is to find.
+    """
+    stated = {} if stratify == "organ" else stated_strata(Path(annotation), stratify)
+    strata = [stated.get(name, "") for name in column(records, "id")] if stated else []
+    strata = strata or strata_by(records, lambda answer: stratum_of(answer, stratify))
+    if not any(strata):
+        raise ValueError(
+            f"--stratify {stratify}: no record has such a field, and no answer has it in its text; give organ, a field "
+            "of the records, or a regular expression"
+        )
+    return strata
+
+
+def stated_strata(annotation: Path, name: str) -> dict[str, str]:
+    """What a field says of each id, lower-cased; nothing where no row has it."""
+    stated = {}
+    for source, *_ in annotation_sources(annotation):
+        for row in read_rows(source):
+            value = row.values.get(name)
+            if isinstance(value, str | int | float) and str(value).strip():
+                stated |= dict.fromkeys((draft.id for draft in read_drafts(row)), str(value).strip().lower())
+    return stated
 
 
 def stratum_of(answer: str, stratify: str) -> str:

@@ -130,7 +130,9 @@ def read_fold(path: str | Path, fold: int) -> dict[str, str]:
     held_out = {group for group, of_group in folds.items() if of_group == str(fold) and table[group][0] != "test"}
     if not held_out:
         known = sorted({of_group for group, of_group in folds.items() if table[group][0] != "test"}, key=_as_number)
-        raise ValueError(f"--fold {fold}: --splits {path} has no such fold but {', '.join(known) or 'none'}")
+        if not known:
+            raise ValueError(f"--fold {fold}: --splits {path} has no patients but those of the split test")
+        raise ValueError(f"--fold {fold}: --splits {path} has no such fold but {', '.join(known)}")
     return {
         group: "test" if split == "test" else "val" if group in held_out else "train"
         for group, (split, _) in table.items()
@@ -156,7 +158,8 @@ def _read_table(path: str | Path) -> dict[str, tuple[str, str]]:
             for row in reader:
                 where = f"--splits {path}: line {reader.line_num}"
                 try:
-                    found = split_of(row["split"]), (row.get("fold") or "").strip()
+                    # programs that hold whole numbers as fractions write 1.0
+                    found = split_of(row["split"]), (row.get("fold") or "").strip().removesuffix(".0")
                 except ValueError as error:
                     raise ValueError(f"{where}: {error}") from error
                 if (first := assigned.setdefault(row["group"], found)) != found:

@@ -59,7 +59,7 @@ class SentBatch:
             end = start + tensor.numel() * tensor.element_size()
         found = memory.fill(max(1, end)) if memory is not None else None
         if found is None:
-            self._where = bytes_ = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(max(1, end)))
+            self._where = bytes_ = _new_shared(max(1, end))
         else:
             self._where, bytes_ = found
         for name, view in _tensors(bytes_, self._places).items():
@@ -67,6 +67,21 @@ class SentBatch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _receive, (self._where, self._places)
+
+
+def _new_shared(num_bytes: int) -> Tensor:
+    """New shared memory, (num_bytes,) uint8.
+
+    Raises:
+        OSError: the machine has too little of it.
+    """
+    try:
+        return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(num_bytes))
+    except RuntimeError as error:
+        raise OSError(
+            f"a batch of {num_bytes / 2**20:.0f} MiB does not fit the shared memory of this machine (/dev/shm): give "
+            "the container more (docker run --shm-size 8g), or --num_workers 0"
+        ) from error
 
 
 def _receive(where: Tensor | Piece, places: dict[str, Place]) -> dict[str, Tensor]:
@@ -86,27 +101,32 @@ class BatchMemory:
     """Pieces of memory that processes share which are forked from the one that makes this."""
 
     def __init__(self, num_readers: int):
-        """Make empty pieces for some readers at a time."""
+        """Make empty pieces for some readers at a time.
+
+        All lie in one file in memory, of which only what was written takes any: with a file each, loaders of many
+        workers would use up what a process may have open.
+
+        Raises:
+            OSError: if the machine gives no such file.
+        """
         self.key = next(_NUMBERS)
-        self._pieces = [[os.memfd_create("batch") for _ in range(PIECES)] for _ in range(num_readers)]
-        self._states = os.memfd_create("states")
-        os.ftruncate(self._states, num_readers * PIECES * 16)
-        shared = mmap.mmap(self._states, num_readers * PIECES * 16)
         # (readers, pieces, 2): what a piece is, and the serial number of its batch
-        self._table = np.frombuffer(shared, dtype=np.int64).reshape(num_readers, PIECES, 2)
+        table = np.frombuffer(mmap.mmap(-1, num_readers * PIECES * 16), dtype=np.int64)
+        self._table = table.reshape(num_readers, PIECES, 2)
+        self._file = os.memfd_create("batches")
+        weakref.finalize(self, _close, self._file, os.getpid())
+        os.ftruncate(self._file, num_readers * PIECES * LARGEST_PIECE)
         self._maps: dict[tuple[int, int], mmap.mmap] = {}
         self._own: int | None = None
         self._serials = itertools.count(1)
-        numbers = [self._states, *itertools.chain(*self._pieces)]
-        weakref.finalize(self, _close, numbers, os.getpid())
         _MEMORIES[self.key] = self
 
     def become_reader(self) -> None:
         """Take the pieces of a reader that does not live; without any left, batches get new memory."""
-        for reader in range(len(self._pieces)):
+        for reader in range(len(self._table)):
             try:
                 # a lock of the process, which is gone with it
-                fcntl.lockf(self._states, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, reader)
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, reader)
             except OSError:
                 continue
             states = self._table[reader, :, 0]
@@ -122,7 +142,7 @@ class BatchMemory:
             if self._table[self._own, number, 0] == FREE:
                 serial = next(self._serials) << 32 | os.getpid()
                 self._table[self._own, number] = SENT, serial
-                memory = self._mapped(self._own, number, num_bytes, grow=True)
+                memory = self._mapped(self._own, number, num_bytes)
                 piece = Piece(self.key, self._own, number, serial, num_bytes)
                 return piece, torch.from_numpy(np.frombuffer(memory, dtype=np.uint8, count=num_bytes))
         return None
@@ -133,19 +153,18 @@ class BatchMemory:
         if tuple(state) != (SENT, piece.serial):
             raise RuntimeError("the process that read a batch has died, and the batch with it")
         state[0] = HELD
-        memory = self._mapped(piece.reader, piece.number, piece.num_bytes, grow=False)
+        memory = self._mapped(piece.reader, piece.number, piece.num_bytes)
         held = np.frombuffer(memory, dtype=np.uint8, count=piece.num_bytes)
         weakref.finalize(held, _let_go, state, os.getpid()).atexit = False
         return torch.from_numpy(held)
 
-    def _mapped(self, reader: int, number: int, num_bytes: int, *, grow: bool) -> mmap.mmap:
+    def _mapped(self, reader: int, number: int, num_bytes: int) -> mmap.mmap:
         known = self._maps.get((reader, number))
         if known is not None and len(known) >= num_bytes:
             return known
-        file = self._pieces[reader][number]
-        if grow:
-            os.ftruncate(file, max(os.fstat(file).st_size, num_bytes + num_bytes // 8))  # batches differ a little
-        self._maps[reader, number] = mmap.mmap(file, os.fstat(file).st_size)
+        size = min(num_bytes + num_bytes // 8, LARGEST_PIECE)  # batches differ a little
+        start = (reader * PIECES + number) * LARGEST_PIECE
+        self._maps[reader, number] = mmap.mmap(self._file, size, offset=start)
         return self._maps[reader, number]
 
 
@@ -158,10 +177,19 @@ def _let_go(state: np.ndarray, process: int) -> None:
         state[0] = FREE
 
 
-def _close(numbers: list[int], process: int) -> None:
+def _close(file: int, process: int) -> None:
     if os.getpid() == process:
-        for number in numbers:
-            os.close(number)
+        os.close(file)
+
+
+def _memory_for(num_readers: int) -> BatchMemory | None:
+    """Memory for some readers; None where there are none, or the machine has no such memory."""
+    if not num_readers or not hasattr(os, "memfd_create"):
+        return None
+    try:
+        return BatchMemory(num_readers)
+    except OSError:  # no more files, or none so large, are allowed: PyTorch's own way needs neither
+        return None
 
 
 class SendingCollate:
@@ -170,7 +198,7 @@ class SendingCollate:
     def __init__(self, collate: Collate, num_workers: int):
         """Share memory with twice as many readers: those of the last pass may not be gone when the next begins."""
         self._collate = collate
-        self._memory = BatchMemory(2 * num_workers) if num_workers and hasattr(os, "memfd_create") else None
+        self._memory = _memory_for(2 * num_workers)
         self._is_reader = False
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor] | SentBatch:

@@ -34,7 +34,7 @@ def write_overlay(path: str | Path, plan: TilePlan) -> None:
     """Write the overlay of one slide with its legend below as a JPEG without metadata, atomically."""
     picture = draw_overlay(plan)
     height, width = picture.shape[:2]
-    legend = draw_legend(plan, width, round(min(max(height, width) / 28, width / 16)))
+    legend = draw_legend(plan, width, max(1, round(min(max(height, width) / 28, width / 16))))
     _write_jpeg(path, np.vstack([picture, legend]))
 
 
@@ -61,7 +61,7 @@ def draw_legend(plan: TilePlan, width: int, height: int) -> np.ndarray:
     """Draw the strip below an overlay as (`height`, `width`, 3) uint8 RGB: scale bar, tissue and tiles."""
     strip = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(strip)
-    font = ImageFont.load_default(height * 0.45)
+    font = ImageFont.load_default(max(1.0, height * 0.45))  # on a very narrow slide nothing is legible
     middle, gap = height // 2, height // 3
     left = gap
     um_per_px = plan.pixel_size and plan.pixel_size.x / plan.tissue.scale_x * plan.tissue.mask.shape[1] / width

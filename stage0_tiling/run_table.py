@@ -109,6 +109,7 @@ class RunFolder:
         self.folder = Path(folder).expanduser().absolute()
         self.masks = masks
         self._begun: dict[str, dict[str, Any]] = {}
+        self._warned: set[tuple[object, ...]] = set()
 
     def begin(self, settings: TilingSettings, made_by: dict[str, dict[str, Any]] | None = None) -> None:
         """Record what this run makes its results with, unless an earlier one has: one folder holds one kind.
@@ -166,8 +167,14 @@ class RunFolder:
             reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error)
-        logger.warning("%s is not readable (%s); its slide is done again", path, reason)
+        self._warn("%s is not readable (%s); its slide is done again", path, reason)
         return None
+
+    def _warn(self, *message: object) -> None:
+        """Warn once of what is looked at several times."""
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(*message)
 
     def write_state(self, state: SlideState) -> None:
         """Record a slide, atomically."""
@@ -266,9 +273,9 @@ class RunFolder:
         except OSError:  # it is named when it is opened
             return False
         if changed:
-            logger.warning("%s is another file than when it was tiled; it is done again", entry.slide_id)
+            self._warn("%s is another file than when it was tiled; it is done again", entry.slide_id)
         if self.masks and state.mask is not None and fingerprint_mask(self.masks, entry.slide_id) != state.mask:
-            logger.warning("the mask of %s is not what it was when it was tiled; it is done again", entry.slide_id)
+            self._warn("the mask of %s is not what it was when it was tiled; it is done again", entry.slide_id)
             return True
         return changed
 

@@ -79,8 +79,19 @@ def read_mask(
     height, width = shape
     mask = np.zeros(shape, bool)
     for rings in _polygons(path):
-        mask |= fill([(ring + origin) * [width / slide_width, height / slide_height] for ring in rings], shape)
+        fill_within(mask, [(ring + origin) * [width / slide_width, height / slide_height] for ring in rings])
     return mask
+
+
+def fill_within(mask: np.ndarray, rings: list[np.ndarray]) -> None:
+    """Set what `fill` finds in (H, W) bool, in place; only where the polygon lies, as a slide may have thousands."""
+    points = np.concatenate(rings)
+    limits = mask.shape[::-1]
+    left, top = np.clip(np.floor(points.min(axis=0)), 0, limits).astype(np.int64).tolist()
+    right, bottom = np.clip(np.ceil(points.max(axis=0)), 0, limits).astype(np.int64).tolist()
+    if left < right and top < bottom:
+        part = mask[top:bottom, left:right]
+        part |= fill([ring - (left, top) for ring in rings], part.shape)
 
 
 def fill(rings: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:

@@ -186,6 +186,11 @@ def test_excluded_and_revised_records(tmp_path, roots):
     assert [(r.id, r.answer) for r in records] == [("s0.svs", "Old 0"), ("s2.svs", "New 2")]
     assert listed_ids(write(tmp_path / "plain.txt", "a\n\nb\n")) == ["a", "b"]
     assert "s1" in listed_ids(write(tmp_path / "one_column.csv", "id\ns1\n"))
+    assert listed_ids(write(tmp_path / "capitals.csv", "ID\ns1\n")) == ["s1"]
+    with pytest.raises(
+        ValueError, match="semicolons.csv: its columns are separated by semicolons; save it with commas"
+    ):
+        listed_ids(write(tmp_path / "semicolons.csv", "id;reason\ns1;blurred\n"))
 
 
 def test_exclusion_knows_a_slide_by_any_suffix_and_in_quotes(tmp_path, roots):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from command_line import run
 from slide_features import read_patches, read_slide_features, write_slide_features
 from slide_features.header import read_header
 from slide_reports import Prompt, Record, ReportDataset, collate
@@ -94,6 +95,41 @@ def test_a_file_that_is_replaced_or_broken_is_noticed(tmp_path):
     path.mkdir()
     with pytest.raises(FileNotFoundError, match="no feature file"):
         read_patches(path)
+
+
+def test_a_file_of_the_same_size_and_time_is_noticed(tmp_path):
+    path = tmp_path / "x.h5"
+    features, _ = write(path)
+    assert read_slide_features(path, rows=np.arange(4)).encoder == "made-up"
+    before = path.stat()
+    path.write_bytes(
+        path.read_bytes().replace(b"made-up", b"made-UP").replace(features.tobytes(), (-features).tobytes())
+    )
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # written in place, as rsync --inplace --times does
+    assert (path.stat().st_ino, path.stat().st_size) == (before.st_ino, before.st_size)
+    read = read_slide_features(path, rows=np.arange(4))
+    assert read.encoder == "made-UP"
+    np.testing.assert_array_equal(read.features, -features[:4])
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_read_as_one_or_the_other(tmp_path, monkeypatch):
+    path = tmp_path / "x.h5"
+    write(path, num_tiles=300, width=8)
+    new = tmp_path / "new.h5"
+    features, coords = write(new, num_tiles=500, width=12, seed=1, shuffled=True)
+    plain = h5py.File
+
+    def replace_first(*args, **more):
+        if new.exists():
+            new.replace(path)
+        return plain(*args, **more)
+
+    read_header.cache_clear()
+    monkeypatch.setattr(h5py, "File", replace_first)
+    for _ in range(2):
+        read = read_patches(path, rows=np.arange(5, 9))
+        np.testing.assert_array_equal(read[0], features[5:9])
+        np.testing.assert_array_equal(read[1], coords[5:9])
 
 
 def test_the_library_opens_a_file_once(tmp_path, monkeypatch):
@@ -220,6 +256,52 @@ def test_passes_that_are_left_early_or_run_side_by_side_give_the_same(tmp_path):
         for name, tensor in expected.items():
             assert torch.equal(one[name], tensor) and torch.equal(other[name], tensor)
             one[name].zero_()
+
+
+def test_what_a_worker_process_refuses_is_one_line(tmp_path, capsys):
+    data = dataset(tmp_path, num_records=3)
+    loader = make_loader(data, RecordBatches(len(data), 1), 1)
+    (tmp_path / "1.h5").unlink()
+    with pytest.raises(SystemExit) as left:
+        run(lambda: len(list(loader)))
+    assert left.value.code == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1] == f"error: no feature file {tmp_path / '1.h5'}; stage0_tiling/encode.py makes it"
+    assert not any("Traceback" in line for line in told)
+
+
+def test_loaders_of_many_workers_have_few_files_open():
+    before = len(os.listdir("/proc/self/fd"))
+    loaders = [SendingCollate(collate, 64) for _ in range(2)]
+    assert all(loader._memory for loader in loaders)
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    memory = loaders[0]._memory
+    memory.become_reader()
+    batch = {"x": torch.arange(100_000)}
+    receive, parts = SentBatch(batch, memory).__reduce__()
+    assert torch.equal(receive(*parts)["x"], batch["x"])
+    assert os.fstat(memory._file).st_blocks * 512 < 2**20, "only what was written takes memory"
+    del loaders, memory
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_too_little_shared_memory_is_one_clear_line(monkeypatch):
+    def refuse(num_bytes):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", refuse)
+    with pytest.raises(
+        OSError, match=r"a batch of 8 MiB does not fit .* \(docker run --shm-size 8g\), or --num_workers 0"
+    ):
+        SentBatch({"x": torch.zeros(2**20, dtype=torch.int64)})
+
+
+def test_without_memory_of_our_own_batches_go_the_plain_way(monkeypatch):
+    def refuse(name):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    assert SendingCollate(collate, 2)._memory is None
 
 
 def test_the_way_of_sending_can_be_given_to_a_process_that_is_not_forked():

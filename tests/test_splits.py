@@ -212,6 +212,36 @@ def test_the_folds_of_split_are_those_of_training(tmp_path, monkeypatch):
         assert found == (["test"] * 3 if split == "test" else ["train", "train", "val"]), group
 
 
+def test_strata_are_a_field_of_the_records_or_found_in_the_answer(tmp_path, monkeypatch, capsys):
+    records = [{"id": f"P{i}.svs", "report": "Report", "centre": "AB"[i % 4 == 0]} for i in range(40)]
+    (tmp_path / "r.json").write_text(json.dumps(records))
+
+    def split(stratify):
+        flags = ["--train_json", tmp_path / "r.json", "--output", tmp_path / "s.csv", "--stratify", stratify]
+        monkeypatch.setattr("sys.argv", [str(word) for word in ["split.py", *flags]])
+        assert slide_reports.split.main() == 0
+        return [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+
+    shares = "train 80.0%, val 10.0%, test 10.0%".split()
+    assert split("centre") == [["a", "30:", *shares], ["b", "10:", *shares]]
+    assert [line[:2] for line in split("rt$")] == [["rt", "40:"]]
+    with pytest.raises(ValueError, match="--stratify center: no record has such a field, and no answer"):
+        split("center")
+
+
+def test_check_tells_of_a_table_that_leaves_nothing_to_train_on(corpus_of_8, monkeypatch, capsys):
+    folder = corpus_of_8
+    (folder / "s.csv").write_text("group,split,fold\n" + "".join(f"PIT_01_0000{i},train,1.0\n" for i in range(4)))
+    command = ["check.py", "--train_json", folder / "r.json", "--features_dir", folder / "f", "--splits"]
+    command += [folder / "s.csv", "--fold", "1"]  # which programs for tables write as 1.0
+    monkeypatch.setattr("sys.argv", [str(word) for word in command])
+    assert slide_reports.check.main() == 2
+    assert "wrong: no record to train on, 8 in val, 0 in test; mend --splits" in capsys.readouterr().out
+    (folder / "s.csv").write_text("group,split,fold\n" + "".join(f"PIT_01_0000{i},test,1\n" for i in range(4)))
+    with pytest.raises(ValueError, match="has no patients but those of the split test"):
+        slide_reports.check.main()
+
+
 def test_ids_of_no_record_are_told_of_both_files_together(corpus_of_8, capsys, monkeypatch):
     folder = corpus_of_8
     rows = json.loads((folder / "r.json").read_text())
@@ -263,7 +293,9 @@ def test_a_finding_is_one_line_though_names_hold_line_ends(tmp_path):
     assert "left out: train: a b without a report\n" in done.stdout
 
 
-@pytest.mark.parametrize("flags", [("--num_folds", "0"), ("--stratify", "("), ("--group_pattern", "[")])
+@pytest.mark.parametrize(
+    "flags", [("--num_folds", "0"), ("--stratify", "("), ("--group_pattern", "["), ("--output", ".")]
+)
 def test_split_refuses_flags_that_mean_nothing(tmp_path, flags):
     (tmp_path / "r.json").write_text(json.dumps([{"id": "a", "report": "x"}]))
     command = ["slide_reports/split.py", "--train_json", str(tmp_path / "r.json"), "--output", str(tmp_path / "s.csv")]

@@ -19,7 +19,7 @@ from PIL import Image
 from stage0_tiling import tile
 from stage0_tiling.contact_sheet import contact_sheet, write_contact_sheet
 from stage0_tiling.geojson import tissue_polygons, write_tiles_geojson, write_tissue_geojson
-from stage0_tiling.overlay import OUTLINE, draw_legend, draw_overlay, round_length
+from stage0_tiling.overlay import OUTLINE, draw_legend, draw_overlay, round_length, write_overlay, write_thumbnail
 from stage0_tiling.plan import TilePlan, TilingSettings, plan_tiles
 from stage0_tiling.run_table import RunFolder
 from stage0_tiling.slide import PixelSize, Slide
@@ -195,6 +195,15 @@ def test_what_is_not_tiled_is_faded_and_the_rest_keeps_its_colors():
     np.testing.assert_array_equal(
         picture, np.full_like(picture, (200, 120, 160)), "the plan's own picture is left alone"
     )
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5000, 1), (1, 5000), (4000, 3), (3, 4000), (900, 12)])
+def test_pictures_of_a_slide_of_any_shape(tmp_path, shape):
+    tissue = TissueMask(np.ones(shape, bool), np.full((*shape, 3), 200, np.uint8), 0.0625, 0.0625)
+    plan = TilePlan(np.zeros((1, 2), np.int64), Grid(256, 256, 256, 256), tissue, PixelSize(0.5, 0.5, "slide"))
+    for write in (write_overlay, write_thumbnail):
+        write(tmp_path / "x.jpg", plan)
+        assert max(Image.open(tmp_path / "x.jpg").size) >= min(max(shape), 1024)
 
 
 def test_the_scale_bar_is_as_long_as_it_says():

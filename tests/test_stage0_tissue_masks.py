@@ -10,7 +10,7 @@ from slide_features import read_slide_coords
 from stage0_tiling import tile as stage0_tile
 from stage0_tiling.outlines import outline
 from stage0_tiling.slide import SlideError
-from stage0_tiling.user_masks import fill, find_mask, read_mask
+from stage0_tiling.user_masks import fill, fill_within, find_mask, read_mask
 from tests.slides import DrawnSlide
 
 SHAPE, WIDTH, HEIGHT = (60, 80), 1600, 1200  # a thumbnail of 20 level-0 pixels a pixel
@@ -122,6 +122,11 @@ def test_filled_area_is_the_polygons(star):
     if not wraps:
         return
     filled = fill([ring, hole[::-1]], (80, 100))
+    for shift in ((0, 0), (-70, 30.25), (60, -50), (500, 0)):  # also partly and wholly beyond the picture
+        moved = [ring + shift, hole[::-1] + shift]
+        mask = np.zeros((80, 100), bool)
+        fill_within(mask, moved)
+        np.testing.assert_array_equal(mask, fill(moved, mask.shape))
     assert abs(filled.sum() - area) <= 0.2 * around + 4  # a pixel is decided by its centre
     np.testing.assert_array_equal(filled, fill([np.vstack([ring, ring[:1]]), hole], (80, 100)))
 
