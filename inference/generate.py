@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from command_line import DONE, make_parser, run
+from command_line import DONE, GatherValues, make_parser, run
 from inference.arguments import add_decoding_arguments
 from inference.new_slides import SlideReader, add_slide_arguments, check_slide_arguments
 
@@ -23,11 +23,25 @@ def parse_arguments():
     parser = make_parser(__doc__)
     group = parser.add_argument_group("What to report on")
     group.add_argument("--model", required=True, help="final_model folder of stage 1 or 2, or a hub name")
-    group.add_argument("--slide", nargs="+", default=None, help="whole-slide image, or several of one case")
-    group.add_argument("--features", nargs="+", default=None, help="feature files of stage 0, instead of slides")
-    group.add_argument("--image", nargs="+", default=None, help="image or images of one case, for a model of images")
     group.add_argument(
-        "--question", nargs="+", default=None, help="one or several; default: the one that the model was trained with"
+        "--slide", nargs="+", action=GatherValues, default=None, help="whole-slide image, or several of one case"
+    )
+    group.add_argument(
+        "--features", nargs="+", action=GatherValues, default=None, help="feature files of stage 0, instead of slides"
+    )
+    group.add_argument(
+        "--image",
+        nargs="+",
+        action=GatherValues,
+        default=None,
+        help="image or images of one case, for a model of images",
+    )
+    group.add_argument(
+        "--question",
+        nargs="+",
+        action=GatherValues,
+        default=None,
+        help="one or several, also as a flag each; default: the one that the model was trained with",
     )
     group.add_argument(
         "--chat", action="store_true", help="ask on from the keyboard, each question with what was said before"
