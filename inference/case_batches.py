@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inference.answers import make_sample, read_inputs
+from inference.answers import make_sample, one_line, read_inputs
 from slide_reports import Record, read_records, slide_id_of
 
 if TYPE_CHECKING:
@@ -127,3 +127,5 @@ def _read_case(
         return reader.read(record.inputs, **given, slide_mpp=entry.mpp)
     except (ValueError, OSError) as error:
         return str(error)
+    except (RuntimeError, MemoryError) as error:  # no memory for an encoder's tiles, a codec that gives up
+        return one_line(error)

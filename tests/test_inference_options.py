@@ -53,6 +53,8 @@ def test_several_questions_are_answered_as_one_by_one(run_here, model, features)
     both = run_here("generate", *flags, "--question", *asked).stdout
     alone = [run_here("generate", *flags, "--question", question).stdout for question in asked]
     assert both == f"# {asked[0]}\n{alone[0]}\n# {asked[1]}\n{alone[1]}"
+    a_flag_each = [word for question in asked for word in ("--question", question)]
+    assert run_here("generate", *flags, *a_flag_each).stdout == both
 
 
 def test_json_has_probabilities_of_tokens_and_the_best_answers(run_here, model, features):
@@ -154,6 +156,49 @@ def test_questions_about_one_case_share_it_and_make_a_reg_2026_chain(run_here, m
     assert plain.status == 0
     with pytest.raises(ValueError, match="comes twice"):
         run_here("predict", *flags, "--output", tmp_path / "r.json", "--format", "reg2025")
+
+
+def test_a_batch_that_fails_is_tried_in_halves_and_costs_only_its_worst(run_here, monkeypatch, corpus, model, tmp_path):
+    import torch
+
+    from inference import answers
+
+    records = json.loads(corpus.reports.read_text())[:5]
+    flags = ["--model", model, "--test_json", write(tmp_path / "t.json", records), "--features_dir", corpus.features]
+    run_here("predict", *flags, *SHORT, "--output", tmp_path / "all.json")
+    expected = json.loads((tmp_path / "all.json").read_text())
+    decode, tried = answers.decode_samples, []
+
+    def decode_few(vlm, tokenizer, samples, numbers, **more):
+        tried.append(list(numbers))
+        if 3 in numbers:
+            raise RuntimeError("this one\nalways fails")
+        if len(samples) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return decode(vlm, tokenizer, samples, numbers=numbers, **more)
+
+    monkeypatch.setattr(answers, "decode_samples", decode_few)
+    done = run_here("predict", *flags, *SHORT, "--batch_size", 5, "--output", tmp_path / "p.json")
+    assert done.status == 1 and tried == [[0, 1, 2, 3, 4], [0, 1], [2, 3, 4], [2], [3, 4], [3], [4]]
+    assert f"failed: {records[3]['id']}: RuntimeError: this one always fails\n" in done.stderr
+    assert json.loads((tmp_path / "p.json").read_text()) == [row for n, row in enumerate(expected) if n != 3]
+    monkeypatch.undo()
+    assert run_here("predict", *flags, *SHORT, "--output", tmp_path / "p.json").status == 0
+    assert json.loads((tmp_path / "p.json").read_text()) == expected
+
+
+def test_of_beams_that_spell_one_text_the_best_is_listed(model):
+    from inference.answers import Answering
+    from inference.decoding import Decoded, Decoding
+    from tests.tiny_models import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a b", "c", "a b ")]
+    found = [Decoded(tokens, -score, (-score,)) for tokens, score in zip(ids, (1.0, 2.0, 3.0), strict=True)]
+    beams = Answering(Decoding(num_beams=3, num_return=3)).describe(tokenizer, found)
+    assert [(one["report"], one["beam_score"]) for one in beams["n_best"]] == [("a b", -1), ("c", -2)]
+    draws = Answering(Decoding(num_beams=1, do_sample=True, num_return=3)).describe(tokenizer, found)
+    assert len(draws["n_best"]) == 3
 
 
 def test_slides_are_encoded_while_others_are_decoded(run_here, monkeypatch, corpus, tmp_path):
