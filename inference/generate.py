@@ -89,13 +89,14 @@ def main() -> int:
             "num_patches": sum(map(len, case.get("coords", []))) or None,
             "seconds": round(time.perf_counter() - began, 3),
         }
-        if args.evidence:
-            folder = Path(args.evidence) / f"question_{number + 1}" if len(questions) > 1 else Path(args.evidence)
-            write_case_evidence(args, model, tokenizer, samples[number], details, folder)
         if args.json:
             show_json(details, tokenizer, answers[0])
         else:
             show_text(details, question if len(questions) > 1 else None, is_first=number == 0)
+        sys.stdout.flush()
+        if args.evidence:  # last, since it takes longest and may be refused
+            folder = Path(args.evidence) / f"question_{number + 1}" if len(questions) > 1 else Path(args.evidence)
+            write_case_evidence(args, model, tokenizer, samples[number], details, folder)
     return DONE
 
 
@@ -126,6 +127,13 @@ def check_input(args, settings) -> None:
             raise FileNotFoundError(f"{path}: no such file")
     if args.evidence and (args.image or args.chat):
         raise ValueError("--evidence shows what written reports of slides rest on; leave out --image and --chat")
+    if args.evidence:
+        from inference.evidence_files import check_evidence_folder
+        from inference.slide_tokens import check_has_tiles
+
+        check_has_tiles(settings, args.model)
+        if len(args.question or ()) < 2:
+            check_evidence_folder(Path(args.evidence))
     if settings.input_kind == "images" and not args.image:
         raise ValueError(f"{args.model} was trained on images; give --image")
     if settings.input_kind == "features" and args.image:
