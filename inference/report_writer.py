@@ -132,7 +132,10 @@ class ReportWriter:
 
     def _features(self, job: Job, path: Path) -> SlideFeatures:
         """Patch tokens of a slide, kept from the last time where the file is the same."""
-        status = path.stat()
+        try:
+            status = path.stat()
+        except FileNotFoundError as error:  # it may have waited long for its turn
+            raise SlideError(f"{path.name}: is no longer in the folder") from error
         key = str(path), status.st_mtime_ns, status.st_size
         if key not in self._kept:
             job.progress("Finding the tissue")
