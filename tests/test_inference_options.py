@@ -67,6 +67,16 @@ def test_json_has_probabilities_of_tokens_and_the_best_answers(run_here, model, 
     assert found["min_token_probability"] <= found["mean_token_probability"]
 
 
+def test_chat_forgets_when_the_model_reads_no_further(run_here, monkeypatch, model, features):
+    from inference import chat
+
+    flags = ["--model", model, "--features", features, "--chat", *SHORT]
+    first, second = (run_here("generate", *flags, stdin=f"{asked}\n").stdout for asked in ("Which organ?", "Grade?"))
+    monkeypatch.setattr(chat, "room_for_text", lambda vlm: 9)
+    talk = run_here("generate", *flags, stdin="Which organ?\nGrade?\nGrade?\n")
+    assert talk.stdout == first + 2 * second and talk.stderr.count("is forgotten") == 2
+
+
 def test_chat_remembers_what_was_said(run_here, model, features):
     flags = ["--model", model, "--features", features, "--chat", *SHORT]
     talk = run_here("generate", *flags, stdin="Which organ?\nWhich grade?\n\nnever asked\n")
@@ -205,6 +215,7 @@ def test_slides_are_encoded_while_others_are_decoded(run_here, monkeypatch, corp
     from inference import predict
     from inference.new_slides import SlideReader
     from slide_reports import describe_features
+    from stage0_tiling import encoding
     from tests.slides import DrawnSlide
 
     slides = tmp_path / "slides"
@@ -244,6 +255,29 @@ def test_slides_are_encoded_while_others_are_decoded(run_here, monkeypatch, corp
     assert done.status == 1 and "failed: torn.svs" in done.stderr
     assert [row["id"] for row in rows] == ["a.tiff", "b.tiff", "c.tiff"]
     assert rows[0]["report"] == from_features.stdout.strip("\n")
+
+    # A record of several slides is one case, each slide with what the list says of it.
+    monkeypatch.setattr(predict, "answer_batch", answer)
+    monkeypatch.setattr(SlideReader, "read", reading)
+    listed = tmp_path / "slides.csv"
+    listed.write_text(f"path,mpp\n{slides / 'a.tiff'},\n{slides / 'b.tiff'},1.0\n")
+    records = write(tmp_path / "t.json", [{"id": "a.tiff", "report": "", "slides": ["a.tiff", "b"]}])
+    sizes, encode_slide = [], encoding.encode_slide
+    monkeypatch.setattr(
+        encoding,
+        "encode_slide",
+        lambda path, *a, **more: sizes.append(more.get("slide_mpp")) or encode_slide(path, *a, **more),
+    )
+    flags = ["--model", folder, "--test_json", records, *SHORT, "--output", tmp_path / "case.json"]
+    assert run_here("predict", "--slides", listed, *flags).status == 0
+    assert sizes == [None, 1.0]
+    both = run_here("generate", "--model", folder, "--slide", slides / "a.tiff", slides / "a.tiff", *SHORT).stdout
+    alone = json.loads((tmp_path / "case.json").read_text())[0]["report"]
+    assert run_here("predict", "--slides", slides, *flags, "--overwrite").status == 0
+    assert json.loads((tmp_path / "case.json").read_text())[0]["report"] == both.strip("\n") != ""
+    assert alone
+    with pytest.raises(ValueError, match="b is not among --slides"):
+        run_here("predict", "--slides", slides / "a.tiff", *flags, "--overwrite")
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
