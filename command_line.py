@@ -8,6 +8,7 @@ the traceback behind a one-line refusal.
 import os
 import select
 import sys
+from argparse import Action
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -35,6 +36,15 @@ class _Parser(ArgumentParser):
             if plain:
                 parsed[name] = plain(value)
         return parsed
+
+
+class GatherValues(Action):
+    """Of a flag with several values: it may be repeated, and all values of the command line count."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        """Take values of one more flag; those of ``--config``, which do not come this way, are overridden."""
+        self._gathered = [*getattr(self, "_gathered", []), *values]
+        setattr(namespace, self.dest, self._gathered)
 
 
 def make_parser(description: str | None) -> ArgumentParser:

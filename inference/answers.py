@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from inference.arguments import MEASURES, decoding_flags
 from inference.choice import Constraint
 from inference.constraints import AllowedReports, Grammar, nearest, texts_of
@@ -79,6 +81,41 @@ class Answering:
         )
         return [self.describe(tokenizer, answers) for answers in found]
 
+    def answer_or_say_why(
+        self,
+        model: SlideVLM,
+        tokenizer,
+        samples: list[dict[str, Any]],
+        numbers: Sequence[int] | None = None,
+        rows_at_once: int | None = None,
+    ) -> list[dict[str, Any] | str]:
+        """The same, or in one line what is wrong with a sample that the model fails at.
+
+        Samples that fail together, for want of memory as a rule, are tried again in halves. An error that leaves the
+        device itself useless is raised.
+        """
+        if not samples:
+            return []
+        numbers = list(range(len(samples)) if numbers is None else numbers)
+        try:
+            return list(self.answer(model, tokenizer, samples, numbers, rows_at_once))
+        except torch.AcceleratorError:
+            raise
+        except (RuntimeError, MemoryError, IndexError) as error:
+            reason = one_line(error)
+        # Outside the handler, where the error would keep the tensors of the pass that failed.
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(samples) == 1:
+            return [reason]
+        half = len(samples) // 2
+        parts = (slice(half), slice(half, None))
+        return [
+            found
+            for part in parts
+            for found in self.answer_or_say_why(model, tokenizer, samples[part], numbers[part], rows_at_once)
+        ]
+
     def describe(self, tokenizer, answers: list[Decoded]) -> dict[str, Any]:
         """The best answer: ``report``, ``beam_score``, its probabilities, ``num_tokens``, and where they apply
         ``generated`` (what stood in the place of a snapped report), ``n_best`` and ``uncertain``.
@@ -90,13 +127,28 @@ class Answering:
             described["generated"] = text
             described["report"], described["similarity"] = nearest(text, self.snap_texts)
         if self.decoding.num_return > 1:
-            described["n_best"] = [
-                {"report": text_of(tokenizer, one), "beam_score": one.score, **probabilities(one.log_probs)}
-                for one in answers
-            ]
+            described["n_best"] = self._n_best(tokenizer, answers)
         if self.uncertain:
             described["uncertain"] = described[self.uncertain["measure"]] < self.uncertain["threshold"]
         return described
+
+    def _n_best(self, tokenizer, answers: list[Decoded]) -> list[dict[str, Any]]:
+        """Answers with their scores; of beams that spell one text in several ways only the best."""
+        listed = [
+            {"report": text_of(tokenizer, one), "beam_score": one.score, **probabilities(one.log_probs)}
+            for one in answers
+        ]
+        if self.decoding.do_sample:
+            return listed  # a text that is drawn twice is the likelier
+        different: dict[str, dict[str, Any]] = {}
+        for one in listed:
+            different.setdefault(one["report"], one)
+        return list(different.values())
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
 
 
 def probabilities(log_probs: Sequence[float]) -> dict[str, float]:

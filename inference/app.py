@@ -106,24 +106,25 @@ def listen(host: str, port: int) -> socket.socket:
 
 def open_writer(args, settings):
     """Model and encoder, loaded."""
-    from encoders import load_encoder
     from inference.answers import Answering
     from inference.loading import open_model
     from inference.report_writer import ReportWriter, check_settings
+    from inference.slide_tokens import load_encoders
     from stage0_tiling.tissue_sources import TissueSources, segmenter_file
 
     check_settings(settings, args.model)
-    name = args.vision_model_name or settings.encoder
-    if name is None:
+    if (args.vision_model_name or settings.encoder) is None:
         raise ValueError(f"{args.model} does not say how its tiles were encoded; say it with --vision_model_name")
     segmenter, preset = segmenter_file(args)
     sources = TissueSources(segmenter=segmenter, preset=preset)
     sources.check_segmenter(settings.tiling.get("segmenter"))
     model, tokenizer = open_model(args)
+    encoder, finish = load_encoders(settings, model.device, args.vision_model_name)
     return ReportWriter(
         model,
         tokenizer,
-        load_encoder(name).to(model.device),
+        encoder,
+        finish=finish,
         answering=Answering.of(args, settings, tokenizer),
         sources=sources,
         assume_mpp=args.assume_mpp,

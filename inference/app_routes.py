@@ -27,6 +27,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.requests import ClientDisconnect
 
 from inference.deep_zoom import TILE_PX, OpenSlides
 from inference.job_queue import Job, JobQueue, QueueFull
@@ -124,8 +126,12 @@ def _guard(app: FastAPI, allowed_hosts: set[str]) -> None:
         where = ".".join(str(part) for part in first["loc"][1:])
         return JSONResponse({"error": f"{where}: {first['msg']}"}, 422)
 
-    @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, error: ClientDisconnect) -> JSONResponse:  # an upload broke off; nobody reads this
+        return JSONResponse({"error": "the connection broke off"}, 400)
+
+    @app.exception_handler(AnyHTTPException)  # of routes that are not there, too
+    async def refused(_: Request, error: AnyHTTPException) -> JSONResponse:
         return JSONResponse({"error": error.detail}, error.status_code)
 
 

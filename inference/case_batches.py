@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inference.answers import make_sample, read_inputs
-from slide_reports import Record, read_records, slide_id_of
+from inference.answers import make_sample, one_line, read_inputs
+from slide_reports import Record, read_records
 
 if TYPE_CHECKING:
     from inference.new_slides import SlideReader
@@ -55,13 +55,8 @@ def records_of_slides(sources: list[str], test_json: str | None) -> tuple[list[R
     slides = {entry.path: entry for entry in entries.values()}
     if test_json is None:
         return [Record(e.path.name, (e.path,), "", "", e.slide_id) for e in entries.values()], slides
-    found = []
-    for record in _test_split(read_records(test_json, locate_inputs=False)):
-        entry = entries.get(record.id) or entries.get(slide_id_of(record.id))
-        if entry is None:
-            raise ValueError(f"{test_json}: {record.id} is not among --slides; add it, or leave the record out")
-        found.append(Record(record.id, (entry.path,), record.question, "", record.group))
-    return found, slides
+    paths = {slide_id: entry.path for slide_id, entry in entries.items()}
+    return _test_split(read_records(test_json, slides=paths)), slides
 
 
 def _test_split(records: Sequence[Record]) -> list[Record]:
@@ -122,8 +117,11 @@ def _read_case(
     try:
         if reader is None:
             return read_inputs(model, record.inputs)
-        entry = slides[record.inputs[0]]
-        given = {"assume_mpp": entry.assume_mpp} if entry.assume_mpp is not None else {}
-        return reader.read(record.inputs, **given, slide_mpp=entry.mpp)
+        entries = [slides[path] for path in record.inputs]
+        assumed = [{} if entry.assume_mpp is None else {"assume_mpp": entry.assume_mpp} for entry in entries]
+        stated = [more | {"slide_mpp": entry.mpp} for more, entry in zip(assumed, entries, strict=True)]
+        return reader.read(record.inputs, stated)
     except (ValueError, OSError) as error:
         return str(error)
+    except (RuntimeError, MemoryError) as error:  # no memory for an encoder's tiles, a codec that gives up
+        return one_line(error)

@@ -1,12 +1,16 @@
 """A dialogue about one case in the terminal: what was said stays in the cache, and each question is read behind it."""
 
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from command_line import DONE
 from inference.answers import Answering, make_sample
 from inference.decoding import decode, extend_prefix, last_markers, read_prefixes, text_of
+from projectors import PROMPT_TOPK
 from slide_reports import Prompt
 from slide_vlm import SlideVLM
 
@@ -22,17 +26,21 @@ def chat(
     """
     prompt, longest = Prompt(**model.settings.prompt), model.settings.max_question_tokens
     stop_ids = prompt.stop_ids(tokenizer, model.base_llm)
-    prefix = None
+    slide, prefix, room = None, None, room_for_text(model)
     for number, question in enumerate(_questions(first)):
+        if prefix is not None:
+            asked = prompt.next_question_ids(tokenizer, question, longest)
+            if len(prefix) + len(asked) + answering.decoding.max_new_tokens > room:
+                print("what was said before is forgotten: the model reads no more at once", file=sys.stderr)
+                prefix = None
         if prefix is None:
             sample = make_sample(model, tokenizer, question, case, num_inputs)
-            (prefix,) = read_prefixes(model, [sample])
-            import torch
-
+            # A reducer may choose visual tokens by the question, so only others keep the slide as it was read.
+            if slide is None or model.settings.token_reducer == PROMPT_TOPK:
+                (slide,) = read_prefixes(model, [sample])
+            prefix = slide
             (cut,) = last_markers(torch.tensor([sample["input_ids"]]))
             asked = sample["input_ids"][cut:]
-        else:
-            asked = prompt.next_question_ids(tokenizer, question, longest)
         ((answer, *_),) = decode(
             model,
             [prefix],
@@ -46,6 +54,12 @@ def chat(
         ending = tokenizer(prompt.after_answer, add_special_tokens=False)["input_ids"]
         prefix = extend_prefix(model, prefix, [*asked, *answer.token_ids, *ending])
     return DONE
+
+
+def room_for_text(model: SlideVLM) -> float:
+    """Positions that the language model has, visual tokens, questions and answers together."""
+    config = model.base_llm.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def _questions(first: list[str]) -> Iterator[str]:

@@ -72,6 +72,16 @@ def tiled_slide_of_features(path: str | Path) -> TiledSlide:
     return TiledSlide(slide_id_of_features(path), Grid(side, side, side, side), width, height)
 
 
+def check_evidence_folder(folder: Path) -> None:
+    """Refuse to replace anything but evidence.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    if folder.exists() and not (folder.is_dir() and ((folder / "evidence.json").exists() or not any(folder.iterdir()))):
+        raise ValueError(f"--evidence {folder} holds something else; name a new folder")
+
+
 def write_evidence(folder: str | Path, evidence: Evidence, slides: Sequence[TiledSlide], about: dict[str, Any]) -> None:
     """Write the files named above, all or none; an earlier result in ``folder`` is replaced.
 
@@ -85,8 +95,7 @@ def write_evidence(folder: str | Path, evidence: Evidence, slides: Sequence[Tile
         ValueError: the folder holds something else than evidence.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and ((folder / "evidence.json").exists() or not any(folder.iterdir()))):
-        raise ValueError(f"--evidence {folder} holds something else; name a new folder")
+    check_evidence_folder(folder)
     slides = _with_own_names(slides)
     partial = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(partial, ignore_errors=True)

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from command_line import DONE, make_parser, run
+from command_line import DONE, GatherValues, make_parser, run
 from inference.arguments import add_decoding_arguments
 from inference.new_slides import SlideReader, add_slide_arguments, check_slide_arguments
 
@@ -23,11 +23,25 @@ def parse_arguments():
     parser = make_parser(__doc__)
     group = parser.add_argument_group("What to report on")
     group.add_argument("--model", required=True, help="final_model folder of stage 1 or 2, or a hub name")
-    group.add_argument("--slide", nargs="+", default=None, help="whole-slide image, or several of one case")
-    group.add_argument("--features", nargs="+", default=None, help="feature files of stage 0, instead of slides")
-    group.add_argument("--image", nargs="+", default=None, help="image or images of one case, for a model of images")
     group.add_argument(
-        "--question", nargs="+", default=None, help="one or several; default: the one that the model was trained with"
+        "--slide", nargs="+", action=GatherValues, default=None, help="whole-slide image, or several of one case"
+    )
+    group.add_argument(
+        "--features", nargs="+", action=GatherValues, default=None, help="feature files of stage 0, instead of slides"
+    )
+    group.add_argument(
+        "--image",
+        nargs="+",
+        action=GatherValues,
+        default=None,
+        help="image or images of one case, for a model of images",
+    )
+    group.add_argument(
+        "--question",
+        nargs="+",
+        action=GatherValues,
+        default=None,
+        help="one or several, also as a flag each; default: the one that the model was trained with",
     )
     group.add_argument(
         "--chat", action="store_true", help="ask on from the keyboard, each question with what was said before"
@@ -75,13 +89,14 @@ def main() -> int:
             "num_patches": sum(map(len, case.get("coords", []))) or None,
             "seconds": round(time.perf_counter() - began, 3),
         }
-        if args.evidence:
-            folder = Path(args.evidence) / f"question_{number + 1}" if len(questions) > 1 else Path(args.evidence)
-            write_case_evidence(args, model, tokenizer, samples[number], details, folder)
         if args.json:
             show_json(details, tokenizer, answers[0])
         else:
             show_text(details, question if len(questions) > 1 else None, is_first=number == 0)
+        sys.stdout.flush()
+        if args.evidence:  # last, since it takes longest and may be refused
+            folder = Path(args.evidence) / f"question_{number + 1}" if len(questions) > 1 else Path(args.evidence)
+            write_case_evidence(args, model, tokenizer, samples[number], details, folder)
     return DONE
 
 
@@ -112,6 +127,13 @@ def check_input(args, settings) -> None:
             raise FileNotFoundError(f"{path}: no such file")
     if args.evidence and (args.image or args.chat):
         raise ValueError("--evidence shows what written reports of slides rest on; leave out --image and --chat")
+    if args.evidence:
+        from inference.evidence_files import check_evidence_folder
+        from inference.slide_tokens import check_has_tiles
+
+        check_has_tiles(settings, args.model)
+        if len(args.question or ()) < 2:
+            check_evidence_folder(Path(args.evidence))
     if settings.input_kind == "images" and not args.image:
         raise ValueError(f"{args.model} was trained on images; give --image")
     if settings.input_kind == "features" and args.image:

@@ -87,8 +87,13 @@ def _model_rows(settings: VLMSettings, base: str) -> dict[str, Any]:
 
 
 def _training_rows(settings: VLMSettings, run_json: dict[str, Any]) -> dict[str, Any]:
-    counts = ("train_records", "val_records", "left_out_records", "optimizer_steps", "trainable_parameters")
+    counts = ("train_records", "val_records", "left_out_records", "optimizer_steps")
     rows = {name.replace("_", " "): run_json[name] for name in counts if name in run_json}
+    parts = run_json.get("trainable_parameters")
+    if isinstance(parts, dict):  # "learned / all" of each part
+        parts = ", ".join(f"{name} {count}" for name, count in parts.items() if not str(count).startswith("0 /"))
+    if parts:
+        rows["trainable parameters"] = parts
     flags = ("llm_training", "lora_rank", "learning_rate", "num_epochs", "batch_size", "mixed_precision", "seed")
     rows |= {name: settings.training[name] for name in flags if settings.training.get(name) is not None}
     if settings.training.get("train_json"):

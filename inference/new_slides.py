@@ -64,8 +64,8 @@ class SlideReader:
         self.args = args
         self.settings = settings
 
-    def read(self, paths: Sequence[str | Path], **of_slide: Any) -> dict[str, Any]:
-        """Patch tokens and coordinates of a case of slides; ``of_slide`` may say assume_mpp and slide_mpp.
+    def read(self, paths: Sequence[str | Path], of_slides: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
+        """Patch tokens and coordinates of a case of slides; ``of_slides`` may say assume_mpp and slide_mpp of each.
 
         Raises:
             ValueError, OSError: a slide cannot be read, or has no tissue.
@@ -75,7 +75,7 @@ class SlideReader:
         from stage0_tiling.encoding import encode_slide
 
         slides = []
-        for path in paths:
+        for path, of_slide in zip(paths, of_slides or [{}] * len(paths), strict=True):
             slide = encode_slide(
                 path,
                 self.encoder,

@@ -20,7 +20,7 @@ from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
 from accelerator_setup import LONGEST_WAIT, runs_on_cpu
-from command_line import DONE, SOME_FAILED, make_parser, run
+from command_line import DONE, SOME_FAILED, GatherValues, make_parser, run
 from inference.answers import Answering
 from inference.arguments import SAVED, add_decoding_arguments
 from inference.case_batches import CaseBatch, batches_of, read_ahead, records_of_slides, records_to_answer
@@ -50,6 +50,7 @@ def parse_arguments():
     group.add_argument(
         "--slides",
         nargs="+",
+        action=GatherValues,
         default=None,
         help="slides in place of features: folders, files, or CSVs as stage 0 takes them; all of them, or those that "
         "--test_json names",
@@ -170,17 +171,20 @@ def main() -> int:
 def answer_batch(
     model, tokenizer, batch: CaseBatch, answering: Answering, rows_at_once: int
 ) -> tuple[list[dict], dict[int, str]]:
-    """Answers to the records of a batch, and an error for each whose input could not be read."""
+    """Answers to the records of a batch, and an error for each that has none."""
     began = time.perf_counter()
     numbers = list(batch.samples)
-    described = answering.answer(model, tokenizer, list(batch.samples.values()), numbers, rows_at_once)
+    described = answering.answer_or_say_why(model, tokenizer, list(batch.samples.values()), numbers, rows_at_once)
     seconds = round((time.perf_counter() - began) / max(1, len(numbers)), 3)
-    answers = []
+    answers, failed = [], dict(batch.failed)
     for index, answer in zip(numbers, described, strict=True):
+        if isinstance(answer, str):
+            failed[index] = answer
+            continue
         record = batch.records[index]
         question = record.question or model.settings.question
         answers.append({"index": index, "id": record.id, "question": question, **answer, "seconds": seconds})
-    return answers, batch.failed
+    return answers, failed
 
 
 def throughput(done: dict, seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from inference.answers import Answering, budgets_of, make_sample
 from inference.evidence import METHODS, explain
 from inference.evidence_files import describe, tiled_slide, write_evidence
 from inference.job_queue import Job
+from inference.slide_tokens import check_has_tiles
 from slide_features import MAKING_FACTS, SlideFeatures
 from slide_reports import case_of_slides
 from slide_vlm import SlideVLM, VLMSettings, check_encoder
@@ -32,6 +34,7 @@ def check_settings(settings: VLMSettings, folder: str) -> None:
     """
     if settings.input_kind != "features":
         raise ValueError(f"{folder} was trained on images; the page shows slides")
+    check_has_tiles(settings, folder)
     if not {"tile_size", "mpp"} <= settings.tiling.keys():
         raise ValueError(f"{folder} does not say how its slides were tiled (their feature files did not); train anew")
     if unknown := settings.tiling.keys() - MAKING_FACTS.keys():
@@ -45,6 +48,7 @@ class ReportWriter:
         model: in evaluation mode.
         tokenizer: of its language model.
         encoder: of its tiles.
+        finish: what makes the model's features of those of the tiles, where a slide encoder follows.
         answering: how it answers.
         sources: files that tissue is found with, where the model's slides had a segmenter.
         assume_mpp: um per level-0 pixel of slides that state none.
@@ -59,12 +63,15 @@ class ReportWriter:
         encoder: Any,
         *,
         answering: Answering,
+        finish: Callable[[SlideFeatures], SlideFeatures] | None = None,
         sources: TissueSources | None = None,
         assume_mpp: float | None = None,
         batch_size: int = 64,
         num_workers: int = 4,
     ):
-        check_encoder(encoder, model.settings)
+        if finish is None:
+            check_encoder(encoder, model.settings)
+        self.finish = finish or (lambda tiles: tiles)
         self.model, self.tokenizer, self.encoder = model, tokenizer, encoder
         self.answering, self.sources, self.assume_mpp = answering, sources or TissueSources(), assume_mpp
         self.batch_size, self.num_workers = batch_size, num_workers
@@ -125,7 +132,10 @@ class ReportWriter:
 
     def _features(self, job: Job, path: Path) -> SlideFeatures:
         """Patch tokens of a slide, kept from the last time where the file is the same."""
-        status = path.stat()
+        try:
+            status = path.stat()
+        except FileNotFoundError as error:  # it may have waited long for its turn
+            raise SlideError(f"{path.name}: is no longer in the folder") from error
         key = str(path), status.st_mtime_ns, status.st_size
         if key not in self._kept:
             job.progress("Finding the tissue")
@@ -135,7 +145,7 @@ class ReportWriter:
             def count(tiles: int) -> None:
                 job.progress("Reading tiles", job.done + tiles, len(coords))
 
-            self._kept[key] = encode_slide(
+            tiles = encode_slide(
                 path,
                 self.encoder,
                 **self.tiling,
@@ -145,6 +155,7 @@ class ReportWriter:
                 num_workers=self.num_workers,
                 on_tiles=count,
             )
+            self._kept[key] = self.finish(tiles)
             while len(self._kept) > SLIDES_KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)

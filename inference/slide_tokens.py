@@ -10,6 +10,25 @@ from slide_vlm import VLMSettings, check_encoder
 from stage0_tiling.slide_tokens import encode_features, encoders_named, stated_encoder
 
 
+def reads_tiles(settings: VLMSettings) -> bool:
+    """Whether the model's patch tokens are of tiles; tokens of the slide as a whole belong to none."""
+    _, slide_name, tokens = encoders_named(settings.encoder or "")
+    return slide_name is None or tokens == "all"
+
+
+def check_has_tiles(settings: VLMSettings, folder: str) -> None:
+    """Refuse to look for the tiles that a report rests on where there are none.
+
+    Raises:
+        ValueError: the model is given tokens of the whole slide.
+    """
+    if not reads_tiles(settings):
+        raise ValueError(
+            f"{folder} reads tokens of the whole slide, behind which no evidence can be told apart by tiles; train on "
+            "tiles, or on encode_slides.py --tokens all"
+        )
+
+
 def load_encoders(
     settings: VLMSettings, device: torch.device | str, given: str | None = None
 ) -> tuple[ImageEncoder, Callable[[SlideFeatures], SlideFeatures]]:

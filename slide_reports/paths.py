@@ -1,6 +1,7 @@
 """Names in annotation files to files: found under a root, and refused when they leave it."""
 
 import os
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -86,6 +87,28 @@ class Folders:
     def _exists(self, path: Path) -> bool:
         folder, file = os.path.split(path)
         return file in self._listing(folder)
+
+
+class GivenSlides:
+    """Slides themselves in the place of folders: records name them as they name their feature files.
+
+    Attributes:
+        slides: paths by slide_id.
+    """
+
+    def __init__(self, slides: Mapping[str, Path]):
+        self.slides = slides
+
+    def locate(self, where: str, kind: str, name: str) -> Path:
+        """The slide that a record names.
+
+        Raises:
+            ValueError: it names something else, or a slide that was not given.
+        """
+        found = self.slides.get(name) or self.slides.get(slide_id_of(name))
+        if kind != "slide" or found is None:
+            raise ValueError(f"{where}: {name[:80]} is not among --slides; add it, or leave the record out")
+        return found
 
 
 def _list_folder(folder: str) -> dict[str, bool]:

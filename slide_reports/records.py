@@ -5,7 +5,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from slide_reports.edits import Edits
 from slide_reports.findings import refuse_leaks
 from slide_reports.forms import Draft, read_drafts
 from slide_reports.inputs import check_input, with_inputs
-from slide_reports.paths import Folders
+from slide_reports.paths import Folders, GivenSlides
 from slide_reports.record import Record, patient_of
 from slide_reports.splits import read_fold, read_splits, split_by_patient, splits_of
 from slide_reports.table import RecordTable, column, fields, select
@@ -35,6 +35,7 @@ def read_records(
     revise: str | Path | None = None,
     edits: Edits | None = None,
     locate_inputs: bool = True,
+    slides: Mapping[str, Path] | None = None,
 ) -> RecordTable:
     """Read records of any known form (`slide_reports.forms` lists them), told apart by content.
 
@@ -48,6 +49,7 @@ def read_records(
         revise: annotation file with new texts for some ids, each for the same question or for none.
         edits: both of them together, where it is of interest which of them were of use.
         locate_inputs: find the files that records name; without, they have none.
+        slides: paths by slide_id; where given, records name these, not feature files.
 
     Raises:
         FileNotFoundError: no such annotation file or root.
@@ -61,7 +63,9 @@ def read_records(
         if root is not None and not Path(root).is_dir():
             raise FileNotFoundError(f"{name} {root}: no such folder")
     roots = (None if root is None else Path(root) for root in (features_dir, image_root))
-    folders = Folders(*roots, pictures_folder()) if locate_inputs else None
+    folders: Folders | GivenSlides | None = Folders(*roots, pictures_folder()) if locate_inputs else None
+    if slides is not None:
+        folders = GivenSlides(slides)
     edits = edits or Edits(exclude, revise)
     table = RecordTable.of(_records(Path(annotation), folders, group_pattern, edits))
     if not len(table):
@@ -72,7 +76,7 @@ def read_records(
 
 def _records(
     annotation: Path,
-    folders: Folders | None,
+    folders: Folders | GivenSlides | None,
     group_pattern: str | None,
     edits: Edits,
 ) -> Iterator[Record]:
@@ -87,7 +91,9 @@ def _records(
                     yield record
 
 
-def _record(where: str, draft: Draft, folders: Folders | None, group_pattern: str | None, edits: Edits) -> Record:
+def _record(
+    where: str, draft: Draft, folders: Folders | GivenSlides | None, group_pattern: str | None, edits: Edits
+) -> Record:
     inputs = tuple(folders.locate(where, draft.kind, name) for name in draft.names) if folders else ()
     group = draft.group or patient_of(draft.case, group_pattern)
     (question, answer), *later = draft.turns
@@ -96,7 +102,9 @@ def _record(where: str, draft: Draft, folders: Folders | None, group_pattern: st
     return Record(draft.id, inputs, question, answer, group, draft.split, tuple(later))
 
 
-def annotation_sources(annotation: Path, folders: Folders | None = None) -> Iterator[tuple[Path, Folders | None, int]]:
+def annotation_sources(
+    annotation: Path, folders: Folders | GivenSlides | None = None
+) -> Iterator[tuple[Path, Folders | GivenSlides | None, int]]:
     """The annotation file itself, or those that an InternVL meta file names, with their roots and repetitions.
 
     Raises:
@@ -114,7 +122,9 @@ def annotation_sources(annotation: Path, folders: Folders | None = None) -> Iter
         root, file = (_beside(annotation, where, entry.get(key), key) for key in ("root", "annotation"))
         if not file.is_file():
             raise FileNotFoundError(f"{where} names {file}, which does not exist")
-        own = folders and Folders(folders.features_dir or root, folders.image_root or root, folders.free)
+        own = folders
+        if isinstance(folders, Folders):
+            own = Folders(folders.features_dir or root, folders.image_root or root, folders.free)
         yield file, own, int(times)
 
 

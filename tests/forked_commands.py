@@ -9,20 +9,20 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SET_BY_LIBRARIES = {"PYTEST_CURRENT_TEST", "LD_LIBRARY_PATH", "TORCHINDUCTOR_CACHE_DIR"}  # pytest, cv2 and torch
+# Environment variables that libraries read when they are imported; a test that changes one needs a new process.
+READ_AT_IMPORT = ("HF_", "HOME", "XDG_", "TORCH_", "TRANSFORMERS_", "ACCELERATE_", "CUDA_", "OMP_", "PYTHON", "PATH")
 
 
-def _own_environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in SET_BY_LIBRARIES}
+def _read_at_import() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(READ_AT_IMPORT)}
 
 
-# Some libraries read the environment when they are imported, so a fork is of use in the same one only.
-ENVIRONMENT_AT_START = _own_environment()
+ENVIRONMENT_AT_START = _read_at_import()
 
 
 def can_fork() -> bool:
-    """Whether the environment is still that in which the libraries are imported."""
-    return _own_environment() == ENVIRONMENT_AT_START
+    """Whether the environment is still that in which the libraries are imported, as far as they read it."""
+    return _read_at_import() == ENVIRONMENT_AT_START
 
 
 def run_forked(words: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:

@@ -32,7 +32,7 @@ from inference.report_writer import ReportWriter
 from inference.slide_folder import NotAccepted, SlideFolder, parse_size
 from slide_vlm import load_vlm
 from stage0_tiling.encoding import encode_slide
-from stage0_tiling.slide import Slide
+from stage0_tiling.slide import Slide, SlideError
 from tests.conftest import ROOT, command, environment, heed_interrupts
 from tests.mirax_slides import write_mirax_slide
 from tests.slides import DrawnSlide
@@ -336,6 +336,28 @@ def test_an_upload_that_breaks_off_or_meets_a_full_disk_leaves_nothing(folder, m
     assert sorted(folder.iterdir()) == before
 
 
+def test_an_upload_whose_sender_leaves_is_no_fault_of_ours(served, folder):
+    client, _ = served
+    told = iter([{"type": "http.request", "body": b"half", "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive():
+        return next(told)
+
+    async def send(message):
+        pass
+
+    headers = [(b"host", b"localhost"), (b"x-slidescribe", b"1"), (b"content-length", b"100")]
+    scope = {"type": "http", "method": "PUT", "path": "/api/uploads/new.tiff", "headers": headers, "query_string": b""}
+    asyncio.run(client.app(scope, receive, send))  # raises nothing
+    assert not [path for path in folder.iterdir() if path.name.startswith(".upload") or path.name == "new.tiff"]
+
+
+def test_what_is_not_there_is_said_as_all_errors_are(served):
+    client, _ = served
+    answer = client.get("/api/nothing")
+    assert answer.status_code == 404 and answer.json() == {"error": "Not Found"}
+
+
 def test_uploads_take_no_name_from_another_where_hard_links_are_missing(served, slide, folder, monkeypatch):
     client, _ = served
 
@@ -515,6 +537,11 @@ def test_a_blank_slide_fails_with_the_reason(folder, writer):
         assert "no tissue" in client.get(f"/api/slides/{key_of(client, 'blank.tiff')}/outline").json()["error"]
         job = wait_for(client, ask(client, None, "blank.tiff").json()["id"], "done", "failed")
         assert job["state"] == "failed" and "no tissue" in job["error"]
+
+
+def test_a_slide_that_was_removed_meanwhile_is_said_without_its_folder(folder, writer):
+    with pytest.raises(SlideError, match=r"^gone\.tiff: is no longer in the folder$"):
+        writer.write(Job("x", folder.parent / "job"), folder / "gone.tiff")
 
 
 # The command

@@ -307,6 +307,12 @@ def test_generate_writes_evidence_beside_the_report(corpus, model_folder, tmp_pa
     where = tiled_slide_of_features(features)
     assert (where.slide_id, where.grid.tile_width) == (features.stem, 256)
     assert (tmp_path / "e" / features.stem / "report.png").is_file()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "x.txt").touch()
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags), "--evidence", str(tmp_path / "taken")])
+    with pytest.raises(ValueError, match="holds something else"), monkeypatch.context() as unloaded:
+        unloaded.setattr("inference.decoding.open_model", None)  # refused before anything is loaded
+        generate.main()
     more = ["--question", "Which organ?", "Which grade?", "--evidence", str(tmp_path / "asked")]
     monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags), *more])
     assert generate.main() == 0

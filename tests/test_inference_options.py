@@ -53,6 +53,8 @@ def test_several_questions_are_answered_as_one_by_one(run_here, model, features)
     both = run_here("generate", *flags, "--question", *asked).stdout
     alone = [run_here("generate", *flags, "--question", question).stdout for question in asked]
     assert both == f"# {asked[0]}\n{alone[0]}\n# {asked[1]}\n{alone[1]}"
+    a_flag_each = [word for question in asked for word in ("--question", question)]
+    assert run_here("generate", *flags, *a_flag_each).stdout == both
 
 
 def test_json_has_probabilities_of_tokens_and_the_best_answers(run_here, model, features):
@@ -63,6 +65,16 @@ def test_json_has_probabilities_of_tokens_and_the_best_answers(run_here, model, 
     probabilities = [probability for _, probability in found["tokens"]]
     assert len(probabilities) == found["num_tokens"] and all(0 < p <= 1 for p in probabilities)
     assert found["min_token_probability"] <= found["mean_token_probability"]
+
+
+def test_chat_forgets_when_the_model_reads_no_further(run_here, monkeypatch, model, features):
+    from inference import chat
+
+    flags = ["--model", model, "--features", features, "--chat", *SHORT]
+    first, second = (run_here("generate", *flags, stdin=f"{asked}\n").stdout for asked in ("Which organ?", "Grade?"))
+    monkeypatch.setattr(chat, "room_for_text", lambda vlm: 9)
+    talk = run_here("generate", *flags, stdin="Which organ?\nGrade?\nGrade?\n")
+    assert talk.stdout == first + 2 * second and talk.stderr.count("is forgotten") == 2
 
 
 def test_chat_remembers_what_was_said(run_here, model, features):
@@ -156,10 +168,54 @@ def test_questions_about_one_case_share_it_and_make_a_reg_2026_chain(run_here, m
         run_here("predict", *flags, "--output", tmp_path / "r.json", "--format", "reg2025")
 
 
+def test_a_batch_that_fails_is_tried_in_halves_and_costs_only_its_worst(run_here, monkeypatch, corpus, model, tmp_path):
+    import torch
+
+    from inference import answers
+
+    records = json.loads(corpus.reports.read_text())[:5]
+    flags = ["--model", model, "--test_json", write(tmp_path / "t.json", records), "--features_dir", corpus.features]
+    run_here("predict", *flags, *SHORT, "--output", tmp_path / "all.json")
+    expected = json.loads((tmp_path / "all.json").read_text())
+    decode, tried = answers.decode_samples, []
+
+    def decode_few(vlm, tokenizer, samples, numbers, **more):
+        tried.append(list(numbers))
+        if 3 in numbers:
+            raise RuntimeError("this one\nalways fails")
+        if len(samples) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return decode(vlm, tokenizer, samples, numbers=numbers, **more)
+
+    monkeypatch.setattr(answers, "decode_samples", decode_few)
+    done = run_here("predict", *flags, *SHORT, "--batch_size", 5, "--output", tmp_path / "p.json")
+    assert done.status == 1 and tried == [[0, 1, 2, 3, 4], [0, 1], [2, 3, 4], [2], [3, 4], [3], [4]]
+    assert f"failed: {records[3]['id']}: RuntimeError: this one always fails\n" in done.stderr
+    assert json.loads((tmp_path / "p.json").read_text()) == [row for n, row in enumerate(expected) if n != 3]
+    monkeypatch.undo()
+    assert run_here("predict", *flags, *SHORT, "--output", tmp_path / "p.json").status == 0
+    assert json.loads((tmp_path / "p.json").read_text()) == expected
+
+
+def test_of_beams_that_spell_one_text_the_best_is_listed(model):
+    from inference.answers import Answering
+    from inference.decoding import Decoded, Decoding
+    from tests.tiny_models import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a b", "c", "a b ")]
+    found = [Decoded(tokens, -score, (-score,)) for tokens, score in zip(ids, (1.0, 2.0, 3.0), strict=True)]
+    beams = Answering(Decoding(num_beams=3, num_return=3)).describe(tokenizer, found)
+    assert [(one["report"], one["beam_score"]) for one in beams["n_best"]] == [("a b", -1), ("c", -2)]
+    draws = Answering(Decoding(num_beams=1, do_sample=True, num_return=3)).describe(tokenizer, found)
+    assert len(draws["n_best"]) == 3
+
+
 def test_slides_are_encoded_while_others_are_decoded(run_here, monkeypatch, corpus, tmp_path):
     from inference import predict
     from inference.new_slides import SlideReader
     from slide_reports import describe_features
+    from stage0_tiling import encoding
     from tests.slides import DrawnSlide
 
     slides = tmp_path / "slides"
@@ -199,6 +255,29 @@ def test_slides_are_encoded_while_others_are_decoded(run_here, monkeypatch, corp
     assert done.status == 1 and "failed: torn.svs" in done.stderr
     assert [row["id"] for row in rows] == ["a.tiff", "b.tiff", "c.tiff"]
     assert rows[0]["report"] == from_features.stdout.strip("\n")
+
+    # A record of several slides is one case, each slide with what the list says of it.
+    monkeypatch.setattr(predict, "answer_batch", answer)
+    monkeypatch.setattr(SlideReader, "read", reading)
+    listed = tmp_path / "slides.csv"
+    listed.write_text(f"path,mpp\n{slides / 'a.tiff'},\n{slides / 'b.tiff'},1.0\n")
+    records = write(tmp_path / "t.json", [{"id": "a.tiff", "report": "", "slides": ["a.tiff", "b"]}])
+    sizes, encode_slide = [], encoding.encode_slide
+    monkeypatch.setattr(
+        encoding,
+        "encode_slide",
+        lambda path, *a, **more: sizes.append(more.get("slide_mpp")) or encode_slide(path, *a, **more),
+    )
+    flags = ["--model", folder, "--test_json", records, *SHORT, "--output", tmp_path / "case.json"]
+    assert run_here("predict", "--slides", listed, *flags).status == 0
+    assert sizes == [None, 1.0]
+    both = run_here("generate", "--model", folder, "--slide", slides / "a.tiff", slides / "a.tiff", *SHORT).stdout
+    alone = json.loads((tmp_path / "case.json").read_text())[0]["report"]
+    assert run_here("predict", "--slides", slides, *flags, "--overwrite").status == 0
+    assert json.loads((tmp_path / "case.json").read_text())[0]["report"] == both.strip("\n") != ""
+    assert alone
+    with pytest.raises(ValueError, match="b is not among --slides"):
+        run_here("predict", "--slides", slides / "a.tiff", *flags, "--overwrite")
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

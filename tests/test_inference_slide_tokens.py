@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from inference import generate
+from inference import app, generate
+from inference.job_queue import Job
 from inference.slide_tokens import load_encoders
 from longnet import LongNet
 from slide_encoders import save_slide_encoder
@@ -78,3 +79,28 @@ def test_the_report_of_a_slide_is_that_of_its_slide_tokens(corpus, out, tmp_path
     (folder / "vlm.json").write_text(json.dumps(settings | {"encoder_fingerprint": "of-others"}))
     with pytest.raises(ValueError, match="their weights are not those .*give --features, or name the right ones"):
         report("--slide", out / "one.tiff")
+
+
+def test_the_page_reads_a_slide_through_both_encoders(corpus, out, tmp_path, monkeypatch, capsys):
+    stored = out / "slide_features_longnet_all" / "one.h5"
+    folder = save_model(tmp_path / "final_model", corpus, **describe_features(stored))
+    flags = ["--model", folder, "--slides", out, "--max_new_tokens", 6, "--num_beams", 1]
+    monkeypatch.setattr("sys.argv", ["app.py", *map(str, flags)])
+    writer = app.open_writer(app.parse_arguments(), VLMSettings.read(folder))
+    written = writer.write(Job("x", tmp_path / "job"), out / "one.tiff")
+    flags = ["--model", folder, "--features", stored, "--max_new_tokens", 6, "--num_beams", 1]
+    monkeypatch.setattr("sys.argv", ["generate.py", *map(str, flags)])
+    assert generate.main() == 0
+    assert capsys.readouterr().out == written["report"] + "\n"
+
+
+def test_tokens_of_the_whole_slide_are_no_evidence(corpus, out, tmp_path, monkeypatch):
+    stored = out / "slide_features_longnet" / "one.h5"
+    folder = save_model(tmp_path / "final_model", corpus, **describe_features(stored))
+    flags = ["--model", folder, "--features", stored, "--evidence", tmp_path / "e"]
+    monkeypatch.setattr("sys.argv", ["generate.py", *map(str, flags)])
+    with pytest.raises(ValueError, match="tokens of the whole slide"):
+        generate.main()
+    monkeypatch.setattr("sys.argv", ["app.py", "--model", str(folder), "--slides", str(out)])
+    with pytest.raises(ValueError, match="tokens of the whole slide"):
+        app.open_writer(app.parse_arguments(), VLMSettings.read(folder))
