@@ -3,6 +3,8 @@
 import copy
 import importlib
 import json
+import os
+import subprocess
 
 import pytest
 import torch
@@ -599,3 +601,22 @@ def test_comparison_of_lora_and_qlora(corpus, stage1, tmp_path, monkeypatch, cap
     assert capsys.readouterr().out == (tmp_path / "both" / "comparison.md").read_text()
     assert (tmp_path / "both" / "comparison.csv").read_text().startswith("method,final_val_loss,")
     assert (tmp_path / "both" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_comparison_does_not_take_a_failed_launch_for_a_run(corpus, stage1, tmp_path, monkeypatch, capsys):
+    """A launcher of several processes leaves with 1 when they refuse, which a run does that left records out."""
+    commands = []
+
+    def launch(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr("stage2_finetune.compare_peft.subprocess.run", launch)
+    old = tmp_path / "both" / "lora" / "run.json"
+    old.parent.mkdir(parents=True)
+    old.write_text('{"steps_taken": 3}')  # of an earlier comparison
+    os.utime(old, (1, 1))
+    flags = stage2_flags(corpus, stage1, tmp_path / "both", "--num_processes", 2)
+    assert call("stage2_finetune.compare_peft", monkeypatch, *flags) == 2
+    assert "with --llm_training lora left with 1; see above" in capsys.readouterr().err
+    assert len(commands) == 1 and "--nproc_per_node=2" in commands[0]
