@@ -351,6 +351,13 @@ def test_a_run_that_adapts_the_encoder_keeps_what_it_learned(corpus, tmp_path, m
     flags = ["--train_json", corpus.captions, "--stage1_projector_path", one / "final_model", *images, *way]
     flags += ["--llm_training", "frozen", "--encoder_learning_rate", 1e-3, "--num_epochs", 2, "--output_dir", two]
     assert call(STAGE2, monkeypatch, *flags) == 0
+    losses = [line["loss"] for line in log_lines(two)]
+    whole = load_file(two / "final_model" / "encoder" / "model.safetensors")
+    half = two / "checkpoints" / f"step_{len(losses) // 2}"
+    assert call(STAGE2, monkeypatch, *flags, "--resume_from_checkpoint", half) == 0
+    assert [line["loss"] for line in log_lines(two)] == losses
+    resumed = load_file(two / "final_model" / "encoder" / "model.safetensors")
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
     assert log_lines(two)[0]["lr_encoder"] == 1e-3
     trainable = json.loads((two / "run.json").read_text())["trainable_parameters"]
     assert trainable["llm"].startswith("0 /") and not trainable["encoder"].startswith("0 /")
