@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -134,12 +134,15 @@ def refuse_untested_sharding() -> None:
             )
 
 
+ACCELERATOR_FLAGS = ("seed", "mixed_precision", "wandb_project", "tensorboard")
+
+
 def make_accelerator(
     *,
     output_dir: str | Path,
     seed: int,
     mixed_precision: str | None = None,
-    wandb: bool = False,
+    wandb_project: str | None = None,
     tensorboard: bool = False,
     find_unused_parameters: bool = False,
 ) -> Accelerator:
@@ -149,7 +152,7 @@ def make_accelerator(
         ValueError: float16, from the flag or from accelerate's own configuration, or a sharding that is not supported.
     """
     refuse_untested_sharding()
-    trackers = [*(["wandb"] if wandb else []), *(["tensorboard"] if tensorboard else [])]
+    trackers = [*(["wandb"] if wandb_project else []), *(["tensorboard"] if tensorboard else [])]
     accelerator = Accelerator(
         cpu=runs_on_cpu(),
         mixed_precision=mixed_precision,
@@ -258,14 +261,25 @@ def git_revision() -> str | None:
         return None
 
 
-def write_run_json(accelerator: Accelerator, run_dir: Path, arguments: dict[str, Any], **facts: Any) -> None:
-    """Write ``run.json`` (the command, its flags, versions, and the facts given) and print the facts on stderr."""
+def write_run_json(
+    accelerator: Accelerator, run_dir: Path, arguments: dict[str, Any], problems: Sequence[str], **facts: Any
+) -> None:
+    """Write ``run.json`` (the command, its flags, versions, facts) and print facts and records left out on stderr.
+
+    Args:
+        accelerator: of the run; the main process writes.
+        run_dir: where.
+        arguments: the flags.
+        problems: a line for each record left out.
+        **facts: about the run.
+    """
     import peft
     import timm
     import transformers
 
     if not accelerator.is_main_process:
         return
+    facts = {"left_out_records": len(problems), **facts}
     versions = {module.__name__: module.__version__ for module in (torch, transformers, timm, peft)}
     run = {
         "command": sys.argv,
@@ -281,6 +295,7 @@ def write_run_json(accelerator: Accelerator, run_dir: Path, arguments: dict[str,
     os.replace(temporary, run_dir / "run.json")
     for name, value in facts.items():
         print(f"{name.replace('_', ' ')}: {value}", file=sys.stderr)
+    report_left_out(problems)
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, str]:
@@ -293,9 +308,9 @@ def trainable_parameters(model: torch.nn.Module) -> dict[str, str]:
     return counts
 
 
-def report_left_out(accelerator: Accelerator, problems: list[str], shown: int = 20) -> None:
-    """Print the records that were left out, on the main process."""
-    if accelerator.is_main_process and problems:
+def report_left_out(problems: Sequence[str], shown: int = 20) -> None:
+    """Print the records that were left out, the first of them by name."""
+    if problems:
         print(f"{len(problems)} records left out:", *problems[:shown], sep="\n  ", file=sys.stderr)
         if len(problems) > shown:
             print(f"  and {len(problems) - shown} more", file=sys.stderr)

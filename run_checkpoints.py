@@ -63,9 +63,13 @@ class RunState:
         return is_best
 
 
-def run_identity(flags: dict[str, Any], **content: Any) -> dict[str, Any]:
-    """What must be the same for a run to be resumed: the flags that decide what it learns, and other content."""
-    return {name: value for name, value in flags.items() if name not in FREE_ON_RESUME} | content
+def run_identity(flags: dict[str, Any], train_batches: Any, *contents: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for a run to be resumed: flags that decide what it learns, size of steps, other content."""
+    identity = {name: value for name, value in flags.items() if name not in FREE_ON_RESUME}
+    identity |= {name: getattr(train_batches, name) for name in ("steps_per_epoch", "records_per_step")}
+    for content in contents:
+        identity |= content
+    return identity
 
 
 def file_digest(path: Path) -> str:

@@ -12,13 +12,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
 
 class RunLog:
-    """``log.jsonl``, ``curves.png`` and the trackers of a run; writes on the main process only."""
+    """``log.jsonl``, ``curves.png``, trackers and progress bar of a run; writes on the main process only."""
 
-    def __init__(self, accelerator: Accelerator, run_dir: Path, first_step: int, project: str, flags: dict[str, Any]):
-        """Open the log and start the trackers, if any, under ``project``.
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        run_dir: Path,
+        first_step: int,
+        num_steps: int,
+        project: str,
+        flags: dict[str, Any],
+    ):
+        """Open the log, and a bar of ``num_steps`` steps, and start the trackers, if any, under ``project``.
 
         Lines after ``first_step`` are of a run that was interrupted later than its checkpoint, and are dropped.
         """
@@ -35,6 +44,8 @@ class RunLog:
             temporary = self.path.with_name("log.jsonl.writing")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(temporary, self.path)
+        hidden = not accelerator.is_main_process
+        self.bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=hidden)
 
     def step(
         self,
@@ -75,12 +86,18 @@ class RunLog:
             }
             | ({"records_left_out": num_bad} if num_bad else {})
         )
+        self.bar.update()
+        self.bar.set_postfix(loss=f"{loss:.4f}")
 
     def evaluation(self, step: int, epoch: float, val_loss: float, **metrics: float) -> None:
         """One line for an evaluation, and the curves drawn anew."""
         self._write({"step": step, "epoch": round(epoch, 4), "val_loss": val_loss, **metrics})
         self.draw()
         self.clock = time.perf_counter()  # evaluation is not part of the next step's time
+
+    def close_bar(self) -> None:
+        """Leave the progress bar as it is: training is over."""
+        self.bar.close()
 
     def end(self, step: int, image_ablation: Any) -> None:
         """The last line, and what is known only now in ``run.json``: time, memory, whether the image is used.

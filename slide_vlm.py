@@ -102,6 +102,10 @@ class VLMSettings:
         except TypeError as error:
             raise ValueError(f"{path}: {error}; the file is incomplete") from error
 
+    def fingerprints(self) -> dict[str, str | None]:
+        """Of the language model and the image encoder."""
+        return {"llm": self.llm_fingerprint, "encoder": self.encoder_fingerprint}
+
     def write(self, folder: Path) -> None:
         """Write ``folder/vlm.json``."""
         (folder / "vlm.json").write_text(json.dumps(asdict(self), indent=2) + "\n")

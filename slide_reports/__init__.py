@@ -27,10 +27,9 @@ from slide_reports.records import (
     RECORD_FLAGS,
     add_data_arguments,
     add_record_arguments,
-    inputs_digest,
+    digests,
     read_records,
     read_training_records,
-    records_digest,
 )
 from slide_reports.splits import split_by_patient
 from slide_reports.table import RecordTable
@@ -54,7 +53,7 @@ __all__ = [
     "collate",
     "describe_encoder",
     "describe_features",
-    "inputs_digest",
+    "digests",
     "make_loader",
     "make_loaders",
     "patch_budget",
@@ -63,7 +62,6 @@ __all__ = [
     "read_images",
     "read_records",
     "read_training_records",
-    "records_digest",
     "share_budget",
     "slide_id_of",
     "split_by_patient",

@@ -172,6 +172,15 @@ def records_digest(records: Sequence[Record]) -> str:
     return digest.hexdigest()
 
 
+def digests(train_records: Sequence[Record], val_records: Sequence[Record]) -> dict[str, str]:
+    """Of records and validation records, and of the files that training reads: tell data from other data."""
+    return {
+        "records": records_digest(train_records),
+        "inputs": inputs_digest(train_records),
+        "val_records": records_digest(val_records),
+    }
+
+
 def inputs_digest(records: Sequence[Record], max_files: int = 10_000, max_read: int = 64) -> str:
     """SHA-256 of an even sample of the records' input files: names and sizes, and of a few their first 64 KiB.
 

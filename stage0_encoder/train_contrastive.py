@@ -50,9 +50,8 @@ from slide_reports import (
     RECORD_FLAGS,
     RecordBatches,
     add_record_arguments,
-    inputs_digest,
+    digests,
     read_training_records,
-    records_digest,
 )
 from stage0_encoder.contrastive_step import contrastive_step, refuse_batch_statistics
 from stage0_encoder.pairs import Items, PairDataset, make_pair_loader
@@ -172,9 +171,7 @@ def main() -> int:
         {name: value for name, value in flags.items() if name not in MAY_DIFFER},
         steps_per_epoch=steps_per_epoch,
         records_per_step=train_batches.records_per_step,
-        records=records_digest(train_records),
-        inputs=inputs_digest(train_records),
-        val_records=records_digest(val_records),
+        **digests(train_records, val_records),
         text=model.settings.text_fingerprint,
         image=model.settings.image_fingerprint,
     )

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 from jsonargparse.typing import PositiveInt
-from tqdm import tqdm
 
 from accelerator_setup import (
+    ACCELERATOR_FLAGS,
     SCHEDULE_FLAGS,
     add_optimizer_arguments,
     add_run_arguments,
@@ -26,7 +26,6 @@ from accelerator_setup import (
     make_accelerator,
     make_scheduler,
     parameter_groups,
-    report_left_out,
     trainable_parameters,
     windows,
     write_run_json,
@@ -67,10 +66,9 @@ from slide_reports import (
     default_num_visual_tokens,
     describe_encoder,
     describe_features,
-    inputs_digest,
+    digests,
     make_loaders,
     read_training_records,
-    records_digest,
 )
 from slide_vlm import SlideVLM, VLMSettings
 from validation import (
@@ -126,11 +124,7 @@ def main() -> int:
     if args.image_root and not args.vision_model_name:
         raise ValueError("--image_root needs an image encoder; name it with --vision_model_name")
 
-    accelerator = make_accelerator(
-        output_dir=run_dir,
-        wandb=args.wandb_project is not None,
-        **chosen(args, ("seed", "mixed_precision", "tensorboard")),
-    )
+    accelerator = make_accelerator(output_dir=run_dir, **chosen(args, ACCELERATOR_FLAGS))
 
     # Model
     model, tokenizer = build_model(args, accelerator.mixed_precision, train_records[0].inputs[0])
@@ -142,12 +136,7 @@ def main() -> int:
         model.enable_gradient_checkpointing()
     model.label_smoothing = args.label_smoothing
     train_batches, train_loader, val_loader = make_loaders(
-        model,
-        tokenizer,
-        train_records,
-        val_records,
-        num_processes=accelerator.num_processes,
-        **chosen(args, LOADER_FLAGS),
+        model, tokenizer, train_records, val_records, accelerator.num_processes, **chosen(args, LOADER_FLAGS)
     )
     reports = written_reports(accelerator, val_records, tokenizer, METRICS, **chosen(args, METRIC_FLAGS))
 
@@ -159,16 +148,7 @@ def main() -> int:
     scheduler = make_scheduler(optimizer, num_steps, **chosen(args, SCHEDULE_FLAGS))
 
     # Resume
-    identity = run_identity(
-        flags,
-        steps_per_epoch=steps_per_epoch,
-        records_per_step=args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
-        records=records_digest(train_records),
-        inputs=inputs_digest(train_records),
-        val_records=records_digest(val_records),
-        llm=model.settings.llm_fingerprint,
-        encoder=model.settings.encoder_fingerprint,
-    )
+    identity = run_identity(flags, train_batches, digests(train_records, val_records), model.settings.fingerprints())
     resuming = {"state": state, "identity": identity, "keep": args.keep_checkpoints}
     check_identity(checkpoint, identity)
     model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
@@ -178,21 +158,12 @@ def main() -> int:
     begin_run_dir(accelerator, run_dir, overwrite=args.overwrite and checkpoint is None)
     if checkpoint:
         load_checkpoint(accelerator, run_dir, checkpoint, model, optimizer, scheduler)
-    log = RunLog(accelerator, run_dir, state.step, args.wandb_project or "slidescribe", flags)
-    write_run_json(
-        accelerator,
-        run_dir,
-        flags,
-        train_records=len(train_records),
-        val_records=len(val_records),
-        left_out_records=len(problems),
-        optimizer_steps=num_steps,
-        trainable_parameters=trainable_parameters(vlm),
-    )
-    report_left_out(accelerator, problems)
+    log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
+    counts = {"train_records": len(train_records), "val_records": len(val_records), "optimizer_steps": num_steps}
+    learning = trainable_parameters(vlm)
+    write_run_json(accelerator, run_dir, flags, problems, **counts, trainable_parameters=learning)
 
     # Train
-    progress = tqdm(total=num_steps, initial=state.step, unit="step", disable=not accelerator.is_main_process)
     num_bad = 0
     for epoch in range(state.step // steps_per_epoch, args.num_epochs):
         if stops_early(state.evaluations_since_best, args.early_stopping_patience):
@@ -207,8 +178,6 @@ def main() -> int:
             scheduler.step()
             if args.projector_ema:
                 update_average(vlm, args.projector_ema, state.step)
-            progress.update()
-            progress.set_postfix(loss=f"{result.loss:.4f}")
             if state.step % args.save_steps == 0 and state.step % steps_per_epoch != 0:
                 save_checkpoint(accelerator, run_dir, model, optimizer, scheduler, **resuming)
         if len(val_records):
@@ -218,7 +187,7 @@ def main() -> int:
                 if state.note(score_to_go_by(scores, args.best_metric)):
                     save_result(accelerator, model, run_dir / "best_model", tokenizer)
         save_checkpoint(accelerator, run_dir, model, optimizer, scheduler, **resuming)
-    progress.close()
+    log.close_bar()
 
     # Save
     with averaged(vlm):

@@ -18,6 +18,7 @@ from typing import Any
 
 from jsonargparse.typing import PositiveInt
 
+from accelerator_setup import runs_on_cpu
 from command_line import DONE, INTERRUPTED, flags_of, make_parser, run
 from run_log import read_log
 from slide_features import atomic_path
@@ -47,7 +48,7 @@ def parse_arguments():
         default=["lora", "qlora"],
         help="to compare",
     )
-    group.add_argument("--num_processes", type=PositiveInt, default=1, help="of each run, by `accelerate launch`")
+    group.add_argument("--num_processes", type=PositiveInt, default=1, help="of each run, on this machine")
     add_arguments(parser)
     return parser.parse_args()
 
@@ -79,16 +80,30 @@ def train(flags: dict[str, Any], num_processes: int, output: Path) -> float:
     output.mkdir(parents=True, exist_ok=True)
     config = output / f"{flags['llm_training']}.yaml"
     config.write_text(json.dumps(flags, indent=1))  # JSON is YAML
-    launcher = [sys.executable]
-    if num_processes > 1:
-        launcher += ["-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
-    began = time.perf_counter()
-    status = subprocess.run([*launcher, str(TRAIN), "--config", str(config)], stdout=subprocess.DEVNULL).returncode
+    began, began_ns = time.perf_counter(), time.time_ns()
+    command = [*launcher(num_processes), str(TRAIN), "--config", str(config)]
+    status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
     if status in (INTERRUPTED, -2):
         raise KeyboardInterrupt
-    if status not in (0, 1):
+    # Launchers leave with 1 whatever their processes left with, so the run itself must say that it has ended.
+    if status not in (0, 1) or not has_ended(Path(flags["output_dir"]), began_ns):
         raise ValueError(f"{TRAIN.name} with --llm_training {flags['llm_training']} left with {status}; see above")
     return time.perf_counter() - began
+
+
+def launcher(num_processes: int) -> list[str]:
+    """What starts a script of this project in so many processes."""
+    if num_processes == 1:
+        return [sys.executable]
+    if runs_on_cpu():  # where `accelerate launch` starts a single one, whatever it is asked for
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    return [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
+
+
+def has_ended(run_dir: Path, since_ns: int) -> bool:
+    """Whether a run has come to its end after a moment, in nanoseconds of the clock."""
+    facts = run_dir / "run.json"
+    return facts.is_file() and facts.stat().st_mtime_ns >= since_ns and "steps_taken" in json.loads(facts.read_text())
 
 
 def summary(method: str, run_dir: Path, log: list[dict], seconds: float) -> dict[str, Any]:

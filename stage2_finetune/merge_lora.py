@@ -5,9 +5,10 @@ r"""Merge the LoRA adapter of a stage 2 result into its language model: a result
 Its language_model/ opens with transformers' from_pretrained, the folder itself with inference/generate.py, and stage 2
 can go on from it. An adapter that was trained over 4-bit weights is merged into the values that those stand for.
 
-Before the folder gets its name it is opened again, and its logits on a few prompts with visual tokens are compared with
-those of adapter and language model apart, both in float32 arithmetic: the largest difference may be 1e-5 of the largest
-logit with float32 weights, 1e-3 with bfloat16 ones.
+Before the folder gets its name it is opened again and tried on a few prompts with visual tokens, in float32 arithmetic.
+Its logits must be those of the weights meant, within 1e-5 of the largest for float32 weights and 1e-3 for bfloat16,
+and its predictions those of adapter and language model apart, within as many nats and a hundredth of what the adapter
+changes in them (see merge_check.py).
 """
 
 import os
@@ -19,12 +20,17 @@ import torch
 from jsonargparse.typing import PositiveInt
 
 from command_line import DONE, make_parser, run
-from slide_reports import Prompt, collate
-from slide_vlm import SlideVLM, VLMSettings, load_vlm, position_arguments
+from slide_vlm import SlideVLM, VLMSettings, load_vlm
+from stage2_finetune.merge_check import (
+    MergeCheck,
+    example_prompts,
+    largest_difference,
+    logits_of,
+    mean_divergence,
+    round_as_merged,
+)
 
-LIMITS = {"fp32": 1e-5, "bf16": 1e-3}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-POSITIONS = 64  # of each prompt whose logits are compared; one of a large vocabulary takes 1 MB
 
 
 def parse_arguments():
@@ -37,7 +43,7 @@ def parse_arguments():
         "--dtype",
         choices=["auto", "fp32", "bf16"],
         default="auto",
-        help="of the merged weights; auto: as the base language model's files where the logits then agree, else fp32",
+        help="of the merged weights; auto: as the base language model's files where predictions then agree, else fp32",
     )
     parser.add_argument("--num_prompts", type=PositiveInt, default=4, help="to compare logits on")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; needs room for the language model in float32")
@@ -63,28 +69,30 @@ def main() -> int:
     model, tokenizer = load_vlm(folder, **where)
     prompts = example_prompts(model, tokenizer, args.num_prompts)
     unmerged = logits_of(model, prompts)
+    with model.llm.disable_adapter():
+        adapter_nats = mean_divergence(logits_of(model, prompts), unmerged)
     del model
 
     # Merged
-    dtypes = dtypes_to_try(args.dtype, args.llm_name or VLMSettings.read(folder).llm_name)
     temporary = output.with_name(output.name + ".unchecked")
-    for dtype in dtypes:
+    for name in dtypes_to_try(args.dtype, args.llm_name or VLMSettings.read(folder).llm_name):
+        dtype = DTYPES[name]
         model, tokenizer = load_vlm(folder, dequantized=True, **where)
-        save_merged(model, tokenizer, temporary, DTYPES[dtype], encoder=(folder / "encoder").is_dir())
+        save_merged(model, tokenizer, temporary, dtype, encoder=(folder / "encoder").is_dir())
+        model, _ = load_vlm(folder, dequantized=True, **where)
+        round_as_merged(model.llm, dtype)
+        meant = logits_of(model, prompts)
+        model, _ = load_vlm(temporary, device=args.device, encoder_name=args.vision_model_name)
+        logits = logits_of(model, prompts)
         del model
-        merged, _ = load_vlm(temporary, device=args.device, encoder_name=args.vision_model_name)
-        difference = float((logits_of(merged, prompts) - unmerged).abs().max() / unmerged.abs().max())
-        del merged
-        print(f"{dtype}: logits differ by {difference:.1e} of the largest", file=sys.stderr)
-        if difference <= LIMITS[dtype]:
+        check = MergeCheck(largest_difference(logits, meant), mean_divergence(logits, unmerged), adapter_nats, dtype)
+        print(f"{name}: {check}", file=sys.stderr)
+        if check.agrees:
             break
     else:
         shutil.rmtree(temporary)
-        advice = "; try --dtype fp32" if dtype == "bf16" else ""
-        raise ValueError(
-            f"{folder}: merged, its logits differ by {difference:.1e} of the largest, more than {LIMITS[dtype]:.0e}; "
-            f"keep the adapter apart{advice}"
-        )
+        advice = "; try --dtype fp32" if dtype == torch.bfloat16 else ""
+        raise ValueError(f"{folder}: merged, it is another model ({check}); keep the adapter apart{advice}")
 
     # Save
     outdated = output.with_name(output.name + ".outdated")
@@ -114,40 +122,6 @@ def save_merged(model: SlideVLM, tokenizer, folder: Path, dtype: torch.dtype, *,
     model.encoder_learned = encoder
     model.settings.llm_four_bit = None
     model.save(folder, tokenizer)
-
-
-def example_prompts(model: SlideVLM, tokenizer, num_prompts: int) -> dict[str, torch.Tensor]:
-    """A batch of prompts of different length with features, or images, of random numbers."""
-    settings, prompt = model.settings, Prompt(**model.settings.prompt)
-    generator = torch.Generator().manual_seed(0)
-    samples = []
-    for number in range(num_prompts):
-        question = " ".join([settings.question] * (number + 1))
-        ids = prompt.question_ids(tokenizer, question, settings.max_question_tokens)
-        bare = prompt.bare_question_ids(tokenizer, question, settings.max_question_tokens)
-        sample = {"input_ids": ids, "labels": [-100] * len(ids), "question_ids": bare}
-        sample["visual_budgets"] = torch.tensor([settings.num_visual_tokens])
-        if settings.input_kind == "images":
-            side = model.encoder.image_size
-            sample["pixel_values"] = torch.randn(1, 3, side, side, generator=generator)
-        else:
-            num_patches = 2 + settings.num_visual_tokens * (number + 1) // num_prompts
-            places = torch.arange(num_patches)
-            sample["patch_tokens"] = [torch.randn(num_patches, settings.patch_width, generator=generator)]
-            sample["coords"] = [torch.stack([places % 16, places // 16], dim=-1) * 256]
-        samples.append(sample)
-    return {name: value.to(model.device) for name, value in collate(samples).items()}
-
-
-@torch.no_grad()
-def logits_of(model: SlideVLM, prompts: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits (positions, V) at positions spread evenly over all prompts, visual ones among them, float32 on the CPU."""
-    inputs = model.embed(prompts)
-    mask = inputs["attention_mask"]
-    hidden = model.base_llm.get_decoder()(**inputs["conditioning"], **position_arguments(mask), use_cache=False)
-    real = hidden.last_hidden_state[mask.bool()]
-    places = torch.linspace(0, len(real) - 1, min(len(real), POSITIONS * len(mask))).long()
-    return model.logits(real[places.to(real.device)]).float().cpu()
 
 
 if __name__ == "__main__":

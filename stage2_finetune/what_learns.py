@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from transformers import PreTrainedTokenizerBase
 
-from accelerator_setup import git_revision
+from accelerator_setup import forget_frozen, git_revision
 from command_line import flags_of
 from four_bit import FourBit
 from slide_reports import check_input_kind
@@ -84,6 +84,12 @@ def open_stage1(args, settings: VLMSettings, accelerator: Accelerator) -> tuple[
 
 def encoder_learns(args) -> bool:
     return bool(args.train_ve or args.train_ve_first_epoch or args.encoder_lora_rank)
+
+
+def freeze_encoder(model: SlideVLM, optimizer: torch.optim.Optimizer) -> None:
+    """End the learning of the image encoder after epoch one."""
+    model.encoder.requires_grad_(False)
+    forget_frozen(optimizer)
 
 
 def refuse_contradictions(args, settings: VLMSettings) -> None:

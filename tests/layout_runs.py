@@ -6,6 +6,7 @@ Leaves a run folder for each case under OUTPUT_DIR, and what it printed beside i
 here its state is told that processes on CPUs shard as well; all else is what runs on GPUs.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -20,7 +21,7 @@ import run_log
 import stage1_projector.train
 import stage2_finetune.train
 from run_checkpoints import checkpoints
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Corpus
 from tests.forked_runs import finish_run
 from tests.kill_and_resume import make_corpus_in_fork
 
@@ -55,8 +56,12 @@ def main() -> None:
     train(stage1_projector.train.main, stage1, "stage1", "single", 1)
     for layout in LAYOUTS:
         train(stage2_finetune.train.main, lora, "lora", layout)
-    for layout in ("single", "fsdp2"):
         train(stage2_finetune.train.main, full, "full", layout, 1)
+    packed = [*lora, "--train_json", asked_thrice(corpus, root), "--packing", "--label_smoothing", 0.1]
+    packed += ["--projector_ema", 0.9, "--val_fraction", 0.2]
+    train(stage2_finetune.train.main, packed, "packed", "single", 1)
+    halved = ["--batch_size", GLOBAL_BATCH // 4, "--gradient_accumulation_steps", 2]
+    train(stage2_finetune.train.main, packed, "packed", "ddp", 1, *halved)
     # What each layout reached after one epoch goes on in the others.
     for written_in, resumed_in in (("ddp", "fsdp2"), ("fsdp2", "single"), ("single", "ddp"), ("fsdp2", "fsdp2")):
         name = f"{written_in}_then"
@@ -65,6 +70,14 @@ def main() -> None:
         shutil.copytree(middle, output / "checkpoints" / middle.name)
         resume = ["--resume_from_checkpoint", "latest"]
         train(stage2_finetune.train.main, lora, name, resumed_in, 2, *resume)
+
+
+def asked_thrice(corpus: Corpus, root: Path) -> Path:
+    """The reports of the corpus, each slide asked for three times, as a file."""
+    rows = json.loads(corpus.reports.read_text())
+    asked = [row | {"question": question} for row in rows for question in ("Report?", "Which organ is it?", "Grade?")]
+    (root / "asked.json").write_text(json.dumps(asked))
+    return root / "asked.json"
 
 
 def sharding_variables() -> dict[str, str]:

@@ -50,7 +50,9 @@ def distributed_type(run: Path) -> str:
     return progress
 
 
-@pytest.mark.parametrize("name, layout", [("lora", "ddp"), ("lora", "fsdp2"), ("full", "fsdp2")])
+@pytest.mark.parametrize(
+    "name, layout", [("lora", "ddp"), ("lora", "fsdp2"), ("full", "ddp"), ("full", "fsdp2"), ("packed", "ddp")]
+)
 def test_two_processes_train_as_one_does(layouts, name, layout):
     one, two = layouts / f"{name}_single", layouts / f"{name}_{layout}"
     assert distributed_type(two) == {"ddp": "MULTI_CPU", "fsdp2": "FSDP"}[layout]

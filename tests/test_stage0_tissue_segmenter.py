@@ -229,7 +229,7 @@ def test_a_new_slide_is_segmented_as_those_of_training_or_refused(drawn, tmp_pat
     assert len(planned) != len(encode_slide(drawn, encoder, tile_size=64, mpp=1.0).coords), "otsu finds others"
 
     given = SimpleNamespace(segmenter=None, segmenter_preset=None, slide=[str(drawn)], features=None, image=None)
-    given.assume_mpp, model = None, VLMSettings("llm", 8, tiling=tiling)
+    given.assume_mpp, given.evidence, given.chat, model = None, None, False, VLMSettings("llm", 8, tiling=tiling)
     with pytest.raises(ValueError, match="say with --segmenter where it lies"):
         check_input(given, model)
     given.segmenter = str(script)
