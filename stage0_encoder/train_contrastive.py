@@ -21,16 +21,15 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from tqdm import tqdm
 
 from accelerator_setup import (
+    ACCELERATOR_FLAGS,
     SCHEDULE_FLAGS,
     add_run_arguments,
     learning_rates_now,
     make_accelerator,
     make_scheduler,
     parameter_groups,
-    report_left_out,
     trainable_parameters,
     write_run_json,
 )
@@ -145,9 +144,8 @@ def main() -> int:
 
     accelerator = make_accelerator(
         output_dir=run_dir,
-        wandb=args.wandb_project is not None,
         find_unused_parameters=True,  # such as the pooler of a text model whose tokens are averaged
-        **chosen(args, ("seed", "mixed_precision", "tensorboard")),
+        **chosen(args, ACCELERATOR_FLAGS),
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError("contrastive training does not shard weights; choose DDP (multi-GPU) in `accelerate config`")
@@ -169,11 +167,9 @@ def main() -> int:
     # Resume
     identity = run_identity(
         {name: value for name, value in flags.items() if name not in MAY_DIFFER},
-        steps_per_epoch=steps_per_epoch,
-        records_per_step=train_batches.records_per_step,
-        **digests(train_records, val_records),
-        text=model.settings.text_fingerprint,
-        image=model.settings.image_fingerprint,
+        train_batches,
+        digests(train_records, val_records),
+        {"text": model.settings.text_fingerprint, "image": model.settings.image_fingerprint},
     )
     resuming = {"state": state, "identity": identity, "keep": args.keep_checkpoints}
     check_identity(checkpoint, identity)
@@ -182,22 +178,20 @@ def main() -> int:
     begin_run_dir(accelerator, run_dir, overwrite=args.overwrite and checkpoint is None)
     if checkpoint:
         load_checkpoint(accelerator, run_dir, checkpoint, model, optimizer, scheduler)
-    log = RunLog(accelerator, run_dir, state.step, args.wandb_project or "slidescribe", flags)
+    log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     write_run_json(
         accelerator,
         run_dir,
         flags,
+        problems,
         train_records=len(train_records),
         train_items=train_batches.num_records,
         val_records=len(val_records),
-        left_out_records=len(problems),
         optimizer_steps=num_steps,
         trainable_parameters=trainable_parameters(bare),
     )
-    report_left_out(accelerator, problems)
 
     # Train
-    progress = tqdm(total=num_steps, initial=state.step, unit="step", disable=not accelerator.is_main_process)
     num_bad, waited, spent = 0, 0.0, 1e-9
     stepping = chosen(args, ("chunk_size", "max_grad_norm", "max_logit_scale"))
     for epoch in range(state.step // steps_per_epoch, args.num_epochs):
@@ -216,8 +210,6 @@ def main() -> int:
             rates_now = learning_rates_now(optimizer) | {"data_wait_fraction": round(wait / seconds, 4)}
             log.step(state.step, state.step / steps_per_epoch, **rates_now, **asdict(result))
             scheduler.step()
-            progress.update()
-            progress.set_postfix(loss=f"{result.loss:.4f}", waiting=f"{waited / spent:.0%}")
             if state.step % args.save_steps == 0 and state.step % steps_per_epoch != 0:
                 save_checkpoint(accelerator, run_dir, model, optimizer, scheduler, **resuming)
         if len(val_records):
@@ -226,7 +218,7 @@ def main() -> int:
             if state.note(score_to_go_by(scores, args.best_metric)):
                 save_model(accelerator, model, run_dir / "best_model")
         save_checkpoint(accelerator, run_dir, model, optimizer, scheduler, **resuming)
-    progress.close()
+    log.close_bar()
 
     # Save
     save_model(accelerator, model, run_dir / "final_model")
