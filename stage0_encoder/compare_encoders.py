@@ -8,6 +8,7 @@ again; an encoder that fails is listed and the others go on. Writes a folder for
 comparison.json, comparison.md and comparison.png.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
 from command_line import DONE, SOME_FAILED, make_parser, run
+from slide_features import atomic_path
+from slide_reports import read_records
 from stage0_encoder.comparison_steps import StepFailed, do_steps, plan_steps
 from stage0_encoder.comparison_table import FAILED, METRICS, draw, row_of, write_tables
 
@@ -61,6 +64,9 @@ def main() -> int:
     output = Path(args.output_dir)
     settings = {name: getattr(args, name) or {} for name in STAGE_FLAGS}
     data = {name: getattr(args, name) for name in ("train_json", "val_json", "test_json", "slides", "image_root")}
+    references = write_references(args.test_json, output / "references.json")
+    data["references"] = str(references)
+    data["training_reports"] = str(write_references(args.train_json, output / "training_reports.json"))
     rows, results = [], {}
     plans = {name: plan_steps(entry, output / name, data, settings, seed=args.seed) for name, entry in entries.items()}
     progress = tqdm(total=sum(map(len, plans.values())), unit="step", desc="comparing")
@@ -81,6 +87,16 @@ def main() -> int:
     progress.close()
     print((output / "comparison.md").read_text(), end="")
     return SOME_FAILED if any(row["status"] == FAILED for row in rows) else DONE
+
+
+def write_references(annotation: str, path: Path) -> Path:
+    """Write the reports of an annotation file of any form as score.py reads them; of a split, those that say test."""
+    records = read_records(annotation, locate_inputs=False)
+    of_test = [record for record in records if record.split == "test"] if path.stem == "references" else []
+    reports = {record.id: record.answer for record in of_test or records}
+    with atomic_path(path) as partial:
+        partial.write_text(json.dumps([{"id": key, "report": text} for key, text in reports.items()], indent=1))
+    return path
 
 
 def checked_entries(encoders: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -65,7 +65,7 @@ def plan_steps(
     Args:
         entry: of the recipe: `encoder`, or `train`.
         folder: of the encoder's results.
-        data: train_json, val_json, test_json, and slides or image_root.
+        data: train_json, val_json, test_json, slides or image_root; and references and training_reports for score.py.
         settings: flags by step: train_classifier, stage0, stage1, stage2, predict, score.
         seed: of all training.
     """
@@ -103,7 +103,7 @@ def plan_steps(
         _step(
             SCORE,
             "evaluation/score.py",
-            {"predictions": predictions, "references": data["test_json"], "train_json": data["train_json"]}
+            {"predictions": predictions, "references": data["references"], "train_json": data["training_reports"]}
             | settings["score"],
             folder / "scores",
         ),

@@ -1,6 +1,7 @@
 """Records with class labels, from reports by their fields or from a table of id and label, split by patient."""
 
 import csv
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 
 from evaluation.fields import FIELD_NAMES, ReportFields, parse_all
 from slide_reports import Record, read_records, records_digest, split_by_patient
+from slide_reports.findings import refuse_leaks
 from slide_reports.paths import Folders
 from slide_reports.record import patient_of, slide_id_of
 from slide_reports.records import read_splits_of_training
@@ -94,7 +96,7 @@ def read_labelled(
 
     Raises:
         FileNotFoundError: a file or folder is missing.
-        ValueError: a file is broken, a label unknown, or no label has two classes.
+        ValueError: a file is broken, a patient on both sides, a label unknown, or no label has two classes.
     """
     if is_label_table(train_json):
         by = {"val_fraction": val_fraction, "seed": seed, "splits": splits, "fold": fold}
@@ -107,6 +109,7 @@ def read_labelled(
             train_json, val_json, None, val_fraction=val_fraction, seed=seed, splits=splits, fold=fold, **reading
         )
         train, val = found["train"], found["val"]
+    refuse_leaks(train, val)
     texts = [_texts(records, label_names) for records in (train, val)]
     classes = {
         name: _classes([row[number] for row in texts[0]], column(train, "group"), min_class_patients)
@@ -120,8 +123,6 @@ def read_labelled(
 
 def labels_digest(cases: LabelledRecords) -> str:
     """SHA-256 of ids, reports and classes, in order: tells other labels."""
-    import hashlib
-
     return hashlib.sha256(records_digest(cases.records).encode() + cases.labels.tobytes()).hexdigest()
 
 

@@ -290,7 +290,7 @@ def test_bags_give_a_slide_encoder(corpus, tmp_path):
     assert json.loads((tmp_path / "run" / "scores.json").read_text())["organ"]["balanced_accuracy"] > 0.6
 
 
-@pytest.mark.parametrize("kind", ["tiles", "montage"])
+@pytest.mark.parametrize("kind", ["montage"])
 def test_tiles_and_montages_are_read_from_slides(tmp_path, kind):
     from slide_features import write_slide_coords
     from tests.slides import write_pyramid
@@ -301,7 +301,7 @@ def test_tiles_and_montages_are_read_from_slides(tmp_path, kind):
         picture = np.full((96, 96, 3), COLORS[name], dtype=np.uint8)
         write_pyramid(tmp_path / "slides" / f"s{number}.tiff", picture, mpp=0.5, num_levels=1)
         grid = np.array([(x, y) for y in (0, 32, 64) for x in (0, 32, 64)])
-        facts = {"mpp": 0.5, "tile_size": 32, "overlap": 0, "min_tissue": 0.1, "patch_size_level0": 32}
+        facts = {"mpp": 0.5, "tile_size": 32, "overlap": 0, "patch_size_level0": 32}
         write_slide_coords(tmp_path / "coords" / f"s{number}.h5", grid, name=f"s{number}", **facts)
         rows.append(f"s{number}.tiff,{name}")
     rows.append("s9.tiff,reddish")  # of which there is no slide
