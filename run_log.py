@@ -45,25 +45,32 @@ class RunLog:
         loss: float,
         grad_norm: float,
         num_samples: int,
-        num_supervised_tokens: int,
-        padding_fraction: float,
         num_bad: int,
-        **part_rates: float,
+        num_supervised_tokens: int | None = None,
+        padding_fraction: float | None = None,
+        **more: float,
     ) -> None:
-        """One line for an optimizer step; the counts are over all processes, ``lr_<part>`` where it is not ``lr``."""
+        """One line for an optimizer step; the counts are over all processes, ``lr_<part>`` where it is not ``lr``.
+
+        A language model's step has supervised tokens and padding, an encoder's has not.
+        """
+        of_text = {}
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+        if num_supervised_tokens is not None:
+            of_text["supervised_tokens_per_s"] = round(num_supervised_tokens / seconds, 1)
+        if padding_fraction is not None:
+            of_text["padding_fraction"] = round(padding_fraction, 4)
         self._write(
             {
                 "step": step,
                 "epoch": round(epoch, 4),
                 "loss": loss,
                 "lr": lr,
-                **part_rates,
+                **more,
                 "grad_norm": grad_norm,
                 "seconds": round(seconds, 4),
                 "samples_per_s": round(num_samples / seconds, 3),
-                "supervised_tokens_per_s": round(num_supervised_tokens / seconds, 1),
-                "padding_fraction": round(padding_fraction, 4),
+                **of_text,
                 "peak_memory_bytes": peak_memory_bytes(),
             }
             | ({"records_left_out": num_bad} if num_bad else {})
@@ -142,7 +149,8 @@ def draw_curves(log: Path, picture: Path) -> None:
     if evaluations:
         xs, ys = [e["step"] for e in evaluations], [e["val_loss"] for e in evaluations]
         loss_axes.plot(xs, ys, "o-", ms=3, color="tab:orange", label="validation")
-    loss_axes.set(xlabel="step", ylabel="loss per supervised token", yscale="log")
+    unit = " per supervised token" if any("supervised_tokens_per_s" in step for step in steps) else ""
+    loss_axes.set(xlabel="step", ylabel=f"loss{unit}", yscale="log")
     loss_axes.legend()
     rate_axes.plot([s["step"] for s in steps], [s["lr"] for s in steps], color="tab:green")
     rate_axes.set(xlabel="step", ylabel="learning rate")

@@ -26,6 +26,7 @@ from slide_reports.record_batches import RecordBatches, SampleKey
 from slide_reports.records import (
     RECORD_FLAGS,
     add_data_arguments,
+    add_record_arguments,
     inputs_digest,
     read_records,
     read_training_records,
@@ -48,6 +49,7 @@ __all__ = [
     "ReportDataset",
     "SampleKey",
     "add_data_arguments",
+    "add_record_arguments",
     "case_of_slides",
     "collate",
     "describe_encoder",

@@ -260,8 +260,8 @@ def _of_split(records: Sequence[Record], stated: list[str], *names: str) -> Sequ
     return select(records, [position for position, split in enumerate(stated) if split in names])
 
 
-def add_data_arguments(parser) -> None:
-    """Flags about records and their inputs, the same in every training stage."""
+def add_record_arguments(parser) -> Any:
+    """Flags about records and their inputs, the same wherever something is trained; the group that they are in."""
     group = parser.add_argument_group("Data")
     group.add_argument(
         "--train_json",
@@ -302,6 +302,12 @@ def add_data_arguments(parser) -> None:
     group.add_argument(
         "--revise", default=None, help="annotation file with new texts for some ids, with the same questions"
     )
+    return group
+
+
+def add_data_arguments(parser) -> None:
+    """Flags about records, their inputs, and their questions and answers, the same in every stage with an LLM."""
+    group = add_record_arguments(parser)
     group.add_argument(
         "--question", default=None, help="asked where a record has no question; default: one for slides, one for images"
     )
