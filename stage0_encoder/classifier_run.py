@@ -1,8 +1,8 @@
 """What train_classifier.py prepares from its flags: usable records, encoder, augmentation; and its evaluation."""
 
-import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from timm.data import create_transform
@@ -12,7 +12,7 @@ from encoders import ImageEncoder, load_encoder
 from slide_encoders import GatedAttention
 from slide_features import count_tiles, read_slide_features
 from slide_reports import with_inputs
-from stage0_encoder.classification_scores import for_log, save_scores, score_all, table
+from stage0_encoder.classification_scores import for_log, save_scores, score_all
 from stage0_encoder.classifier import OWN_NETWORKS, Classifier, balanced_weights, own_cnn, own_vit
 from stage0_encoder.labels import UNLABELLED, LabelledRecords
 from stage0_encoder.tile_files import write_all_tiles
@@ -119,7 +119,10 @@ def evaluate(accelerator, classifier: Classifier, loader, val: LabelledRecords, 
             times[record] += 1
     means = (sums / times.clamp(min=1)).split(classifier.sizes, dim=1)
     probabilities = [part.numpy() for part in means]
-    scores = score_all(probabilities, val.labels, classifier.class_names)
+    labels = np.where(times.numpy() == 0, UNLABELLED, val.labels)  # of which nothing could be read
+    if not (labels != UNLABELLED).any():
+        raise ValueError("no validation record's input can be read; see the messages above")
+    scores = score_all(probabilities, labels, classifier.class_names)
     val_loss = sum(loss for loss, _, _ in found) / max(1, sum(count for _, count, _ in found))
     flat = {"val_loss": val_loss, **for_log(scores)}
     if state.note(-val_loss if args.best_metric == "loss" else flat["val_balanced_accuracy"]):
@@ -127,7 +130,6 @@ def evaluate(accelerator, classifier: Classifier, loader, val: LabelledRecords, 
             run_dir = Path(args.output_dir)
             classifier.save(run_dir / "best_model")
             ids = [record.id for record in val.records]
-            save_scores(run_dir, scores, ids, probabilities, val.labels, classifier.class_names)
-            print("\n" + table(scores), file=sys.stderr)
+            save_scores(run_dir, scores, ids, probabilities, labels, classifier.class_names)
         accelerator.wait_for_everyone()
     return flat

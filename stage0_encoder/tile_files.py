@@ -39,7 +39,7 @@ def write_all_tiles(
     written, faults = {}, {}
 
     def write(coords_path: Path) -> Path:
-        entry = entries.get(coords_path.name.partition(".")[0] if coords_path.stem not in entries else coords_path.stem)
+        entry = entries.get(coords_path.stem)
         if entry is None:
             raise ValueError(f"no slide {coords_path.stem} in --slides; name the folder that holds it")
         return write_tiles(entry, coords_path, folder, max_tiles)

@@ -10,6 +10,7 @@ vectors with gated attention (--features_dir), whose result stage0_tiling/encode
 be a CSV with the columns id and label.
 """
 
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +47,7 @@ from run_checkpoints import (
 )
 from run_log import RunLog
 from slide_reports import RecordBatches, inputs_digest
+from stage0_encoder.classification_scores import table
 from stage0_encoder.classifier import Classifier
 from stage0_encoder.classifier_data import Examples, make_loader, sources_of
 from stage0_encoder.classifier_flags import PLACES, READING_FLAGS, add_arguments, check_flags
@@ -210,6 +212,8 @@ def main() -> int:
         averaged.save(run_dir / "final_model")
     log.end(state.step, image_ablation=None)
     if accelerator.is_main_process:
+        if len(val.records):
+            print(table(json.loads((run_dir / "scores.json").read_text())), file=sys.stderr)
         if timed.fraction is not None:
             print(f"waited for data in {timed.fraction:.1%} of the time of training", file=sys.stderr)
         print(f"{run_dir / 'final_model'}", file=sys.stdout)

@@ -246,7 +246,7 @@ def train(pictures: Path, output: Path, *flags: object, status: int = 0):
 
 
 def test_a_run_learns_colours_and_resumes_exactly(pictures, tmp_path):
-    flags = [*TINY_VIT, "--num_epochs", 6, "--learning_rate", 0.01, "--mixup", 0.2, "--ema_decay", 0.8]
+    flags = [*TINY_VIT, "--num_epochs", 5, "--learning_rate", 0.02, "--mixup", 0.2, "--ema_decay", 0.8]
     flags += ["--save_steps", 2, "--keep_checkpoints", 99, "--dropout", 0.1, "--gradient_accumulation_steps", 1]
     whole = tmp_path / "whole"
     train(pictures, whole, *flags)
@@ -259,12 +259,10 @@ def test_a_run_learns_colours_and_resumes_exactly(pictures, tmp_path):
     begun = tmp_path / "begun"
     shutil.copytree(whole, begun)
     shutil.rmtree(begun / "final_model")
-    train(pictures, begun, *flags, "--resume_from_checkpoint", begun / "checkpoints" / "step_4")
+    train(pictures, begun, *flags, "--resume_from_checkpoint", begun / "checkpoints" / "step_8")
     for name in ("model.safetensors", "classifier.safetensors"):
         again, expected = (load_file(run / "final_model" / name) for run in (begun, whole))
         assert all(torch.equal(again[key], value) for key, value in expected.items())
-    refused = train(pictures, begun, *flags[:-1], 3, "--resume_from_checkpoint", "latest", status=2)
-    assert "another run: gradient_accumulation_steps" in refused.stderr or "records_per_step" in refused.stderr
 
 
 def test_a_named_encoder_is_tuned_with_lora_and_a_broken_picture_left_out(corpus, pictures, tmp_path):
@@ -277,7 +275,8 @@ def test_a_named_encoder_is_tuned_with_lora_and_a_broken_picture_left_out(corpus
     tuned, base = load_encoder(tmp_path / "run" / "final_model"), load_encoder(corpus.encoder)
     assert tuned.backbone.state_dict().keys() == base.backbone.state_dict().keys()
     assert tuned.fingerprint() != base.fingerprint()
-    assert "0" not in json.loads((tmp_path / "run" / "run.json").read_text())["trainable_parameters"]["encoder"][:1]
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert not run["trainable_parameters"]["encoder"].startswith("0 ")
 
 
 def test_bags_give_a_slide_encoder(corpus, tmp_path):
@@ -290,8 +289,7 @@ def test_bags_give_a_slide_encoder(corpus, tmp_path):
     assert json.loads((tmp_path / "run" / "scores.json").read_text())["organ"]["balanced_accuracy"] > 0.6
 
 
-@pytest.mark.parametrize("kind", ["montage"])
-def test_tiles_and_montages_are_read_from_slides(tmp_path, kind):
+def test_montages_are_made_of_the_slides_tiles(tmp_path):
     from slide_features import write_slide_coords
     from tests.slides import write_pyramid
 
@@ -306,13 +304,13 @@ def test_tiles_and_montages_are_read_from_slides(tmp_path, kind):
         rows.append(f"s{number}.tiff,{name}")
     rows.append("s9.tiff,reddish")  # of which there is no slide
     (tmp_path / "labels.csv").write_text("\n".join(rows) + "\n")
-    words = ["--train_json", tmp_path / "labels.csv", "--input", kind, "--slides", tmp_path / "slides"]
+    words = ["--train_json", tmp_path / "labels.csv", "--input", "montage", "--slides", tmp_path / "slides"]
     words += ["--coords_dir", tmp_path / "coords", "--max_tiles", 4, "--montage_side", 2, "--num_epochs", 1]
     words += ["--val_fraction", 0.25, "--num_workers", 0, "--batch_size", 4, *TINY_VIT]
     done = run_command(TRAIN, *words, "--output_dir", tmp_path / "run", status=1)
     assert "s9.tiff" in done.stderr
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["train_examples"] == run["train_records"] * (4 if kind == "tiles" else 1)
+    assert run["train_examples"] == run["train_records"]
     tiles = np.load(next((tmp_path / "run" / "tiles").glob("s0-*.npy")))
     assert tiles.shape == (4, 32, 32, 3) and abs(tiles[0, 16, 16].astype(int) - COLORS["reddish"]).max() < 12
     assert load_encoder(tmp_path / "run" / "final_model").image_size == 16
