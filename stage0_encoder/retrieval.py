@@ -75,7 +75,8 @@ def retrieval_scores(images: Tensor, texts: Tensor, cases: Tensor, text_numbers:
         text_numbers: (I,) int64 numbers of texts.
 
     Returns:
-        ``image_to_text_recall_at_<K>``, ``text_to_image_recall_at_<K>``, ``recall_at_<K>``, from 0 to 1.
+        ``image_to_text_recall_at_<K>``, ``text_to_image_recall_at_<K>``, ``recall_at_<K>``, from 0 to 1, and
+        how many images and texts there were to find, ``num_images`` and ``num_texts``.
     """
     if not len(images):
         return {}
@@ -90,7 +91,7 @@ def retrieval_scores(images: Tensor, texts: Tensor, cases: Tensor, text_numbers:
     for image, of_image in enumerate(right):
         for text in of_image:
             images_of[text].append(image)
-    scores = {}
+    scores = {"num_images": len(images), "num_texts": len(distinct)}
     for name, ranks in (
         ("image_to_text", best_ranks(images, distinct, right)),
         ("text_to_image", best_ranks(distinct, images, images_of)),

@@ -60,8 +60,9 @@ from stage0_encoder.retrieval import evaluate, read_zero_shot
 from stage0_encoder.what_aligns import add_model_arguments, build_model
 from validation import stops_early
 
-# Names of models that may have moved; their fingerprints are compared.
-PLACES = ("encoder", "slide_encoder", "text_model", "class_prompts", "class_labels", "chunk_size")
+# May differ when a run is resumed: places of models, whose fingerprints are compared, what is only evaluated, and
+# chunks, which change rounding and dropout alone.
+MAY_DIFFER = ("encoder", "slide_encoder", "text_model", "class_prompts", "class_labels", "chunk_size")
 BEST_METRICS = ("loss", "recall_at_1", "recall_at_5", "recall_at_10", "zero_shot_balanced_accuracy")
 
 
@@ -168,7 +169,7 @@ def main() -> int:
 
     # Resume
     identity = run_identity(
-        {name: value for name, value in flags.items() if name not in PLACES},
+        {name: value for name, value in flags.items() if name not in MAY_DIFFER},
         steps_per_epoch=steps_per_epoch,
         records_per_step=train_batches.records_per_step,
         records=records_digest(train_records),
@@ -213,11 +214,10 @@ def main() -> int:
             state.step += 1
             num_bad += result.num_bad
             waited += wait
-            spent += wait + time.perf_counter() - began
-            rates_now = learning_rates_now(optimizer)
-            log.step(
-                state.step, state.step / steps_per_epoch, data_wait_s=round(wait, 4), **rates_now, **asdict(result)
-            )
+            seconds = wait + time.perf_counter() - began
+            spent += seconds
+            rates_now = learning_rates_now(optimizer) | {"data_wait_fraction": round(wait / seconds, 4)}
+            log.step(state.step, state.step / steps_per_epoch, **rates_now, **asdict(result))
             scheduler.step()
             progress.update()
             progress.set_postfix(loss=f"{result.loss:.4f}", waiting=f"{waited / spent:.0%}")
@@ -235,7 +235,7 @@ def main() -> int:
     save_model(accelerator, model, run_dir / "final_model")
     log.end(state.step, image_ablation=None)
     if accelerator.is_main_process:
-        print(f"{waited / spent:.1%} of the training time was spent waiting for data", file=sys.stderr)
+        print(f"waited for data in {waited / spent:.1%} of the time of training", file=sys.stderr)
         print(f"{run_dir / 'final_model'}", file=sys.stdout)
     accelerator.wait_for_everyone()
     accelerator.end_training()
