@@ -240,14 +240,14 @@ def test_waiting_is_a_share_of_the_time(monkeypatch):
 
 
 def train(pictures: Path, output: Path, *flags: object, status: int = 0):
-    common = ["--train_json", pictures / "labels.csv", "--image_root", pictures, "--batch_size", 6]
+    common = ["--train_json", pictures / "labels.csv", "--image_root", pictures, "--batch_size", 3]
     common += ["--num_workers", 0, "--val_fraction", 0.25, "--output_dir", output]
     return run_command(TRAIN, *common, *flags, status=status)
 
 
 def test_a_run_learns_colours_and_resumes_exactly(pictures, tmp_path):
-    flags = [*TINY_VIT, "--num_epochs", 5, "--learning_rate", 0.02, "--mixup", 0.2, "--ema_decay", 0.8]
-    flags += ["--save_steps", 2, "--keep_checkpoints", 99, "--dropout", 0.1, "--gradient_accumulation_steps", 1]
+    flags = [*TINY_VIT, "--num_epochs", 3, "--learning_rate", 0.02, "--mixup", 0.2, "--ema_decay", 0.8]
+    flags += ["--save_steps", 4, "--keep_checkpoints", 99, "--dropout", 0.1, "--gradient_accumulation_steps", 1]
     whole = tmp_path / "whole"
     train(pictures, whole, *flags)
     scores = json.loads((whole / "scores.json").read_text())
@@ -281,8 +281,8 @@ def test_a_named_encoder_is_tuned_with_lora_and_a_broken_picture_left_out(corpus
 
 def test_bags_give_a_slide_encoder(corpus, tmp_path):
     words = ["--train_json", corpus.reports, "--input", "bags", "--features_dir", corpus.features]
-    words += ["--labels", "organ", "--bag_width", 16, "--bag_attention_width", 8, "--num_epochs", 8]
-    words += ["--val_fraction", 0.3, "--num_workers", 0, "--batch_size", 4, "--learning_rate", 0.01]
+    words += ["--labels", "organ", "--bag_width", 16, "--bag_attention_width", 8, "--num_epochs", 3]
+    words += ["--val_fraction", 0.3, "--num_workers", 0, "--batch_size", 1, "--learning_rate", 0.01]
     run_command(TRAIN, *words, "--output_dir", tmp_path / "run")
     encoder = load_slide_encoder(tmp_path / "run" / "final_model")
     assert isinstance(encoder, GatedAttention) and encoder.width == 16
