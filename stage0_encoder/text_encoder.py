@@ -134,6 +134,8 @@ def load_text_encoder(name: str | Path, pooling: str = "auto") -> TextEncoder:
         config = AutoConfig.from_pretrained(str(name), trust_remote_code=False)
         is_joint = hasattr(config, "text_config") and hasattr(config, "vision_config")
         text_config = config.text_config if is_joint else config
+        if getattr(text_config, "is_encoder_decoder", False):
+            raise ValueError("it has an encoder and a decoder, and a text model of one part is needed")
         backbone, info = _model_class(text_config).from_pretrained(
             str(name), config=text_config, output_loading_info=True, trust_remote_code=False, dtype=torch.float32
         )

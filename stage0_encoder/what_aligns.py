@@ -154,11 +154,15 @@ def open_slide_encoder(args, patch_width: int) -> nn.Module:
     Raises:
         ValueError: it wants features of another width.
     """
-    if args.slide_encoder == "abmil":
+    abmil, longnet = NEW_SLIDE_ENCODERS
+    if args.slide_encoder == abmil:
         return GatedAttention(patch_width, args.slide_width)
-    if args.slide_encoder == "longnet":
+    if args.slide_encoder == longnet:
         return LongNet(patch_width, args.slide_width, depth=args.slide_depth, num_heads=args.slide_heads)
-    encoder = load_slide_encoder(args.slide_encoder)
+    try:
+        encoder = load_slide_encoder(args.slide_encoder)
+    except ValueError as error:
+        raise ValueError(f"--slide_encoder: {error}; {' and '.join(NEW_SLIDE_ENCODERS)} are made anew") from error
     if encoder.input_width not in (None, patch_width):
         raise ValueError(
             f"--slide_encoder {args.slide_encoder} takes features of width {encoder.input_width}, and those of "
