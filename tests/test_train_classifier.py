@@ -3,12 +3,14 @@
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import balanced_accuracy_score, f1_score
@@ -19,6 +21,7 @@ from timm.utils import ModelEmaV3
 from encoders import load_encoder
 from evaluation.fields import parse_report
 from slide_encoders import GatedAttention, load_slide_encoder
+from stage0_encoder import train_classifier
 from stage0_encoder.classification_scores import for_log, score_all
 from stage0_encoder.classifier import Classifier, balanced_weights, own_cnn, own_vit
 from stage0_encoder.classifier_data import collate, seeded
@@ -239,6 +242,21 @@ def test_waiting_is_a_share_of_the_time(monkeypatch):
     assert timed.fraction == 0.5
 
 
+@pytest.fixture
+def train_here(monkeypatch, capsys):
+    """Run the command in this process: the libraries are here already."""
+
+    def run_here(*words: object, status: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", [TRAIN, *map(str, words)])
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert train_classifier.main() == status
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return capsys.readouterr().err
+
+    return run_here
+
+
 def train(pictures: Path, output: Path, *flags: object, status: int = 0):
     common = ["--train_json", pictures / "labels.csv", "--image_root", pictures, "--batch_size", 3]
     common += ["--num_workers", 0, "--val_fraction", 0.25, "--output_dir", output]
@@ -279,17 +297,17 @@ def test_a_named_encoder_is_tuned_with_lora_and_a_broken_picture_left_out(corpus
     assert not run["trainable_parameters"]["encoder"].startswith("0 ")
 
 
-def test_bags_give_a_slide_encoder(corpus, tmp_path):
+def test_bags_give_a_slide_encoder(corpus, tmp_path, train_here):
     words = ["--train_json", corpus.reports, "--input", "bags", "--features_dir", corpus.features]
     words += ["--labels", "organ", "--bag_width", 16, "--bag_attention_width", 8, "--num_epochs", 3]
     words += ["--val_fraction", 0.3, "--num_workers", 0, "--batch_size", 1, "--learning_rate", 0.01]
-    run_command(TRAIN, *words, "--output_dir", tmp_path / "run")
+    train_here(*words, "--output_dir", tmp_path / "run")
     encoder = load_slide_encoder(tmp_path / "run" / "final_model")
     assert isinstance(encoder, GatedAttention) and encoder.width == 16
     assert json.loads((tmp_path / "run" / "scores.json").read_text())["organ"]["balanced_accuracy"] > 0.6
 
 
-def test_montages_are_made_of_the_slides_tiles(tmp_path):
+def test_montages_are_made_of_the_slides_tiles(tmp_path, train_here):
     from slide_features import write_slide_coords
     from tests.slides import write_pyramid
 
@@ -307,8 +325,7 @@ def test_montages_are_made_of_the_slides_tiles(tmp_path):
     words = ["--train_json", tmp_path / "labels.csv", "--input", "montage", "--slides", tmp_path / "slides"]
     words += ["--coords_dir", tmp_path / "coords", "--max_tiles", 4, "--montage_side", 2, "--num_epochs", 1]
     words += ["--val_fraction", 0.25, "--num_workers", 0, "--batch_size", 4, *TINY_VIT]
-    done = run_command(TRAIN, *words, "--output_dir", tmp_path / "run", status=1)
-    assert "s9.tiff" in done.stderr
+    assert "s9.tiff" in train_here(*words, "--output_dir", tmp_path / "run", status=1)
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["train_examples"] == run["train_records"]
     tiles = np.load(next((tmp_path / "run" / "tiles").glob("s0-*.npy")))
@@ -326,10 +343,6 @@ def test_montages_are_made_of_the_slides_tiles(tmp_path):
     ],
 )
 def test_contradicting_flags_are_refused(flags, message, monkeypatch, tmp_path):
-    import sys
-
-    from stage0_encoder import train_classifier
-
     words = [TRAIN, "--train_json", "x.json", "--output_dir", str(tmp_path / "run"), *flags]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(ValueError, match=message):
