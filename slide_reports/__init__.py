@@ -28,8 +28,10 @@ from slide_reports.records import (
     add_data_arguments,
     add_record_arguments,
     digests,
+    inputs_digest,
     read_records,
     read_training_records,
+    records_digest,
 )
 from slide_reports.splits import split_by_patient
 from slide_reports.table import RecordTable
@@ -54,6 +56,7 @@ __all__ = [
     "describe_encoder",
     "describe_features",
     "digests",
+    "inputs_digest",
     "make_loader",
     "make_loaders",
     "patch_budget",
@@ -62,6 +65,7 @@ __all__ = [
     "read_images",
     "read_records",
     "read_training_records",
+    "records_digest",
     "share_budget",
     "slide_id_of",
     "split_by_patient",

@@ -20,14 +20,13 @@ from accelerate.utils import DistributedType
 from timm.data import Mixup
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from tqdm import tqdm
 
 from accelerator_setup import (
+    ACCELERATOR_FLAGS,
     add_run_arguments,
     learning_rates_now,
     make_accelerator,
     parameter_groups,
-    report_left_out,
     trainable_parameters,
     windows,
     write_run_json,
@@ -92,9 +91,8 @@ def main() -> int:
         raise ValueError("--early_stopping_patience needs validation records; give --val_json or --val_fraction")
     accelerator = make_accelerator(
         output_dir=run_dir,
-        wandb=args.wandb_project is not None,
         find_unused_parameters=True,  # many published encoders have a head that they do not use here
-        **chosen(args, ("seed", "mixed_precision", "tensorboard")),
+        **chosen(args, ACCELERATOR_FLAGS),
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError("the classifier's weights are not sharded; use recipes/accelerate/ddp.yaml")
@@ -154,12 +152,9 @@ def main() -> int:
     # Resume
     identity = run_identity(
         {name: value for name, value in flags.items() if name not in PLACES},
-        steps_per_epoch=steps_per_epoch,
-        records_per_step=args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
-        records=labels_digest(train),
-        inputs=inputs_digest(train.records),
-        val_records=labels_digest(val),
-        encoder_weights=begins_as,
+        train_batches,
+        {"records": labels_digest(train), "val_records": labels_digest(val)},
+        {"inputs": inputs_digest(train.records), "encoder_weights": begins_as},
     )
     resuming = {"state": state, "identity": identity, "keep": args.keep_checkpoints}
     check_identity(checkpoint, identity)
@@ -169,15 +164,15 @@ def main() -> int:
     begin_run_dir(accelerator, run_dir, overwrite=args.overwrite and checkpoint is None)
     if checkpoint:
         load_checkpoint(accelerator, run_dir, checkpoint, model, optimizer, scheduler)
-    log = RunLog(accelerator, run_dir, state.step, args.wandb_project or "slidescribe", flags)
+    log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     facts = {"train_records": len(train.records), "val_records": len(val.records)}
-    facts |= {"train_examples": len(train_data), "left_out_records": len(problems), "optimizer_steps": num_steps}
+    facts |= {"train_examples": len(train_data), "optimizer_steps": num_steps}
     facts |= {"classes": {name: len(names) for name, names in class_names.items()}}
-    write_run_json(accelerator, run_dir, flags, **facts, trainable_parameters=trainable_parameters(classifier))
-    report_left_out(accelerator, problems)
+    write_run_json(
+        accelerator, run_dir, flags, problems, **facts, trainable_parameters=trainable_parameters(classifier)
+    )
 
     # Train
-    progress = tqdm(total=num_steps, initial=state.step, unit="step", disable=not accelerator.is_main_process)
     num_bad = 0
     averaged = classifier.average.module if classifier.average else classifier
     timed = TimedBatches(train_loader)
@@ -196,14 +191,12 @@ def main() -> int:
             scheduler.step_update(state.step)
             if classifier.average:
                 classifier.average.update(classifier, step=state.step)
-            progress.update()
-            progress.set_postfix(loss=f"{result.loss:.4f}")
             if state.step % args.save_steps == 0 and state.step % steps_per_epoch != 0:
                 save_checkpoint(accelerator, run_dir, model, optimizer, scheduler, **resuming)
         if len(val.records):
             log.evaluation(state.step, epoch + 1, **evaluate(accelerator, averaged, val_loader, val, args, state))
         save_checkpoint(accelerator, run_dir, model, optimizer, scheduler, **resuming)
-    progress.close()
+    log.close_bar()
 
     # Save
     if args.num_epochs == 0 and len(val.records):
