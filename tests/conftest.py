@@ -19,6 +19,17 @@ from tests.forked_commands import can_fork, run_forked
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# The files that take longest, by far: begun first, they end before the rest does, whatever the number of processes.
+LONGEST_FIRST = ("test_demo", "test_training", "test_inference", "test_resume_and_layouts", "test_stage0_runs_ray")
+LONGEST_FIRST += ("test_finetuning_methods", "test_stage0_commands", "test_demo_slides")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order files of tests by how long they take."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
 @dataclass(frozen=True)
 class Corpus:
     """A tiny language model, feature files with reports, and images with captions and questions."""

@@ -144,7 +144,7 @@ def of_rank(rank: int, rendezvous: str, results: str) -> None:
 
 
 def test_two_processes_have_loss_and_gradients_of_one(tmp_path):
-    mp.start_processes(of_rank, (str(tmp_path / "meet"), str(tmp_path / "found")), nprocs=2, start_method="fork")
+    mp.start_processes(of_rank, (str(tmp_path / "meet"), str(tmp_path / "found")), nprocs=2, start_method="forkserver")
     of_ranks = [torch.load(tmp_path / f"found_{rank}", weights_only=True) for rank in (0, 1)]
     for kind in KINDS:
         images, texts, log_scale, bias = embeddings()
