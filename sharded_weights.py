@@ -1,6 +1,6 @@
 """Weights and optimizer state by parameter name, whole, however the processes hold them.
 
-One process and DDP hold every tensor whole; FSDP2 holds shards of each (``DTensor``), ZeRO-3 partitions of its own.
+One process and DDP hold every tensor whole; FSDP2 holds shards of each (``DTensor``).
 What is read here is the same in all, so one layout's checkpoint opens in another, and a result is a plain model.
 """
 
@@ -27,21 +27,11 @@ def whole_on_main(accelerator: Accelerator, tensors: Iterable[tuple[str, Tensor]
     """
     gathered = {}
     for name, tensor in tensors:
-        with gathered_parameter(tensor):
-            if accelerator.is_main_process or isinstance(tensor, DTensor):
-                value = whole(tensor)
-                if accelerator.is_main_process:
-                    gathered[name] = value.to("cpu", copy=True).contiguous()
+        if accelerator.is_main_process or isinstance(tensor, DTensor):
+            value = whole(tensor)
+            if accelerator.is_main_process:
+                gathered[name] = value.to("cpu", copy=True).contiguous()
     return gathered
-
-
-def gathered_parameter(tensor: Tensor) -> Any:
-    """Context in which a parameter that ZeRO-3 has partitioned is whole; any other tensor is so anyway. Collective."""
-    if not hasattr(tensor, "ds_id"):
-        return torch.no_grad()
-    from deepspeed.zero import GatheredParameters
-
-    return GatheredParameters([tensor])
 
 
 def save_result(accelerator: Accelerator, model: nn.Module, folder: Path, tokenizer: Any) -> None:
