@@ -11,12 +11,10 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import balanced_accuracy_score, f1_score
 from sklearn.utils.class_weight import compute_class_weight
 from timm.data import Mixup
-from timm.utils import ModelEmaV3
 
 from encoders import load_encoder
 from evaluation.fields import parse_report
@@ -29,8 +27,8 @@ from stage0_encoder.labels import UNLABELLED, label_of, read_label_table, read_l
 from stage0_encoder.tile_files import montage
 from stage0_encoder.waiting import TimedBatches
 from tests.conftest import run_command
+from tests.labelled_pictures import COLORS, make_pictures
 
-COLORS = {"reddish": (200, 60, 60), "greenish": (60, 200, 60), "bluish": (60, 60, 200)}
 TRAIN = "stage0_encoder/train_classifier.py"
 TINY_VIT = ["--encoder", "vit", "--image_size", 16, "--vit_patch_size", 8, "--vit_width", 12, "--vit_depth", 1]
 
@@ -38,16 +36,7 @@ TINY_VIT = ["--encoder", "vit", "--image_size", 16, "--vit_patch_size", 8, "--vi
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     """24 pictures of three colours with a table of labels, two of each patient."""
-    root = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    rows = ["id,label,group"]
-    for number in range(24):
-        name = list(COLORS)[number // 2 % 3]
-        noisy = np.clip(np.array(COLORS[name]) + rng.integers(-30, 30, (20, 20, 3)), 0, 255).astype(np.uint8)
-        Image.fromarray(noisy).save(root / f"{number}.png")
-        rows.append(f"{number}.png,{name},patient{number // 2}")
-    (root / "labels.csv").write_text("\n".join(rows) + "\n")
-    return root
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def small_batch(num_labels: int = 2) -> dict[str, torch.Tensor]:
@@ -191,7 +180,7 @@ def test_a_frozen_encoder_stays_as_it_is_and_checkpoints_hold_what_learns():
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert set(classifier.learned_state()) == {"head.weight", "head.bias"}
     encoder.requires_grad_(True)
-    classifier.__dict__["average"] = ModelEmaV3(classifier, decay=0.9)
+    classifier.begin_average(0.9)
     learned = classifier.learned_state()
     assert "encoder.backbone.bn1.running_mean" in learned and "average.encoder.backbone.conv1.0.weight" in learned
     assert not any("average" in name for name, _ in classifier.named_parameters())
@@ -235,11 +224,13 @@ def test_waiting_is_a_share_of_the_time(monkeypatch):
     monkeypatch.setattr("stage0_encoder.waiting.time.perf_counter", lambda: next(clock))
     timed = TimedBatches([1, 2])
     batches = iter(timed)
+    assert timed.told() == ""
     next(batches)
     assert timed.fraction_since_last() == 0.25
     next(batches)
     assert timed.fraction_since_last() == 0.75
     assert timed.fraction == 0.5
+    assert timed.told() == "waited for data in 50.0% of the time of training; more --num_workers may help"
 
 
 @pytest.fixture

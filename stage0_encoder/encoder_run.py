@@ -1,0 +1,43 @@
+"""How the commands that train an encoder begin and end: its weights are never sharded, the main process writes."""
+
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from accelerator_setup import ACCELERATOR_FLAGS, make_accelerator
+from command_line import chosen
+
+
+def make_encoder_accelerator(args, run_dir: Path) -> Accelerator:
+    """The Accelerator by the command's flags and by ``accelerate config``.
+
+    Raises:
+        ValueError: the configuration shards weights.
+    """
+    accelerator = make_accelerator(
+        output_dir=run_dir,
+        find_unused_parameters=True,  # many published encoders have a head or a pooler that is not used here
+        **chosen(args, ACCELERATOR_FLAGS),
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError("an encoder's weights are not sharded; use recipes/accelerate/ddp.yaml")
+    return accelerator
+
+
+def save_result(accelerator: Accelerator, model, folder: Path) -> None:
+    """Write a result folder by ``model.save``. Collective: call on every rank."""
+    if accelerator.is_main_process:
+        model.save(folder)
+    accelerator.wait_for_everyone()
+
+
+def end(accelerator: Accelerator, run_dir: Path, *messages: str) -> None:
+    """Print the messages that are not empty, and the result's place on stdout. Collective: call on every rank."""
+    if accelerator.is_main_process:
+        for message in filter(None, messages):
+            print(message, file=sys.stderr)
+        print(f"{run_dir / 'final_model'}", file=sys.stdout)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
