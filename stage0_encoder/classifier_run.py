@@ -23,7 +23,7 @@ from stage0_encoder.classification_scores import for_log, save_scores, score_all
 from stage0_encoder.classifier import OWN_NETWORKS, Classifier, balanced_weights, own_cnn, own_vit
 from stage0_encoder.classifier_data import Examples, make_loader, sources_of
 from stage0_encoder.classifier_flags import PLACES, READING_FLAGS
-from stage0_encoder.encoder_run import save_result
+from stage0_encoder.encoder_run import save_result, share_statistics
 from stage0_encoder.labels import UNLABELLED, LabelledRecords, labels_digest, read_labelled
 from stage0_encoder.tile_files import write_all_tiles
 
@@ -217,6 +217,7 @@ def evaluate(accelerator, classifier: Classifier, loader, val: LabelledRecords, 
     The loss is the mean over labels of examples; classes are chosen by the mean probability of a record's examples.
     """
     classifier.eval()
+    share_statistics(accelerator, classifier)
     found = []
     for batch in loader:
         with accelerator.autocast():

@@ -3,8 +3,10 @@
 import sys
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast
+from torch import nn
 
 from accelerator_setup import ACCELERATOR_FLAGS, make_accelerator
 from command_line import chosen
@@ -24,6 +26,17 @@ def make_encoder_accelerator(args, run_dir: Path) -> Accelerator:
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError("an encoder's weights are not sharded; use recipes/accelerate/ddp.yaml")
     return accelerator
+
+
+@torch.no_grad()
+def share_statistics(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give every process the main one's buffers, which it saves: running statistics differ. Collective.
+
+    DDP does so before each forward pass of training, but not for an evaluation on the bare model or on an average.
+    """
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            buffer.copy_(broadcast(buffer))
 
 
 def save_result(accelerator: Accelerator, model, folder: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import balanced_accuracy_score, f1_score
 from sklearn.utils.class_weight import compute_class_weight
@@ -26,7 +27,7 @@ from stage0_encoder.classifier_data import collate, seeded
 from stage0_encoder.labels import UNLABELLED, label_of, read_label_table, read_labelled
 from stage0_encoder.tile_files import montage
 from stage0_encoder.waiting import TimedBatches
-from tests.conftest import run_command
+from tests.conftest import run_command, run_on_two
 from tests.labelled_pictures import COLORS, make_pictures
 
 TRAIN = "stage0_encoder/train_classifier.py"
@@ -272,6 +273,24 @@ def test_a_run_learns_colours_and_resumes_exactly(pictures, tmp_path):
     for name in ("model.safetensors", "classifier.safetensors"):
         again, expected = (load_file(run / "final_model" / name) for run in (begun, whole))
         assert all(torch.equal(again[key], value) for key, value in expected.items())
+
+
+def test_what_two_processes_evaluate_is_what_is_saved(pictures, tmp_path):
+    """Running statistics of batch normalisation are each process's own, those of the first are saved."""
+    flags = ["--train_json", pictures / "labels.csv", "--image_root", pictures, "--batch_size", 4, "--num_workers", 0]
+    flags += ["--encoder", "cnn", "--image_size", 32, "--cnn_width", 4, "--cnn_depths", 1, 1, 1, 1]
+    flags += ["--val_fraction", 0.5, "--num_epochs", 1, "--ema_decay", 0.5, "--learning_rate", 0.02]
+    run_on_two(TRAIN, *flags, "--output_dir", tmp_path / "run")
+    encoder = load_encoder(tmp_path / "run" / "best_model").eval()
+    head = load_file(tmp_path / "run" / "best_model" / "classifier.safetensors")
+    with (tmp_path / "run" / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        with torch.no_grad():
+            encoded = encoder.encode_tiles(encoder.transform(Image.open(pictures / row["id"]).convert("RGB"))[None])
+            logits = torch.nn.functional.linear(encoded, head["head.weight"], head["head.bias"])
+        assert logits.softmax(dim=1).max() == pytest.approx(float(row["label_probability"]), abs=2e-4), row["id"]
+    assert len(rows) == 12
 
 
 def test_a_named_encoder_is_tuned_with_lora_and_a_broken_picture_left_out(corpus, pictures, tmp_path):
