@@ -1,6 +1,7 @@
 """What train_classifier.py prepares from its flags: records, classifier, loaders, schedule; and its evaluation."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from accelerator_setup import parameter_groups, trainable_parameters
 from command_line import chosen
 from encoder_lora import add_encoder_lora
 from encoders import ImageEncoder, load_encoder
+from report_loss import StepResult
 from run_checkpoints import run_identity
 from slide_encoders import GatedAttention
 from slide_features import count_tiles, read_slide_features
@@ -26,6 +28,8 @@ from stage0_encoder.classifier_flags import PLACES, READING_FLAGS
 from stage0_encoder.encoder_run import save_result, share_statistics
 from stage0_encoder.labels import UNLABELLED, LabelledRecords, labels_digest, read_labelled
 from stage0_encoder.tile_files import write_all_tiles
+
+OF_TEXT = ("num_supervised_tokens", "padding_fraction")
 
 
 def read_cases(args) -> tuple[LabelledRecords, LabelledRecords, dict[str, list[str]]]:
@@ -70,9 +74,16 @@ def usable(args, accelerator, *sets: LabelledRecords):
 
 
 def build_encoder(args, train: LabelledRecords):
-    """The image encoder, or gated attention for bags, before anything of it learned."""
+    """The image encoder, or gated attention for bags, before anything of it learned.
+
+    Raises:
+        ValueError, FileNotFoundError, PermissionError, ConnectionError: it cannot be had, or no bag is there.
+    """
     if args.input == "bags":
-        first = next(path for record in train.records for path in record.inputs if count_tiles(path))
+        paths = (path for record in train.records for path in record.inputs)
+        first = next((path for path in paths if path.exists() and count_tiles(path)), None)
+        if first is None:
+            raise ValueError(f"{args.train_json}: no record has features in --features_dir {args.features_dir}")
         width = read_slide_features(first).features.shape[1]
         return GatedAttention(width, args.bag_width, attention_width=args.bag_attention_width, dropout=args.bag_dropout)
     if args.encoder == "vit":
@@ -202,6 +213,11 @@ def facts_of(
         "classes": {name: len(names) for name, names in classifier.class_names.items()},
         "trainable_parameters": trainable_parameters(classifier),
     }
+
+
+def without_text(result: StepResult) -> dict[str, Any]:
+    """What a step gave, for the log, without what is only of a language model."""
+    return {name: value for name, value in asdict(result).items() if name not in OF_TEXT}
 
 
 def best_scores(run_dir: Path) -> str:

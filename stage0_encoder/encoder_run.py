@@ -10,6 +10,8 @@ from torch import nn
 
 from accelerator_setup import ACCELERATOR_FLAGS, make_accelerator
 from command_line import chosen
+from run_checkpoints import RunState
+from validation import stops_early
 
 
 def make_encoder_accelerator(args, run_dir: Path) -> Accelerator:
@@ -37,6 +39,16 @@ def share_statistics(accelerator: Accelerator, model: nn.Module) -> None:
     if accelerator.num_processes > 1:
         for buffer in model.buffers():
             buffer.copy_(broadcast(buffer))
+
+
+def is_over(accelerator: Accelerator, args, state: RunState) -> bool:
+    """Whether ``--early_stopping_patience`` ends training here, which is then said."""
+    if not stops_early(state.evaluations_since_best, args.early_stopping_patience):
+        return False
+    if accelerator.is_main_process:
+        epochs = f"{state.evaluations_since_best} epoch" + "s" * (state.evaluations_since_best > 1)
+        print(f"\nstopped early: {epochs} without a better {args.best_metric}", file=sys.stderr)
+    return True
 
 
 def save_result(accelerator: Accelerator, model, folder: Path) -> None:

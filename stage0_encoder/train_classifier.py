@@ -10,7 +10,6 @@ vectors with gated attention (--features_dir), whose result stage0_tiling/encode
 be a CSV with the columns id and label.
 """
 
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -42,10 +41,10 @@ from stage0_encoder.classifier_run import (
     make_timm_scheduler,
     read_cases,
     usable,
+    without_text,
 )
-from stage0_encoder.encoder_run import end, make_encoder_accelerator, save_result
+from stage0_encoder.encoder_run import end, is_over, make_encoder_accelerator, save_result
 from stage0_encoder.waiting import TimedBatches
-from validation import stops_early
 
 
 def parse_arguments():
@@ -68,10 +67,10 @@ def main() -> int:
     # Data
     train, val, class_names = read_cases(args)
     accelerator = make_encoder_accelerator(args, run_dir)
+    encoder = build_encoder(args, train)  # before tiles are read for hours: its weights may be out of reach
     train, val, tile_files, problems = usable(args, accelerator, train, val)
 
     # Model
-    encoder = build_encoder(args, train)
     begins_as = weights_fingerprint(encoder.state_dict())
     choose_what_learns(args, encoder)
     classifier = build_classifier(args, encoder, train, class_names)
@@ -100,7 +99,7 @@ def main() -> int:
     # Train
     num_bad, timed = 0, TimedBatches(train_loader)
     for epoch in range(state.step // max(1, steps_per_epoch), args.num_epochs):
-        if stops_early(state.evaluations_since_best, args.early_stopping_patience):
+        if is_over(accelerator, args, state):
             break
         model.train()
         batches.start_at(epoch, first_step=state.step - epoch * steps_per_epoch)
@@ -110,7 +109,7 @@ def main() -> int:
             state.step += 1
             num_bad += result.num_bad
             rates = learning_rates_now(optimizer) | {"data_wait_fraction": timed.fraction_since_last()}
-            log.step(state.step, state.step / steps_per_epoch, **rates, **asdict(result))
+            log.step(state.step, state.step / steps_per_epoch, **rates, **without_text(result))
             scheduler.step_update(state.step)
             classifier.update_average(state.step)
             if state.step % args.save_steps == 0 and state.step % steps_per_epoch != 0:

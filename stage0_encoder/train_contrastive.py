@@ -41,11 +41,10 @@ from stage0_encoder.contrastive_run import (
     score_to_go_by,
 )
 from stage0_encoder.contrastive_step import contrastive_step, refuse_batch_statistics
-from stage0_encoder.encoder_run import end, make_encoder_accelerator, save_result
+from stage0_encoder.encoder_run import end, is_over, make_encoder_accelerator, save_result
 from stage0_encoder.retrieval import evaluate
 from stage0_encoder.waiting import TimedBatches
 from stage0_encoder.what_aligns import add_model_arguments, build_model
-from validation import stops_early
 
 STEP_FLAGS = ("chunk_size", "max_grad_norm", "max_logit_scale")
 
@@ -102,7 +101,7 @@ def main() -> int:
     # Train
     num_bad, timed = 0, TimedBatches(train_loader)
     for epoch in range(state.step // steps_per_epoch, args.num_epochs):
-        if stops_early(state.evaluations_since_best, args.early_stopping_patience):
+        if is_over(accelerator, args, state):
             break
         model.train()
         train_batches.start_at(epoch, first_step=state.step - epoch * steps_per_epoch)

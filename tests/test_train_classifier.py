@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,11 +20,13 @@ from timm.data import Mixup
 
 from encoders import load_encoder
 from evaluation.fields import parse_report
+from run_checkpoints import RunState
 from slide_encoders import GatedAttention, load_slide_encoder
 from stage0_encoder import train_classifier
-from stage0_encoder.classification_scores import for_log, score_all
+from stage0_encoder.classification_scores import for_log, score_all, table
 from stage0_encoder.classifier import Classifier, balanced_weights, own_cnn, own_vit
 from stage0_encoder.classifier_data import collate, seeded
+from stage0_encoder.encoder_run import is_over
 from stage0_encoder.labels import UNLABELLED, label_of, read_label_table, read_labelled
 from stage0_encoder.tile_files import montage
 from stage0_encoder.waiting import TimedBatches
@@ -220,6 +223,24 @@ def test_scores_are_those_of_scikit_learn():
     assert for_log(scores)["val_balanced_accuracy"] == scores["organ"]["balanced_accuracy"]
 
 
+def test_the_table_shows_classes_that_occur_beside_chance():
+    labels = np.array([[0], [0], [1]])
+    probabilities = [np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.1, 0.9, 0.0]])]
+    lines = table(score_all(probabilities, labels, {"organ": ["a", "b", "c"]})).splitlines()
+    assert lines[1].split() == ["organ", "3", "0.7500", "0.5000", "0.6667"]
+    assert [line.split()[:2] for line in lines[2:4]] == [["a", "2"], ["b", "1"]]
+    assert lines[4].strip() == "(1 more class has no validation record)"
+
+
+def test_the_end_for_want_of_a_better_score_is_said(capsys):
+    accelerator, args = Mock(is_main_process=True), Mock(early_stopping_patience=2, best_metric="loss")
+    state = RunState()
+    for score, over in ((0.5, False), (0.4, False), (0.5, True)):
+        state.note(score)
+        assert is_over(accelerator, args, state) is over
+    assert capsys.readouterr().err == "\nstopped early: 2 epochs without a better loss\n"
+
+
 def test_waiting_is_a_share_of_the_time(monkeypatch):
     clock = iter([0.0, 0.0, 1.0, 4.0, 4.0, 7.0, 8.0])  # made, asked, got, step ends, asked, got, step ends
     monkeypatch.setattr("stage0_encoder.waiting.time.perf_counter", lambda: next(clock))
@@ -266,6 +287,7 @@ def test_a_run_learns_colours_and_resumes_exactly(pictures, tmp_path):
         assert (whole / name).is_file(), name
     lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
     assert {"lr", "data_wait_fraction", "grad_norm"} <= lines[0].keys()
+    assert "supervised_tokens_per_s" not in lines[0]
     begun = tmp_path / "begun"
     shutil.copytree(whole, begun)
     shutil.rmtree(begun / "final_model")
@@ -317,7 +339,7 @@ def test_bags_give_a_slide_encoder(corpus, tmp_path, train_here):
     assert json.loads((tmp_path / "run" / "scores.json").read_text())["organ"]["balanced_accuracy"] > 0.6
 
 
-def test_montages_are_made_of_the_slides_tiles(tmp_path, train_here):
+def test_montages_are_made_of_the_slides_tiles(tmp_path, train_here, monkeypatch):
     from slide_features import write_slide_coords
     from tests.slides import write_pyramid
 
@@ -341,6 +363,11 @@ def test_montages_are_made_of_the_slides_tiles(tmp_path, train_here):
     tiles = np.load(next((tmp_path / "run" / "tiles").glob("s0-*.npy")))
     assert tiles.shape == (4, 32, 32, 3) and abs(tiles[0, 16, 16].astype(int) - COLORS["reddish"]).max() < 12
     assert load_encoder(tmp_path / "run" / "final_model").image_size == 16
+    monkeypatch.setattr(sys, "argv", [str(word) for word in (TRAIN, *words, "--output_dir", tmp_path / "other")])
+    with pytest.raises(FileNotFoundError, match="no encoder folder"):
+        sys.argv += ["--encoder", str(tmp_path / "missing")]
+        train_classifier.main()
+    assert not (tmp_path / "other" / "tiles").exists()  # which may take hours to read
 
 
 @pytest.mark.parametrize(
