@@ -1,6 +1,7 @@
 """What train_contrastive.py prepares from its flags: records, batches, optimizer; and what its best model is."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,11 +9,12 @@ import torch
 from accelerator_setup import parameter_groups, trainable_parameters
 from command_line import chosen
 from run_checkpoints import run_identity
+from run_log import read_log
 from slide_reports import RECORD_FLAGS, Record, RecordBatches, digests, read_training_records
 from stage0_encoder.alignment_model import AlignmentModel
 from stage0_encoder.contrastive_flags import MAY_DIFFER
 from stage0_encoder.pairs import Items, PairDataset, make_pair_loader
-from stage0_encoder.retrieval import read_zero_shot
+from stage0_encoder.retrieval import RANKS, read_zero_shot
 
 
 def read_pairs(args) -> tuple[Sequence[Record], Sequence[Record], list[str]]:
@@ -60,6 +62,23 @@ def score_to_go_by(scores: dict[str, float], best_metric: str) -> float:
     if f"val_{best_metric}" not in scores:
         raise ValueError(f"--best_metric {best_metric}: no validation record is in --class_labels")
     return -scores["val_loss"] if best_metric == "loss" else scores[f"val_{best_metric}"]
+
+
+def best_line(run_dir: Path, best_metric: str) -> str:
+    """What the best model reached, for the terminal; empty if there was no validation."""
+    lines = [line for line in read_log(run_dir / "log.jsonl") if "val_loss" in line]
+    if not lines:
+        return ""
+    best = max(lines, key=lambda line: score_to_go_by(line, best_metric))
+    recalls = [
+        f"{way.replace('_', ' ')} " + " / ".join(f"{best[f'val_{way}_recall_at_{k}']:.3f}" for k in RANKS)
+        for way in ("image_to_text", "text_to_image")
+    ]
+    candidates = f"{best['val_num_texts']} texts and {best['val_num_images']} images or slides"
+    return (
+        f"best_model is of epoch {best['epoch']:g}, by {best_metric}; recall at {' / '.join(map(str, RANKS))} among "
+        f"{candidates}: {', '.join(recalls)}"
+    )
 
 
 def make_optimizer(args, model: AlignmentModel) -> torch.optim.Optimizer:

@@ -32,6 +32,7 @@ from run_log import RunLog
 from slide_reports import add_record_arguments
 from stage0_encoder.contrastive_flags import add_alignment_validation_arguments, add_step_arguments
 from stage0_encoder.contrastive_run import (
+    best_line,
     facts_of,
     identity_of,
     make_batches,
@@ -126,7 +127,7 @@ def main() -> int:
     # Save
     save_result(accelerator, bare, run_dir / "final_model")
     log.end(state.step, image_ablation=None)
-    end(accelerator, run_dir, timed.told())
+    end(accelerator, run_dir, best_line(run_dir, args.best_metric), timed.told())
     return SOME_FAILED if problems or num_bad else DONE
 
 

@@ -1,6 +1,7 @@
 """Aligning encoders of images, slides and texts: pairs, retrieval, text models, whole runs, resumption, embeddings."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,6 +80,8 @@ def slides(corpus, models, tmp_path_factory) -> Path:
     flags = [*slide_flags(corpus, models), "--batch_size", 4, "--save_steps", 3, "--keep_checkpoints", 20]
     done = run_command(*flags, "--output_dir", output)
     assert "waited for data in" in done.stderr
+    best = r"best_model is of epoch \d, by recall_at_1; recall at 1 / 5 / 10 among \d texts and \d images or slides: "
+    assert re.search(best + r"image to text 1\.000 / 1\.000 / 1\.000, text to image 1\.000", done.stderr)
     assert done.stdout.strip() == str(output / "final_model")
     return output
 
