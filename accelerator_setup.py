@@ -15,7 +15,7 @@ from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataPara
 from accelerate.utils import ProjectConfiguration, parse_flag_from_env, set_seed
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from deepspeed_zero import precision, zero_plugin
+from deepspeed_zero import is_zero, precision, zero_plugin
 
 # Processes wait for the slowest of them, which may be writing a large model; torch's default is 10 to 30 minutes.
 LONGEST_WAIT = timedelta(days=30)
@@ -153,12 +153,14 @@ def make_accelerator(
     DeepSpeed must know ``max_grad_norm`` from the beginning, and is refused without.
 
     Raises:
-        ValueError: float16, from the flag or from accelerate's own configuration, or a sharding that is not supported.
+        ValueError: float16, from the flag or from accelerate's own configuration, a sharding that is not supported, or
+            DeepSpeed without a GPU.
     """
     refuse_untested_sharding()
+    zero = zero_plugin(mixed_precision, max_grad_norm)
     trackers = [*(["wandb"] if wandb_project else []), *(["tensorboard"] if tensorboard else [])]
     accelerator = Accelerator(
-        deepspeed_plugin=zero_plugin(mixed_precision, max_grad_norm),
+        deepspeed_plugin=zero,
         cpu=runs_on_cpu(),
         mixed_precision=mixed_precision,
         log_with=trackers or None,
@@ -170,6 +172,8 @@ def make_accelerator(
         ],
         step_scheduler_with_optimizer=False,
     )
+    if zero is not None and not is_zero(accelerator):
+        raise ValueError("DeepSpeed: accelerate starts it on GPUs only, and finds none; use another configuration")
     if accelerator.mixed_precision == "fp16":
         raise ValueError(
             "fp16 overflows in Gemma-3n, over full and over 4-bit weights; choose bf16 or no in --mixed_precision or "

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-2 on two processes trains as DDP does, and each opens the other's checkpoints."""
+"""DeepSpeed's ZeRO-2 on two processes trains as DDP does, and its checkpoints go on in either."""
 
 import importlib.util
 import json
@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from accelerator_setup import make_accelerator
 from tests.conftest import ROOT, environment
 
 if importlib.util.find_spec("deepspeed") is None:
@@ -70,9 +72,8 @@ def test_weights_that_learn_stay_in_float32_under_bf16(runs):
     assert {value.dtype for value in load_file(folder / "trainable.safetensors").values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("written_in, resumed_in", [("ddp", "zero2"), ("zero2", "ddp")])
-def test_a_checkpoint_goes_on_in_the_other_layout(runs, written_in, resumed_in):
-    resumed = runs / f"{written_in}_then_{resumed_in}"
+def test_a_checkpoint_of_zero2_goes_on_in_ddp(runs):
+    resumed = runs / "zero2_then_ddp"
     assert 0 < len(logged(resumed, "loss")) < len(logged(runs / "full_ddp", "loss"))
     assert_same_run(resumed, runs / "full_ddp", loss=2e-5, weight=2e-5)
 
@@ -82,3 +83,15 @@ def test_zero2_resumes_to_the_same_bits(runs):
     found = weights_of(runs / "zero2_then_zero2")
     assert found.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_deepspeed_without_a_gpu_is_refused(tmp_path, monkeypatch):
+    """Accelerate by itself would train with DDP, and say nothing."""
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_CPU"):
+        monkeypatch.setenv(name, "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with pytest.raises(ValueError, match="finds none"):
+            make_accelerator(output_dir=tmp_path, seed=0, max_grad_norm=1.0)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)

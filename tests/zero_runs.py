@@ -1,4 +1,4 @@
-"""Training runs under DeepSpeed's ZeRO-2 and under DDP, each on two processes, and each one's checkpoint in the other.
+"""Training runs under DeepSpeed's ZeRO-2 and under DDP, each on two processes, and checkpoints that go on in either.
 
     DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m tests.zero_runs OUTPUT_DIR
 
@@ -35,13 +35,13 @@ def main() -> None:
     few = root / "few.json"
     few.write_text(json.dumps(json.loads(corpus.reports.read_text())[:10]))
     common = ["--train_json", few, "--features_dir", corpus.features, "--num_workers", 0, "--batch_size", 1]
-    common += ["--gradient_accumulation_steps", 2, "--val_fraction", 0.2, "--image_ablation_records", 4]
+    common += ["--gradient_accumulation_steps", 2, "--val_fraction", 0.2, "--image_ablation_records", 0]
     stage1 = [*common, "--llm_name", corpus.llm, "--num_visual_tokens", 8, "--learning_rate", 0.01]
     stage1 += ["--max_grad_norm", 0.05, "--weight_decay", 0.1, "--projector_ema", 0.9]
     stage2 = [*common, "--stage1_projector_path", root / "stage1_ddp" / "final_model"]
     stage2 += ["--unfreeze_projection_layer", "--projector_learning_rate", 1e-4]
     lora = [*stage2, "--llm_training", "lora", "--lora_dropout", 0, "--mixed_precision", "bf16", "--packing"]
-    lora += ["--best_metric", "rouge_l", "--metric_records", 2]
+    lora += ["--best_metric", "rouge_l", "--metric_records", 2, "--max_answer_tokens", 48]
     full = [*stage2, "--llm_training", "full", "--gradient_checkpointing", "--learning_rate", 1e-3]
 
     def train(main, flags: list, name: str, layout: str, *more: object, epochs: int = 1) -> None:
@@ -61,7 +61,7 @@ def main() -> None:
     for layout in ("ddp", "zero2"):
         train(stage2_finetune.train.main, lora, "lora", layout)
         train(stage2_finetune.train.main, full, "full", layout, epochs=2)
-    for written_in, resumed_in in (("ddp", "zero2"), ("zero2", "ddp"), ("zero2", "zero2")):
+    for written_in, resumed_in in (("zero2", "ddp"), ("zero2", "zero2")):
         output = root / f"{written_in}_then_{resumed_in}"
         middle = checkpoints(root / f"full_{written_in}")[0]
         shutil.copytree(middle, output / "checkpoints" / middle.name)
