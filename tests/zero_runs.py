@@ -41,7 +41,7 @@ def main() -> None:
     stage2 = [*common, "--stage1_projector_path", root / "stage1_ddp" / "final_model"]
     stage2 += ["--unfreeze_projection_layer", "--projector_learning_rate", 1e-4]
     lora = [*stage2, "--llm_training", "lora", "--lora_dropout", 0, "--mixed_precision", "bf16", "--packing"]
-    lora += ["--best_metric", "rouge_l", "--metric_records", 2, "--max_answer_tokens", 48]
+    lora += ["--best_metric", "rouge_l", "--metric_records", 2, "--max_answer_tokens", 48, "--ple_device", "cpu"]
     full = [*stage2, "--llm_training", "full", "--gradient_checkpointing", "--learning_rate", 1e-3]
 
     def train(main, flags: list, name: str, layout: str, *more: object, epochs: int = 1) -> None:
