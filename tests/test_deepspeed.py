@@ -55,11 +55,8 @@ def assert_same_run(found: Path, expected: Path, *, loss: float, weight: float) 
     [
         ("stage1", 5e-6, 2e-6),  # clips every step, weight decay, moving average of the projector
         ("full", 2e-5, 2e-5),  # two learning rates, gradient checkpointing
-        (
-            "lora",
-            1e-2,
-            1e-4,
-        ),  # bfloat16, whose rounding the last bit of a weight may turn; packed, with the per-layer table in its file
+        # bfloat16, whose rounding the last bit of a weight may turn; packed, the per-layer table in its file
+        ("lora", 1e-2, 1e-4),
     ],
 )
 def test_zero2_trains_as_ddp_does(runs, name, loss, weight):
