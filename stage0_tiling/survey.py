@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from command_line import DONE, SOME_FAILED, make_parser, run
+from command_line import DONE, SOME_FAILED, log_to_stderr, make_parser, run
 from slide_features import atomic_path
 from stage0_tiling.flags import check_folder
 from stage0_tiling.slide_files import SURVEY_FOLDER
@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what your machines encode, to estimate hours; measure it on a few slides with encode.py",
     )
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logger.setLevel(logging.INFO)
+    log_to_stderr(logger)
     _check(args)
 
     # Data
