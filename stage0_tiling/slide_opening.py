@@ -100,6 +100,8 @@ def open_file(path: Path, reader: str) -> OpenedFile:
     """
     if not path.exists():
         raise SlideError(f"{path.name} does not exist")
+    if path.is_file() and path.stat().st_size == 0:
+        raise SlideError(f"{path.name} is empty (0 bytes): copy it anew")
     try:
         slide = openslide.OpenSlide(path)
     except openslide.OpenSlideError as error:
