@@ -21,7 +21,7 @@ import numpy as np
 from stage0_tiling.aligned import Alignment, align
 from stage0_tiling.memory import Lender
 from stage0_tiling.tiff_codecs import TileError
-from stage0_tiling.tiff_levels import TiffLevel, TiffPyramid, read_pyramid
+from stage0_tiling.tiff_levels import MANY_TILES, TiffLevel, TiffPyramid, read_pyramid
 from stage0_tiling.tile_cache import SHARED_ROWS, TileCache, bytes_for
 
 READ_BYTES = 2**20  # most that is read at once of compressed tiles that lie one behind the other
@@ -98,7 +98,8 @@ class TiledTiff:
         )
         self._taken = [np.zeros(level.grid, bool) for level in self._levels]
         self._keeps_all = False
-        self._new = _empty if width is None else Lender()  # what such a pass has decoded is not wanted after it
+        # what such a pass has decoded is not wanted after it; new pages cost some milliseconds, though
+        self._new = _empty if width is None or self.num_tiles <= MANY_TILES else Lender()
 
     def close(self) -> None:
         self._file.close()

@@ -300,15 +300,18 @@ def test_long_tables_are_read_when_a_tile_of_their_level_is_wanted(slide_path, m
     boxes = [(0, 0, 512, 512, (256, 256)), (900, 600, 300, 200, (300, 200))]
     with Slide(slide_path, "tiff") as slide:
         expected = [slide.read_region(*box) for box in boxes]
+        whole = slide.read_whole(397, 297)
         tables = [(level.offsets, level.counts) for level in slide._tiff._levels]
     monkeypatch.setattr("stage0_tiling.tiff_levels.MANY_TILES", 0)
     monkeypatch.setattr("stage0_tiling.slide_opening.MANY_TILES", 0)
+    monkeypatch.setattr("stage0_tiling.tiled_tiff.MANY_TILES", 0)
     with Slide(slide_path, "tiff") as slide:
         for level, (offsets, counts) in zip(slide._tiff._levels, tables, strict=True):
             assert isinstance(level.offset_table, StoredTable) and "offsets" not in level.__dict__
             np.testing.assert_array_equal(level.offsets, offsets)
             np.testing.assert_array_equal(level.counts, counts)
             level.release()
+        np.testing.assert_array_equal(slide.read_whole(397, 297), whole)
         for box, picture in zip(boxes, expected, strict=True):
             np.testing.assert_array_equal(slide.read_region(*box), picture)
 
