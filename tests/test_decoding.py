@@ -12,17 +12,15 @@ from inference.choice import GumbelNoise
 from inference.constraints import AllowedReports, Grammar, nearest
 from inference.decoding import (
     Decoding,
-    answer_samples,
     decode,
     decode_samples,
     extend_prefix,
-    generate_answers,
     read_prefixes,
     text_of,
 )
 from language_model import add_lora
 from slide_reports import collate
-from tests.tiny_models import REPORTS, make_batch, make_model, make_sample
+from tests.tiny_models import REPORTS, generate_answers, make_batch, make_model, make_sample
 
 
 def plain_log_probs(model, batch, answer: list[int]) -> torch.Tensor:
@@ -221,8 +219,10 @@ def test_reducer_that_heeds_the_question_shares_nothing():
         sample["question_ids"] = tokenizer(question, add_special_tokens=False)["input_ids"]
     prefixes = read_prefixes(model, samples)
     assert prefixes[0] is not prefixes[1]
-    both = answer_samples(model, tokenizer, samples, num_beams=1, max_new_tokens=6)
-    assert both == [answer_samples(model, tokenizer, [s], num_beams=1, max_new_tokens=6)[0] for s in samples]
+    greedy = Decoding(num_beams=1, max_new_tokens=6)
+    both = decode_samples(model, tokenizer, samples, decoding=greedy)
+    alone = [decode_samples(model, tokenizer, [sample], decoding=greedy)[0] for sample in samples]
+    assert [a.token_ids for (a,) in both] == [a.token_ids for (a,) in alone]
 
 
 @pytest.mark.parametrize("family", ["gemma3n", "llama"])
