@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hub_access import explained
+from inference.cpu_products import use_onednn
 from slide_vlm import SlideVLM, load_vlm
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -64,6 +65,8 @@ def open_model(args, device: str | torch.device | None = None) -> tuple[SlideVLM
 
         quantize_llm(model.llm, load_in, device)
         model.to(device)
+    if device.type == "cpu":
+        use_onednn(model.llm)
     if getattr(args, "compile", False):
         compile_feed_forward(model)
     return model, tokenizer

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from inference.choice import GumbelNoise
 from inference.constraints import AllowedReports, Grammar, nearest
+from inference.cpu_products import product, use_onednn
 from inference.decoding import (
     Decoding,
     decode,
@@ -249,6 +250,39 @@ def test_model_whose_attention_is_not_pytorchs_reads_whole_prompts():
     plain = decode_samples(model, tokenizer, samples, decoding=Decoding(num_beams=3, max_new_tokens=6))
     assert [a.token_ids for (a,) in plain] == [a.token_ids for (a,) in shared]
     assert [a.log_probs for (a,) in plain] == [pytest.approx(a.log_probs, abs=1e-4) for (a,) in shared]
+
+
+# Products on a CPU
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_onednn_are_those_of_plain_layers(bias):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(24, 7, bias=bias)
+    rows = torch.randn(2, 5, 24)
+    expected = layer(rows)
+    use_onednn(layer)
+    assert torch.allclose(layer(rows), expected, atol=1e-5)
+    with torch.inference_mode():
+        assert torch.allclose(layer(rows), expected, atol=1e-5)
+        assert layer(rows[:0]).shape == (0, 5, 7)
+        matrices = torch.randn(1, 1, 24, 9)
+        found = product(rows[None, :1], matrices.transpose(2, 3))
+        assert torch.allclose(found, rows[None, :1] @ matrices, atol=1e-5), "a transposed matrix"
+        assert layer.bfloat16()(rows.bfloat16()).dtype == torch.bfloat16
+    layer.float()(rows.requires_grad_()).sum().backward()
+    assert rows.grad.abs().sum() > 0, "gradients go through, as evidence needs them"
+
+
+def test_answers_by_onednn_are_those_of_plain_layers():
+    model, tokenizer = make_model("gemma3n", num_visual_tokens=24)
+    model.llm = add_lora(model.llm, rank=4, alpha=64, dropout=0.0).eval()
+    samples = samples_about(tokenizer, (20, 5), QUESTIONS[:2])
+    plain = decode_samples(model, tokenizer, samples, decoding=Decoding(num_beams=3, max_new_tokens=6))
+    use_onednn(model.llm)
+    found = decode_samples(model, tokenizer, samples, decoding=Decoding(num_beams=3, max_new_tokens=6))
+    assert [a.token_ids for (a,) in found] == [a.token_ids for (a,) in plain]
+    assert [a.log_probs for (a,) in found] == [pytest.approx(a.log_probs, abs=1e-4) for (a,) in plain]
 
 
 # Draws

@@ -314,3 +314,14 @@ def test_feed_forward_blocks_are_compiled_on_request(run_here, monkeypatch, mode
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **kwargs: compiled.append(type(module).__name__))
     run_here("generate", "--model", model, "--features", features, *SHORT, "--compile")
     assert compiled == ["Gemma3nTextMLP"] * 4
+
+
+def test_linear_layers_on_a_cpu_compute_by_onednn(model):
+    import torch
+
+    from inference.loading import open_model
+
+    args = SimpleNamespace(model=str(model), device="cpu", dtype=None, llm_name=None, vision_model_name=None)
+    vlm, _ = open_model(args)
+    layers = [layer for layer in vlm.llm.modules() if type(layer) is torch.nn.Linear]
+    assert layers and all(layer.forward.__func__.__module__ == "inference.cpu_products" for layer in layers)
