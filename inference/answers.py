@@ -13,6 +13,7 @@ from inference.arguments import MEASURES, decoding_flags
 from inference.choice import Constraint
 from inference.constraints import AllowedReports, Grammar, nearest, texts_of
 from inference.decoding import Decoded, Decoding, decode_samples, text_of
+from inference.memory import decoding_mend, is_out_of_memory, memory_line
 from slide_reports import Prompt, making_of, patch_budget, read_case, read_images
 from slide_vlm import IGNORED_LABEL, SlideVLM, VLMSettings
 
@@ -102,7 +103,8 @@ class Answering:
         except torch.AcceleratorError:
             raise
         except (RuntimeError, MemoryError, IndexError) as error:
-            reason = one_line(error)
+            mend = decoding_mend(self.decoding.num_beams)
+            reason = memory_line(error, mend) if is_out_of_memory(error) else one_line(error)
         # Outside the handler, where the error would keep the tensors of the pass that failed.
         if model.device.type == "cuda":
             torch.cuda.empty_cache()

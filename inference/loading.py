@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hub_access import explained
 from inference.cpu_products import use_onednn
+from inference.memory import LOADING, memory_told
 from slide_vlm import SlideVLM, load_vlm
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -41,8 +42,13 @@ def model_folder(name: str) -> str:
     return folder
 
 
+@memory_told(LOADING)
 def open_model(args, device: str | torch.device | None = None) -> tuple[SlideVLM, PreTrainedTokenizerBase]:
-    """Model and tokenizer as the flags say, in evaluation mode on its device."""
+    """Model and tokenizer as the flags say, in evaluation mode on its device.
+
+    Raises:
+        ValueError: it cannot be opened so, or memory is too small for it.
+    """
     try:
         device = torch.device(device or args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)

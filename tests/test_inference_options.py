@@ -201,6 +201,68 @@ def test_a_batch_that_fails_is_tried_in_halves_and_costs_only_its_worst(run_here
     assert json.loads((tmp_path / "p.json").read_text()) == expected
 
 
+OUT_OF_MEMORY = [
+    ("torch", "OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has"),
+    ("builtins", "RuntimeError", "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+    ("builtins", "MemoryError", ""),
+]
+
+
+def run_short_of_memory(monkeypatch, error, most_rows):
+    """Let linear layers on a CPU fail at more than so many rows."""
+    from inference import cpu_products
+
+    module, name, said = error
+    linear = cpu_products.linear
+
+    def fail(rows, *more):
+        if len(rows) > most_rows:
+            raise getattr(__import__(module), name)(said)
+        return linear(rows, *more)
+
+    monkeypatch.setattr(cpu_products, "linear", fail)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=[name for _, name, _ in OUT_OF_MEMORY])
+def test_want_of_memory_is_told_in_a_line_with_a_mend(run_here, monkeypatch, model, features, error):
+    run_short_of_memory(monkeypatch, error, most_rows=1)  # reads the case, but has no room for two beams
+    flags = ["--model", model, "--features", features, *SHORT]
+    for more, stdin in ((["--chat"], "Which organ?\n"), ([], "")):
+        with pytest.raises(ValueError, match=r"^out of memory.*fewer --num_beams than 2,.*--load_in nf4") as refused:
+            run_here("generate", *flags, *more, stdin=stdin)
+        assert "\n" not in str(refused.value) and "GPU 0" not in str(refused.value)
+
+
+def test_a_model_too_large_is_told_in_a_line_with_a_mend(run_here, monkeypatch, model, features):
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr("inference.loading.load_vlm", fail)
+    with pytest.raises(ValueError, match="^out of memory; load the model lighter, with --load_in nf4"):
+        run_here("generate", "--model", model, "--features", features)
+
+
+def test_other_errors_of_a_forward_pass_are_not_called_want_of_memory(run_here, monkeypatch, model, features):
+    run_short_of_memory(monkeypatch, ("builtins", "RuntimeError", "shapes do not match"), most_rows=1)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run_here("generate", "--model", model, "--features", features, *SHORT)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=[name for _, name, _ in OUT_OF_MEMORY])
+def test_want_of_memory_in_a_batch_halves_it_or_costs_its_records_only(
+    run_here, monkeypatch, corpus, model, tmp_path, error
+):
+    records = json.loads(corpus.reports.read_text())[:3]
+    flags = ["--model", model, "--test_json", write(tmp_path / "t.json", records), "--features_dir", corpus.features]
+    run_here("predict", *flags, *SHORT, "--output", tmp_path / "all.json")
+    run_short_of_memory(monkeypatch, error, most_rows=2)  # the beams of one record
+    assert run_here("predict", *flags, *SHORT, "--output", tmp_path / "p.json").status == 0
+    assert json.loads((tmp_path / "p.json").read_text()) == json.loads((tmp_path / "all.json").read_text())
+    run_short_of_memory(monkeypatch, error, most_rows=0)
+    done = run_here("predict", *flags, *SHORT, "--output", tmp_path / "none.json")
+    assert done.status == 1 and done.stderr.count("fewer --num_beams than 2") == 3
+
+
 def test_of_beams_that_spell_one_text_the_best_is_listed(model):
     from inference.answers import Answering
     from inference.decoding import Decoded, Decoding
