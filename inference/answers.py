@@ -41,8 +41,6 @@ class Answering:
         Raises:
             ValueError: flags that do not go together.
         """
-        if args.allowed_reports and args.grammar:
-            raise ValueError("give --allowed_reports or --grammar, not both")
         constraint: Constraint | None = None
         if args.allowed_reports:
             texts = texts_of(args.allowed_reports, "--allowed_reports")
@@ -120,11 +118,14 @@ class Answering:
 
     def describe(self, tokenizer, answers: list[Decoded]) -> dict[str, Any]:
         """The best answer: ``report``, ``beam_score``, its probabilities, ``num_tokens``, and where they apply
-        ``generated`` (what stood in the place of a snapped report), ``n_best`` and ``uncertain``.
+        ``cut_off`` (at ``max_new_tokens``), ``generated`` (what stood in the place of a snapped report), ``n_best`` and
+        ``uncertain``.
         """
         best, text = answers[0], text_of(tokenizer, answers[0])
         described: dict[str, Any] = {"report": text, "beam_score": best.score, **probabilities(best.log_probs)}
         described["num_tokens"] = len(best.token_ids)
+        if best.token_ids and len(best.log_probs) == len(best.token_ids):  # no end among them
+            described["cut_off"] = True
         if self.snap_texts:
             described["generated"] = text
             described["report"], described["similarity"] = nearest(text, self.snap_texts)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from command_line import DONE, GatherValues, make_parser, run
-from inference.arguments import add_decoding_arguments
+from inference.arguments import add_decoding_arguments, check_decoding_arguments
 from inference.new_slides import SlideReader, add_slide_arguments, check_slide_arguments
 
 
@@ -71,6 +71,7 @@ def main() -> int:
     args.model = model_folder(args.model)
     settings = VLMSettings.read(args.model)
     check_input(args, settings)
+    check_decoding_arguments(args)
     model, tokenizer = open_model(args)
     answering = Answering.of(args, settings, tokenizer)
     questions = args.question or ([] if args.chat else [settings.question])
@@ -132,6 +133,8 @@ def show_text(details: dict, question: str | None, *, is_first: bool) -> None:
         if number:
             print()
         print(answer["report"])
+    if details.get("cut_off"):
+        print(f"cut off after {details['num_tokens']} tokens; more with --max_new_tokens", file=sys.stderr)
     if details.get("uncertain"):
         print("uncertain: true (have it read)", file=sys.stderr)
 

@@ -35,7 +35,7 @@ def model_folder(name: str) -> str:
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
-    with explained(f"model {name}", repository):
+    with explained(f"model {name}", repository, instead="of stage 1 or 2, final_model, that holds vlm.json"):
         folder = snapshot_download(repository, revision=revision or None, allow_patterns=HUB_FILES)
     if not (Path(folder) / "vlm.json").is_file():
         raise FileNotFoundError(f"--model {name}: holds no vlm.json, so it is no model of SlideScribe; name another")

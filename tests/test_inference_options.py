@@ -118,6 +118,24 @@ def test_allowed_reports_and_snapping(run_here, corpus, model, features):
         run_here("generate", *flags, "--allowed_reports", corpus.reports, "--grammar", corpus.reports)
 
 
+def test_a_grammar_that_is_not_there_is_refused_before_anything_is_loaded(run_here, monkeypatch, model, features):
+    monkeypatch.setattr("inference.loading.load_vlm", None)
+    with pytest.raises(FileNotFoundError, match=r"^--grammar g\.lark: no such file$"):
+        run_here("generate", "--model", model, "--features", features, "--grammar", "g.lark")
+
+
+def test_json_of_a_schema_comes_whole_and_an_answer_that_was_cut_off_is_marked(run_here, model, features, tmp_path):
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"grade": {"enum": [1, 2]}}, "required": ["grade"]}
+    grammar = write(tmp_path / "g.json", schema | {"additionalProperties": False})
+    flags = ["--model", model, "--features", features, "--grammar", grammar, "--num_beams", 2]
+    whole = run_here("generate", *flags, "--max_new_tokens", 40)  # a random model would put blanks for ever
+    assert json.loads(whole.stdout)["grade"] in (1, 2) and "cut off" not in whole.stderr
+    cut = run_here("generate", *flags, "--max_new_tokens", 2)
+    assert "cut off after 2 tokens; more with --max_new_tokens" in cut.stderr
+    assert json.loads(run_here("generate", *flags, "--max_new_tokens", 2, "--json").stdout)["cut_off"] is True
+
+
 def test_decoding_is_inherited_from_vlm_json_and_flags_override(run_here, corpus, tmp_path, features):
     from tests.tiny_models import PATCH_WIDTH
 
