@@ -405,3 +405,17 @@ def test_linear_layers_on_a_cpu_compute_by_onednn(model):
     vlm, _ = open_model(args)
     layers = [layer for layer in vlm.llm.modules() if type(layer) is torch.nn.Linear]
     assert layers and all(layer.forward.__func__.__module__ == "inference.cpu_products" for layer in layers)
+
+
+def test_a_hub_model_without_network_is_told_what_folder_would_do(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    from inference.loading import model_folder
+
+    def fail(*args, **kwargs):
+        raise errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ConnectionError, match=r"^the weights of model org/name are not .*that holds vlm\.json$"):
+        model_folder("org/name")
