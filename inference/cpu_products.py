@@ -44,4 +44,5 @@ def _suits(rows: Tensor, weight: Tensor) -> bool:
         and rows.dtype == weight.dtype == torch.float32
         and rows.numel() > 0
         and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()  # whose own operation of this name takes frozen weights only
     )

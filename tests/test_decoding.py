@@ -274,6 +274,20 @@ def test_products_of_onednn_are_those_of_plain_layers(bias):
     assert rows.grad.abs().sum() > 0, "gradients go through, as evidence needs them"
 
 
+def test_compiled_layers_are_left_to_the_compiler():
+    """It refuses this operation of oneDNN where weights may change."""
+    layer, called = torch.nn.Linear(8, 8), []
+    use_onednn(layer)
+
+    def look(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with torch.inference_mode():
+        torch.compile(layer, backend=look)(torch.ones(2, 8))
+    assert called and not any("mkldnn" in name for name in called)
+
+
 def test_answers_by_onednn_are_those_of_plain_layers():
     model, tokenizer = make_model("gemma3n", num_visual_tokens=24)
     model.llm = add_lora(model.llm, rank=4, alpha=64, dropout=0.0).eval()
