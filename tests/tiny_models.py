@@ -1,6 +1,7 @@
 """Tiny random models and records that take the code paths of the real ones."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -177,3 +178,13 @@ def make_sample(tokenizer, answer: str, num_patches: int, seed: int = 0, questio
 def make_batch(tokenizer, sizes=(5, 8, 3), answers=None) -> dict[str, torch.Tensor]:
     answers = answers or REPORTS
     return collate([make_sample(tokenizer, answers[i % len(answers)], n, seed=i) for i, n in enumerate(sizes)])
+
+
+def generate_answers(model: SlideVLM, batch: dict[str, torch.Tensor], *, stop_ids: list[int], **decoding: Any) -> list:
+    """The best answer to each prompt of a batch as :class:`SlideVLM` takes it; ``decoding`` as of ``Decoding``."""
+    from inference.decoding import Decoding, decode, last_markers, read_batch
+
+    real, cut = batch["attention_mask"].bool(), last_markers(batch["input_ids"])
+    questions = [ids[row][end:].tolist() for ids, row, end in zip(batch["input_ids"], real, cut, strict=True)]
+    answers = decode(model, read_batch(model, batch), questions, stop_ids=stop_ids, decoding=Decoding(**decoding))
+    return [best for best, *_ in answers]
