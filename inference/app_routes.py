@@ -229,8 +229,11 @@ def _result_files(job: Job) -> dict[str, Path]:
     """Files of a finished job by the name that they are asked for by; a request names no path."""
     if job.state != "done":
         return {}
+    files = {"report.txt": job.folder / "report.txt"}
+    if "no_evidence" in job.result:
+        return files
     slide = job.folder / "evidence" / job.result["slides"][0]["slide_id"]
-    files = {"report.txt": job.folder / "report.txt", "evidence.json": job.folder / "evidence" / "evidence.json"}
+    files["evidence.json"] = job.folder / "evidence" / "evidence.json"
     files["evidence.geojson"] = slide / "evidence.geojson"
     for line in job.result["lines"]:
         files[f"{line['name']}.png"] = slide / f"{line['name']}.png"

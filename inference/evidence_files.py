@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from inference.evidence import INTEGRATED, Evidence
+from inference.evidence import INTEGRATED, Evidence, split_lines
 from slide_features import read_slide_coords, slide_id_of_features
 from stage0_tiling.geojson import write_measured_tiles_geojson
 from stage0_tiling.slide import Slide
@@ -178,6 +178,17 @@ def describe(evidence: Evidence, slides: Sequence[TiledSlide]) -> dict[str, Any]
             for number, slide in enumerate(slides)
         ],
     }
+
+
+def describe_lines(report: str) -> dict[str, Any]:
+    """What `describe` says of a report without evidence: its lines, none of which has tiles."""
+    spans = [(0, len(report)), *split_lines(report)]
+    names = ["report", *(f"line_{i}" for i in range(1, len(spans)))]
+    lines = [
+        {"name": name, "text": report[start:end], "start": start, "end": end, "top_tiles": []}
+        for name, (start, end) in zip(names, spans, strict=True)
+    ]
+    return {"report": report, "method": None, "lines": lines}
 
 
 def base_picture(slide: TiledSlide, opened: Slide | None) -> np.ndarray:
