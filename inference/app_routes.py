@@ -120,6 +120,10 @@ def _guard(app: FastAPI, allowed_hosts: set[str]) -> None:
     async def unreadable(_: Request, error: SlideError) -> JSONResponse:
         return JSONResponse({"error": str(error)}, 422)
 
+    @app.exception_handler(FileNotFoundError)
+    async def taken_away(_: Request, error: FileNotFoundError) -> JSONResponse:  # between looking for it and opening it
+        return JSONResponse({"error": "no such slide in the folder"}, 404)
+
     @app.exception_handler(RequestValidationError)
     async def not_understood(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]

@@ -20,7 +20,7 @@ from slide_vlm import SlideVLM, VLMSettings, check_encoder
 from stage0_tiling.encoding import encode_slide
 from stage0_tiling.geojson import tissue_polygons
 from stage0_tiling.pixel_size import SlideError
-from stage0_tiling.plan import TilePlan, TilingSettings, plan_tiles, why_empty
+from stage0_tiling.plan import TilePlan, TilingSettings, plan_tiles
 from stage0_tiling.slide import Slide
 from stage0_tiling.tile_encoder import is_out_of_memory
 from stage0_tiling.tissue_sources import TissueSources
@@ -105,7 +105,9 @@ class ReportWriter:
         with Slide(path, icc=self.tiling_settings.icc) as slide:
             plan = plan_tiles(slide, self.tiling_settings, self.assume_mpp, self.sources)
         if len(plan.coords) == 0:
-            raise SlideError(f"{path.name}: {why_empty(plan, self.tiling_settings)}")
+            raise SlideError(
+                f"{path.name}: {_why_no_tile(plan)}, searched as the model's slides were; try another slide"
+            )
         return plan
 
     def write(self, job: Job, path: Path, question: str | None = None) -> dict[str, Any]:
@@ -203,6 +205,15 @@ class ReportWriter:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key]
+
+
+def _why_no_tile(plan: TilePlan) -> str:
+    """What nobody at the page can change is left to `stage0_tiling.plan.why_empty`, which speaks of flags."""
+    if not plan.tissue.mask.any():
+        return "no tissue was found on it"
+    if plan.dropped:
+        return f"all {sum(plan.dropped.values())} tiles on its tissue are spoilt ({', '.join(plan.dropped)})"
+    return f"too little tissue was found on it ({plan.tissue.fraction:.2%})"
 
 
 def _lacks_memory(error: RuntimeError | MemoryError) -> bool:

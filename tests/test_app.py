@@ -190,6 +190,22 @@ def test_a_listed_slide_that_becomes_a_link_out_is_no_longer_shown(served, folde
     assert client.get(f"/api/slides/{key}/thumbnail.jpg").status_code == 404
 
 
+def test_a_slide_that_is_taken_away_while_it_is_asked_for_is_one_line(served, folder, monkeypatch):
+    client, _ = served
+    key, find = key_of(client), SlideFolder.find
+
+    def find_and_lose(self, key):
+        found = find(self, key)
+        found.path.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(SlideFolder, "find", find_and_lose)
+    answer = client.get(f"/api/slides/{key}")
+    assert answer.status_code == 404 and answer.json() == {"error": "no such slide in the folder"}
+    monkeypatch.undo()
+    assert client.get(f"/api/slides/{key}/outline").status_code == 404
+
+
 def test_a_slide_that_cannot_be_opened_is_one_line(served, folder):
     client, _ = served
     (folder / "cut.tiff").write_bytes((folder / "one.tiff").read_bytes()[:900])
