@@ -5,6 +5,7 @@ import { $, ask, element, sleep } from "./dom.js";
 import { lookAt, setMarks, setShown } from "./viewer.js";
 
 const POLL_MS = 400;
+const HARDLY = 0.05; // a change of a line's probability by 5 % by all tiles together
 const KEPT = "slidescribe requests"; // in the tab's storage: [slide key, job id, question] of each
 let current = null; // the slide that cards are about
 let requests = []; // {key, id, question, job, error, card}
@@ -252,5 +253,14 @@ function tilesOf(line, result, file) {
     button.onclick = () => lookAt(tile.x, tile.y, slide.tile_width, slide.tile_height);
     box.append(button);
   }
+  box.append(element("p", { textContent: weightInWords(line.evidence_of_all_tiles) }));
   return box;
+}
+
+/** How much the colours stand for, which every line scales anew; `total` is a natural logarithm. */
+function weightInWords(total) {
+  if (Math.abs(total) < HARDLY) return "It hardly rests on single tiles: the slide's mean tile alone would make it as probable.";
+  const factor = Math.exp(Math.abs(total));
+  const times = factor > 1000 ? "more than 1,000" : factor.toPrecision(factor < 10 ? 2 : 3).replace(/\.0$/, "");
+  return `All tiles together make it ${times} times ${total > 0 ? "as" : "less"} probable ${total > 0 ? "as" : "than"} the slide's mean tile alone.`;
 }
