@@ -61,7 +61,7 @@ def parse_arguments():
 def main() -> int:
     args = parse_arguments()
 
-    from inference.answers import Answering, make_sample
+    from inference.answers import Answering, make_sample, unread_tokens
     from inference.decoding import decode_samples, open_model
     from inference.loading import model_folder
     from slide_vlm import VLMSettings
@@ -79,6 +79,10 @@ def main() -> int:
         from inference.chat import chat
 
         return chat(model, tokenizer, case, len(paths), answering, first=questions)
+    for question in questions:
+        if unread := unread_tokens(settings, tokenizer, question):
+            longest = settings.max_question_tokens
+            print(f"a question is cut: the model reads {longest} tokens of one, not its last {unread}", file=sys.stderr)
     samples = [make_sample(model, tokenizer, question, case, len(paths)) for question in questions]
     found = decode_samples(model, tokenizer, samples, decoding=answering.decoding, constraint=answering.constraint)
     for number, (question, answers) in enumerate(zip(questions, found, strict=True)):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from inference.answers import Answering, budgets_of, make_sample
+from inference.answers import Answering, budgets_of, make_sample, unread_tokens
 from inference.evidence import METHODS, Evidence, explain
 from inference.evidence_files import describe, describe_lines, tiled_slide, write_evidence
 from inference.job_queue import Job
@@ -147,6 +147,8 @@ class ReportWriter:
         if not report:
             raise ValueError("the model wrote nothing; ask another question")
         about = {"question": question or settings.question, **answer, "num_tiles": num_tiles}
+        if question and (unread := unread_tokens(settings, self.tokenizer, question)):
+            about["unread_question_tokens"] = unread
         job.progress("Finding the evidence")
         evidence = self._explain(sample, report)
         if isinstance(evidence, str):

@@ -537,6 +537,20 @@ def test_report_question_evidence_and_files(folder, writer, monkeypatch):
     assert not app.state.queue.folder.exists()
 
 
+def test_a_question_that_is_cut_is_said(folder, writer, model_folder, monkeypatch, capsys):
+    from inference import generate
+
+    long = "Which organ, and which grade? " * 60
+    result = writer.write(Job("x", folder.parent / "job"), folder / "one.tiff", long)
+    assert result["unread_question_tokens"] > 100
+    told = writer.write(Job("x", folder.parent / "job2"), folder / "one.tiff", "Which organ?")
+    assert "unread_question_tokens" not in told
+    flags = ["--model", model_folder, "--slide", folder / "one.tiff", "--num_beams", 1, "--max_new_tokens", 3]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags), "--question", long])
+    assert generate.main() == 0
+    assert f"not its last {result['unread_question_tokens']}" in capsys.readouterr().err
+
+
 def test_the_report_is_that_of_generate(folder, writer, model_folder, monkeypatch, capsys):
     from inference import generate
 

@@ -163,8 +163,10 @@ function showResult(card, title, job, isReport) {
   const file = (name) => `/api/jobs/${job.id}/files/${name}`;
   const name = result.slides[0].slide_id;
   const downloads = element("div", { className: "downloads" }, link(isReport ? "Report" : "Answer", file("report.txt"), `${name}.txt`));
-  const head = isReport ? [] : [element("h3", { textContent: title })]; // the panel is headed "Report" already
+  const head = isReport ? [] : [element("h3", { className: "asked", textContent: title })]; // the panel is headed "Report" already
   if (result.uncertain) head.push(element("p", { className: "uncertain", textContent: "Uncertain: have it read." }));
+  if (result.unread_question_tokens)
+    head.push(element("p", { className: "uncertain", textContent: "The question is too long: its end was not read." }));
   let lines, hint;
   if (result.no_evidence) {
     lines = plainLines(result);
