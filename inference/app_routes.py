@@ -127,6 +127,8 @@ def _guard(app: FastAPI, allowed_hosts: set[str]) -> None:
     @app.exception_handler(RequestValidationError)
     async def not_understood(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return JSONResponse({"error": "the request holds no JSON"}, 422)
         where = ".".join(str(part) for part in first["loc"][1:])
         return JSONResponse({"error": f"{where}: {first['msg']}"}, 422)
 

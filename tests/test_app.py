@@ -459,6 +459,8 @@ def test_questions_and_files_that_are_refused(served):
     for body in ({"slide": key, "question": "x" * 2001}, {"slide": 5}, {}):
         answer = client.post("/api/jobs", json=body, headers=OURS)
         assert answer.status_code == 422 and isinstance(answer.json()["error"], str)
+    cut = client.post("/api/jobs", content='{"slide":', headers=OURS | {"Content-Type": "application/json"})
+    assert cut.status_code == 422 and cut.json() == {"error": "the request holds no JSON"}
     assert client.get("/api/jobs/unknown").status_code == 404
     job = ask(client, "a").json()["id"]
     assert client.get(f"/api/jobs/{job}/files/report.txt").status_code == 404
