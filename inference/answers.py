@@ -177,6 +177,11 @@ def make_sample(model: SlideVLM, tokenizer, question: str, case: dict[str, Any],
     return {"input_ids": ids, "labels": [IGNORED_LABEL] * len(ids), "question_ids": bare_ids, **case}
 
 
+def unread_tokens(settings: VLMSettings, tokenizer, question: str) -> int:
+    """How many tokens at the end of a question the model is not given: it reads as many as in training at most."""
+    return max(0, len(tokenizer(question, add_special_tokens=False)["input_ids"]) - settings.max_question_tokens)
+
+
 def read_inputs(model: SlideVLM, paths: Sequence[Path]) -> dict[str, Any]:
     """Patch tokens with coordinates of a case's feature files, or pixels of its images.
 

@@ -79,6 +79,7 @@ def main() -> int:
     settings = writer.model.settings
     about = {"model": str(args.model), "llm": settings.llm_name, "encoder": settings.encoder}
     about |= {"question": settings.question, "tile_size": settings.tiling["tile_size"], "mpp": settings.tiling["mpp"]}
+    about["no_evidence"] = writer.no_evidence
     hosts = LOOPBACK | {args.host.lower(), *(name.lower() for name in args.allowed_hosts)}
     app = create_app(folder, writer, about, hosts)
     host, port = listening.getsockname()[:2]

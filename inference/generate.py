@@ -93,10 +93,15 @@ def paths_of(args) -> list[str]:
 
 def answer_questions(args, model, tokenizer, answering, questions: list[str], case: dict, began: float) -> None:
     """Print the answer to each question about a case, and write what it rests on."""
-    from inference.answers import make_sample
+    from inference.answers import make_sample, unread_tokens
     from inference.decoding import decode_samples
 
     paths = paths_of(args)
+    settings = model.settings
+    for question in questions:
+        if unread := unread_tokens(settings, tokenizer, question):
+            longest = settings.max_question_tokens
+            print(f"a question is cut: the model reads {longest} tokens of one, not its last {unread}", file=sys.stderr)
     samples = [make_sample(model, tokenizer, question, case, len(paths)) for question in questions]
     found = decode_samples(model, tokenizer, samples, decoding=answering.decoding, constraint=answering.constraint)
     for number, (question, answers) in enumerate(zip(questions, found, strict=True)):

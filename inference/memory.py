@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 LIGHTER = "--load_in nf4 or --dtype bf16"
 LOADING = f"load the model lighter, with {LIGHTER}, or on a GPU Gemma-3n's table apart, with --ple_device cpu"
-PAGE = f"open the page anew with fewer --num_beams, {LIGHTER}"
 READING = "read tiles with fewer --num_workers and a smaller --tile_batch_size, or leave memory to this process"
 
 
