@@ -308,6 +308,14 @@ def trainable_parameters(model: torch.nn.Module) -> dict[str, str]:
     return counts
 
 
+def end_run(accelerator: Accelerator, result: Path) -> None:
+    """Print where the result is on stdout, and let the processes end together. Collective: call on every rank."""
+    if accelerator.is_main_process:
+        print(result)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
 def report_left_out(problems: Sequence[str], shown: int = 20) -> None:
     """Print the records that were left out, the first of them by name."""
     if problems:

@@ -181,6 +181,24 @@ def is_whole(folder: Path) -> bool:
     return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items())
 
 
+RUN_FOLDER_FLAGS = ("output_dir", "overwrite", "resume_from_checkpoint")
+
+
+def find_run(
+    *, output_dir: str, overwrite: bool, resume_from_checkpoint: str | None
+) -> tuple[Path, Path | None, RunState]:
+    """The run folder, the checkpoint to go on from if any, and what the run had reached by then; changes nothing.
+
+    Raises:
+        ValueError: the folder holds a run, and neither flag says what to do with it.
+        FileNotFoundError: there is no such checkpoint.
+    """
+    run_dir = Path(output_dir)
+    refuse_existing_run(run_dir, overwrite=overwrite, resuming=resume_from_checkpoint is not None)
+    checkpoint = checkpoint_to_resume(run_dir, resume_from_checkpoint)
+    return run_dir, checkpoint, read_run_state(checkpoint)
+
+
 def checkpoint_to_resume(run_dir: Path, choice: str | None) -> Path | None:
     """The folder that ``--resume_from_checkpoint`` names: ``latest`` of the run, a path, or None.
 
@@ -228,6 +246,25 @@ def check_identity(folder: Path | None, identity: dict[str, Any]) -> None:
     if "records_per_step" in different:
         advice += "; records_per_step is --batch_size x --gradient_accumulation_steps x processes"
     raise ValueError(f"{folder} is of another run: {was}; {advice}")
+
+
+def begin_or_resume(
+    accelerator: Accelerator,
+    run_dir: Path,
+    checkpoint: Path | None,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    *,
+    overwrite: bool,
+) -> None:
+    """Make the run folder, and load the checkpoint if there is one. Collective; call it when all is prepared.
+
+    What an earlier run left is deleted with ``overwrite``, unless the run goes on from a checkpoint.
+    """
+    begin_run_dir(accelerator, run_dir, overwrite=overwrite and checkpoint is None)
+    if checkpoint:
+        load_checkpoint(accelerator, run_dir, checkpoint, model, optimizer, scheduler)
 
 
 def load_checkpoint(

@@ -4,7 +4,7 @@ Shapes: B batch of cases, H language model width.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,11 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from projector_average import averaged
 from report_loss import evaluation_loss
+from run_checkpoints import RunState
+from run_log import RunLog
+from sharded_weights import save_result
 from slide_reports import Prompt, Record, ReportDataset, SampleKey, collate
 from slide_vlm import SlideVLM, position_arguments
 
@@ -100,6 +104,27 @@ def written_reports(
     return WrittenReports(best_metric, metrics[best_metric], sample, tokenizer, batch_size)
 
 
+def evaluate_epoch(
+    accelerator: Accelerator,
+    model: nn.Module,
+    val_loader: Any,
+    reports: WrittenReports | None,
+    epoch: int,
+    state: RunState,
+    log: RunLog,
+    tokenizer: Any,
+) -> None:
+    """Log the scores after so many epochs, and write ``best_model`` where they are the best. Collective: every rank.
+
+    The projector is the averaged one, where there is an average.
+    """
+    with averaged(accelerator.unwrap_model(model)):
+        scores = validate(accelerator, model, val_loader, reports)
+        log.evaluation(state.step, epoch, **scores)
+        if state.note(score_to_go_by(scores, reports.name if reports else "loss")):
+            save_result(accelerator, model, log.run_dir / "best_model", tokenizer)
+
+
 def validate(
     accelerator: Accelerator, model: nn.Module, val_loader: Any, reports: WrittenReports | None
 ) -> dict[str, float]:
@@ -116,6 +141,14 @@ def validate(
 def score_to_go_by(scores: dict[str, float], best_metric: str) -> float:
     """The score that decides which model is the best; higher is better."""
     return -scores["val_loss"] if best_metric == "loss" else scores[f"val_{best_metric}"]
+
+
+def epochs_to_go(state: RunState, steps_per_epoch: int, num_epochs: int, patience: int) -> Iterator[int]:
+    """Epochs from the one that the run has reached, until the last or for want of a better evaluation."""
+    for epoch in range(state.step // steps_per_epoch, num_epochs):
+        if stops_early(state.evaluations_since_best, patience):
+            return
+        yield epoch
 
 
 def stops_early(evaluations_since_best: int, patience: int) -> bool:

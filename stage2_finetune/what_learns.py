@@ -10,7 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from accelerator_setup import forget_frozen, git_revision
 from command_line import flags_of
+from encoder_lora import add_encoder_lora
 from four_bit import FourBit
+from language_model import add_lora, unfreeze_llm
+from run_checkpoints import file_digest
 from slide_reports import check_input_kind
 from slide_vlm import SlideVLM, VLMSettings, load_vlm
 
@@ -74,12 +77,63 @@ def open_stage1(args, settings: VLMSettings, accelerator: Accelerator) -> tuple[
         ple_device=args.ple_device,
         four_bit=FourBit(weights_dtype=str(dtype).removeprefix("torch.")) if is_four_bit else None,
     )
+    model.label_smoothing = args.label_smoothing
     model.settings.question = args.question or settings.question
     model.settings.max_question_tokens = args.max_question_tokens or settings.max_question_tokens
     model.settings.max_answer_tokens = args.max_answer_tokens or settings.max_answer_tokens
     model.settings.training = flags_of(args)
     model.settings.git_revision = git_revision()
     return model, tokenizer
+
+
+def stage1_digest(stage1_projector_path: str | Path) -> dict[str, str]:
+    """What a run began from, by content: the projector of stage 1."""
+    return {"stage1_projector": file_digest(Path(stage1_projector_path) / "projector" / "model.safetensors")}
+
+
+LLM_LEARNING_FLAGS = ("llm_training", "unfreeze_last_layers", "lora_rank", "lora_alpha", "lora_dropout")
+LLM_LEARNING_FLAGS += ("lora_target_modules",)
+
+
+def let_llm_learn(
+    model: SlideVLM,
+    *,
+    llm_training: str,
+    unfreeze_last_layers: int | None,
+    lora_rank: int,
+    lora_alpha: float,
+    lora_dropout: float,
+    lora_target_modules: list[str] | None,
+) -> None:
+    """Let the frozen language model learn in full, its last layers alone, or through new adapters; or leave it frozen.
+
+    Raises:
+        ValueError: it has fewer layers, or none of the layers that adapters are to go to.
+    """
+    if llm_training == "full":
+        unfreeze_llm(model.llm, unfreeze_last_layers)
+    if llm_training in ("lora", "qlora"):
+        lora = {"rank": lora_rank, "alpha": lora_alpha, "dropout": lora_dropout}
+        model.llm = add_lora(model.llm, **lora, target_modules=lora_target_modules)
+
+
+ENCODER_LEARNING_FLAGS = ("train_ve", "train_ve_first_epoch", "encoder_lora_rank", "lora_alpha", "lora_dropout")
+
+
+def let_encoder_learn(
+    model: SlideVLM,
+    *,
+    train_ve: bool,
+    train_ve_first_epoch: bool,
+    encoder_lora_rank: int,
+    lora_alpha: float,
+    lora_dropout: float,
+) -> None:
+    """Let the frozen image encoder learn in full or through new adapters; or leave it frozen."""
+    if train_ve or train_ve_first_epoch:
+        model.unfreeze_encoder()
+    if encoder_lora_rank:
+        add_encoder_lora(model.encoder, rank=encoder_lora_rank, alpha=lora_alpha, dropout=lora_dropout)
 
 
 def encoder_learns(args) -> bool:
