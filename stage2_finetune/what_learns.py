@@ -64,7 +64,10 @@ def open_stage1(args, settings: VLMSettings, accelerator: Accelerator) -> tuple[
     in bfloat16.
     """
     if args.encoder_lora_rank and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError("--encoder_lora_rank does not work with sharded weights; use DDP, or --train_ve")
+        raise ValueError(
+            f"--encoder_lora_rank {args.encoder_lora_rank}: adapters are merged into the encoder when it is saved, and "
+            "a shard of it cannot be; use DDP (recipes/accelerate/ddp.yaml), or --train_ve"
+        )
     is_bf16 = accelerator.mixed_precision == "bf16" and args.llm_training != "full"
     dtype = torch.bfloat16 if is_bf16 else torch.float32
     is_four_bit = args.llm_training == "qlora"

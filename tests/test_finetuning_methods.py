@@ -5,11 +5,13 @@ import importlib
 import json
 import os
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from hypothesis import given, settings, strategies
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -35,6 +37,7 @@ from stage2_finetune.merge_check import (
     mean_divergence,
     round_as_merged,
 )
+from stage2_finetune.what_learns import open_stage1
 from tests.conftest import run_command
 from tests.tiny_models import make_batch, make_llm, make_model
 from validation import greedy_answers, stops_early
@@ -289,6 +292,13 @@ def test_merge_command_and_generate_from_what_it_made(corpus, stage1, tmp_path, 
 
 
 # What learns
+
+
+@pytest.mark.parametrize("layout", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_encoder_lora_is_refused_where_weights_are_sharded(layout):
+    args, sharded = SimpleNamespace(encoder_lora_rank=4), SimpleNamespace(distributed_type=layout)
+    with pytest.raises(ValueError, match="--encoder_lora_rank 4: adapters are merged .* use DDP"):
+        open_stage1(args, None, sharded)
 
 
 def test_last_layers_alone_learn():
