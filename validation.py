@@ -3,6 +3,8 @@
 Shapes: B batch of cases, H language model width.
 """
 
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import DynamicCache
 
 from projector_average import averaged
@@ -53,7 +56,8 @@ def add_validation_arguments(parser, metrics: Sequence[str]) -> None:
     )
 
 
-METRIC_FLAGS = ("best_metric", "metric_records", "early_stopping_patience", "batch_size")
+METRIC_FLAGS = ("best_metric", "metric_records", "batch_size")
+STOPPING_FLAGS = ("best_metric", "early_stopping_patience")
 
 
 @dataclass(frozen=True)
@@ -75,18 +79,10 @@ class WrittenReports:
     batch_size: int
 
 
-def written_reports(
-    accelerator: Accelerator,
-    val_records: Sequence[Record],
-    tokenizer: Any,
-    metrics: dict[str, Metric],
-    *,
-    best_metric: str,
-    metric_records: int,
-    early_stopping_patience: int,
-    batch_size: int,
-) -> WrittenReports | None:
-    """What :func:`validate` needs for ``--best_metric``; None for the loss.
+def refuse_unmeasurable(
+    accelerator: Accelerator, val_records: Sequence[Record], *, best_metric: str, early_stopping_patience: int
+) -> None:
+    """Refuse to go by what will not be known, before a language model is loaded.
 
     Raises:
         ValueError: there are no validation records, or the model's weights are sharded, which cannot generate.
@@ -94,11 +90,25 @@ def written_reports(
     if early_stopping_patience and not len(val_records):
         raise ValueError("--early_stopping_patience needs validation records; give --val_json or --val_fraction")
     if best_metric == "loss":
-        return None
+        return
     if not len(val_records):
         raise ValueError(f"--best_metric {best_metric} needs validation records; give --val_json or --val_fraction")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(f"--best_metric {best_metric} writes reports, which sharded weights cannot; use loss")
+
+
+def written_reports(
+    val_records: Sequence[Record],
+    tokenizer: Any,
+    metrics: dict[str, Metric],
+    *,
+    best_metric: str,
+    metric_records: int,
+    batch_size: int,
+) -> WrittenReports | None:
+    """What :func:`validate` needs for ``--best_metric``; None for the loss."""
+    if best_metric == "loss":
+        return None
     places = torch.linspace(0, len(val_records) - 1, min(metric_records, len(val_records)), dtype=torch.float64)
     sample = [val_records[int(place)] for place in places]
     return WrittenReports(best_metric, metrics[best_metric], sample, tokenizer, batch_size)
@@ -117,9 +127,16 @@ def evaluate_epoch(
     """Log the scores after so many epochs, and write ``best_model`` where they are the best. Collective: every rank.
 
     The projector is the averaged one, where there is an average.
+
+    Raises:
+        FloatingPointError: the validation loss is not finite.
     """
     with averaged(accelerator.unwrap_model(model)):
         scores = validate(accelerator, model, val_loader, reports)
+        if not math.isfinite(scores["val_loss"]):
+            raise FloatingPointError(
+                f"step {state.step}: the validation loss is {scores['val_loss']}; lower --learning_rate and begin anew"
+            )
         log.evaluation(state.step, epoch, **scores)
         if state.note(score_to_go_by(scores, reports.name if reports else "loss")):
             save_result(accelerator, model, log.run_dir / "best_model", tokenizer)
@@ -144,9 +161,16 @@ def score_to_go_by(scores: dict[str, float], best_metric: str) -> float:
 
 
 def epochs_to_go(state: RunState, steps_per_epoch: int, num_epochs: int, patience: int) -> Iterator[int]:
-    """Epochs from the one that the run has reached, until the last or for want of a better evaluation."""
+    """Epochs from the one that the run has reached, to the last; says so where they end for want of a better one."""
     for epoch in range(state.step // steps_per_epoch, num_epochs):
         if stops_early(state.evaluations_since_best, patience):
+            if os.environ.get("RANK", "0") == "0":
+                worse = state.evaluations_since_best
+                tqdm.write(
+                    f"stopped after {epoch} of {num_epochs} epochs: none of the last {worse} was better than epoch "
+                    f"{epoch - worse}, whose model is best_model",
+                    file=sys.stderr,
+                )
             return
         yield epoch
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from jsonargparse.typing import PositiveInt
 
+import accelerator_setup
 from accelerator_setup import (
     ACCELERATOR_FLAGS,
     SCHEDULE_FLAGS,
@@ -72,9 +73,11 @@ from slide_reports import (
 from slide_vlm import SlideVLM, VLMSettings
 from validation import (
     METRIC_FLAGS,
+    STOPPING_FLAGS,
     add_validation_arguments,
     epochs_to_go,
     evaluate_epoch,
+    refuse_unmeasurable,
     written_reports,
 )
 
@@ -115,8 +118,10 @@ def main() -> int:
     run_dir, checkpoint, state = find_run(**chosen(args, RUN_FOLDER_FLAGS))
 
     # Data
+    refuse_contradictions(args)
     train_records, val_records, problems = read_training_records(**chosen(args, RECORD_FLAGS))
     accelerator = make_accelerator(output_dir=run_dir, **chosen(args, ACCELERATOR_FLAGS))
+    refuse_unmeasurable(accelerator, val_records, **chosen(args, STOPPING_FLAGS))
 
     # Model
     model, tokenizer = build_model(args, accelerator.mixed_precision, train_records[0].inputs[0])
@@ -127,7 +132,7 @@ def main() -> int:
     train_batches, train_loader, val_loader = make_loaders(
         model, tokenizer, train_records, val_records, accelerator.num_processes, **chosen(args, LOADER_FLAGS)
     )
-    reports = written_reports(accelerator, val_records, tokenizer, METRICS, **chosen(args, METRIC_FLAGS))
+    reports = written_reports(val_records, tokenizer, METRICS, **chosen(args, METRIC_FLAGS))
 
     # Optimizer
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate)
@@ -177,13 +182,20 @@ def main() -> int:
     return SOME_FAILED if problems or num_bad else DONE
 
 
+def refuse_contradictions(args) -> None:
+    """Raise ValueError for flags that cannot go together."""
+    accelerator_setup.refuse_contradictions(args)
+    if args.image_root and not args.vision_model_name:
+        raise ValueError("--image_root needs an image encoder; name it with --vision_model_name")
+    if args.vision_model_name and not args.image_root:
+        raise ValueError("--vision_model_name needs --image_root; feature files hold what the encoder of stage 0 gave")
+
+
 def build_model(args, mixed_precision: str, first_input: Path):
     """The frozen language model with a new projector and reducer, and its tokenizer."""
     tokenizer = load_tokenizer(args.llm_name, revision=args.llm_revision)
     llm_dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
     llm = load_llm(args.llm_name, revision=args.llm_revision, dtype=llm_dtype, ple_device=args.ple_device)
-    if args.image_root and not args.vision_model_name:
-        raise ValueError("--image_root needs an image encoder; name it with --vision_model_name")
     encoder = load_encoder(args.vision_model_name) if args.image_root else None
     inputs = describe_encoder(encoder) if encoder else describe_features(first_input)
     projector, reducer = choose_parts(args.projector, args.token_reducer, encoder.patch_grid if encoder else None)

@@ -62,6 +62,7 @@ def main() -> int:
         run_dir = output / method
         if not (run_dir / "log.jsonl").exists():  # this method's turn had not come
             flags.pop("resume_from_checkpoint", None)
+        print(f"--llm_training {method}, in {run_dir}", file=sys.stderr, flush=True)
         seconds = train(flags | {"llm_training": method, "output_dir": str(run_dir)}, args.num_processes, output)
         logs[method] = read_log(run_dir / "log.jsonl")
         rows.append(summary(method, run_dir, logs[method], seconds))

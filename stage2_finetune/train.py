@@ -66,9 +66,11 @@ from stage2_finetune.what_learns import (
 )
 from validation import (
     METRIC_FLAGS,
+    STOPPING_FLAGS,
     add_validation_arguments,
     epochs_to_go,
     evaluate_epoch,
+    refuse_unmeasurable,
     written_reports,
 )
 
@@ -107,6 +109,7 @@ def main() -> int:
     accelerator = make_accelerator(
         output_dir=run_dir, find_unused_parameters=encoder_learns(args), **chosen(args, ACCELERATOR_FLAGS)
     )
+    refuse_unmeasurable(accelerator, val_records, **chosen(args, STOPPING_FLAGS))
 
     # Model
     model, tokenizer = open_stage1(args, settings, accelerator)
@@ -120,7 +123,7 @@ def main() -> int:
     train_batches, train_loader, val_loader = make_loaders(
         model, tokenizer, train_records, val_records, accelerator.num_processes, **chosen(args, LOADER_FLAGS)
     )
-    reports = written_reports(accelerator, val_records, tokenizer, METRICS, **chosen(args, METRIC_FLAGS))
+    reports = written_reports(val_records, tokenizer, METRICS, **chosen(args, METRIC_FLAGS))
 
     # Optimizer
     rates = dict.fromkeys(VISUAL_PARTS, args.projector_learning_rate) | {"encoder": args.encoder_learning_rate}

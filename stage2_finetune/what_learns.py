@@ -1,5 +1,7 @@
 """What of a model learns in stage 2: the flags, the combinations that are refused, and the model opened for them."""
 
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -8,7 +10,8 @@ from accelerate.utils import DistributedType
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from transformers import PreTrainedTokenizerBase
 
-from accelerator_setup import forget_frozen, git_revision
+import accelerator_setup
+from accelerator_setup import BelowOne, forget_frozen, git_revision
 from command_line import flags_of
 from encoder_lora import add_encoder_lora
 from four_bit import FourBit
@@ -30,8 +33,10 @@ def add_learning_arguments(parser) -> None:
         "--unfreeze_last_layers", type=PositiveInt, default=None, help="with full: only so many last layers of the LLM"
     )
     group.add_argument("--lora_rank", type=PositiveInt, default=16, help="rank of the LoRA adapters of the LLM")
-    group.add_argument("--lora_alpha", type=float, default=32, help="LoRA scale, times 1 / rank; also of the encoder's")
-    group.add_argument("--lora_dropout", type=float, default=0.05, help="dropout before the LoRA adapters")
+    group.add_argument(
+        "--lora_alpha", type=PositiveFloat, default=32, help="LoRA scale, times 1 / rank; also of the encoder's"
+    )
+    group.add_argument("--lora_dropout", type=BelowOne, default=0.05, help="dropout before the LoRA adapters")
     group.add_argument(
         "--lora_target_modules",
         nargs="+",
@@ -149,8 +154,34 @@ def freeze_encoder(model: SlideVLM, optimizer: torch.optim.Optimizer) -> None:
     forget_frozen(optimizer)
 
 
+def refuse_another_split(args, settings: VLMSettings) -> None:
+    """Refuse another fold than that of stage 1, whose projector has learned from the patients now held out.
+
+    Of the same records divided otherwise it warns only: they may say themselves who is in which split.
+
+    Raises:
+        ValueError: names both folds.
+    """
+    had = settings.training
+    if None not in (had.get("fold"), args.fold) and had["fold"] != args.fold:
+        raise ValueError(
+            f"--fold {args.fold}: {args.stage1_projector_path} was trained with --fold {had['fold']}, on patients that "
+            f"are held out now; train stage 1 with --fold {args.fold} as well"
+        )
+    if had.get("train_json") != args.train_json or os.environ.get("RANK", "0") != "0":
+        return
+    for flag in ("fold", "splits", "val_json", "val_fraction", "seed", "group_pattern"):
+        if had.get(flag) != getattr(args, flag):
+            print(
+                f"warning: stage 1 divided these records with --{flag} {had.get(flag)}, not {getattr(args, flag)}; "
+                "where that changes the split, its projector has learned from validation records",
+                file=sys.stderr,
+            )
+
+
 def refuse_contradictions(args, settings: VLMSettings) -> None:
     """Raise ValueError for flags that cannot go together, or not with this result of stage 1."""
+    accelerator_setup.refuse_contradictions(args)
     ways = {"--train_ve_first_epoch": args.train_ve_first_epoch, "--train_ve": args.train_ve}
     ways = [flag for flag, given in (ways | {"--encoder_lora_rank": args.encoder_lora_rank}).items() if given]
     if ways and settings.input_kind == "features":
@@ -169,6 +200,7 @@ def refuse_contradictions(args, settings: VLMSettings) -> None:
             "--unfreeze_projection_layer",
         ),
         "--projector_ema": (args.projector_ema, args.unfreeze_projection_layer, "--unfreeze_projection_layer"),
+        "--vision_model_name": (args.vision_model_name, args.image_root, "--image_root"),
         "--encoder_learning_rate": (args.encoder_learning_rate, ways, "--train_ve or --encoder_lora_rank"),
     }
     for flag, (given, has_need, need) in needs.items():
@@ -178,6 +210,7 @@ def refuse_contradictions(args, settings: VLMSettings) -> None:
         raise ValueError(
             "nothing would learn; choose --llm_training lora, qlora or full, or --unfreeze_projection_layer"
         )
+    refuse_another_split(args, settings)
     check_input_kind(args.stage1_projector_path, settings, args.image_root)
     if (Path(args.stage1_projector_path) / "adapter").is_dir():
         raise ValueError(
