@@ -22,6 +22,8 @@ from jsonargparse.typing import (
     restricted_number_type,
 )
 
+from deepspeed_zero import is_zero, precision, zero_plugin
+
 # Processes wait for the slowest of them, which may be writing a large model; torch's default is 10 to 30 minutes.
 LONGEST_WAIT = timedelta(days=30)
 
@@ -135,10 +137,8 @@ def refuse_untested_sharding() -> None:
     """Refuse what `accelerate config` can choose and our checkpoints, results or fingerprints would not survive.
 
     Raises:
-        ValueError: DeepSpeed, FSDP1, or a language model that only the first process loads.
+        ValueError: FSDP1, or a language model that only the first process loads.
     """
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError("DeepSpeed: its checkpoints are not supported; use recipes/accelerate/fsdp2.yaml")
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise ValueError(
@@ -152,6 +152,7 @@ def refuse_untested_sharding() -> None:
 
 
 ACCELERATOR_FLAGS = ("seed", "mixed_precision", "wandb_project", "tensorboard")
+ZERO_FLAGS = (*ACCELERATOR_FLAGS, "max_grad_norm")  # of commands that train with DeepSpeed as well
 
 
 def make_accelerator(
@@ -162,18 +163,23 @@ def make_accelerator(
     wandb_project: str | None = None,
     tensorboard: bool = False,
     find_unused_parameters: bool = False,
+    max_grad_norm: float | None = None,
 ) -> Accelerator:
     """Accelerator with seeds set and trackers named; :class:`run_log.RunLog` starts them. Collective: every rank.
 
+    DeepSpeed must know ``max_grad_norm`` from the beginning, and is refused without.
+
     Raises:
         ValueError: float16, from the flag or from accelerate's own configuration, a sharding that is not supported, or
-            a seed that numpy does not take.
+            DeepSpeed without a GPU, or a seed that numpy does not take.
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"--seed {seed}: give a number from 0 to {2**32 - 1}")
     refuse_untested_sharding()
+    zero = zero_plugin(mixed_precision, max_grad_norm)
     trackers = [*(["wandb"] if wandb_project else []), *(["tensorboard"] if tensorboard else [])]
     accelerator = Accelerator(
+        deepspeed_plugin=zero,
         cpu=runs_on_cpu(),
         mixed_precision=mixed_precision,
         log_with=trackers or None,
@@ -185,6 +191,8 @@ def make_accelerator(
         ],
         step_scheduler_with_optimizer=False,
     )
+    if zero is not None and not is_zero(accelerator):
+        raise ValueError("DeepSpeed: accelerate starts it on GPUs only, and finds none; use another configuration")
     if accelerator.mixed_precision == "fp16":
         raise ValueError(
             "fp16 overflows in Gemma-3n, over full and over 4-bit weights; choose bf16 or no in --mixed_precision or "
@@ -307,7 +315,7 @@ def write_run_json(
         "git_revision": git_revision(),
         "versions": {"python": platform.python_version(), **versions},
         "num_processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
+        "mixed_precision": precision(accelerator),
         **facts,
     }
     temporary = run_dir / "run.json.writing"

@@ -181,8 +181,7 @@ def draw_curves(log: Path, picture: Path) -> None:
         _mark_extreme(axes[0], evaluations, "val_loss", min)
     unit = " per supervised token" if any("supervised_tokens_per_s" in step for step in steps) else ""
     axes[0].set(ylabel=f"loss{unit}", yscale="log")
-    for axis in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
-        axis(lambda value, _: f"{value:.4g}")  # not powers of ten, of which losses span one or two
+    plain_numbers(axes[0])
     for key in sorted({key for step in steps for key in step if key == "lr" or key.startswith("lr_")}):
         axes[1].plot(*_series(steps, key), label=key.removeprefix("lr_") if key != "lr" else "all else")
     axes[1].set(ylabel="learning rate")
@@ -199,6 +198,12 @@ def draw_curves(log: Path, picture: Path) -> None:
     figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
     os.replace(temporary, picture)
+
+
+def plain_numbers(axes: Any) -> None:
+    """Write the values of a logarithmic axis as such, not as powers of ten, of which losses span one or two."""
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(lambda value, _: f"{value:.4g}")
 
 
 def _series(lines: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:

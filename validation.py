@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from deepspeed_zero import autocast
 from projector_average import averaged
 from report_loss import evaluation_loss
 from run_checkpoints import RunState
@@ -93,7 +94,7 @@ def refuse_unmeasurable(
         return
     if not len(val_records):
         raise ValueError(f"--best_metric {best_metric} needs validation records; give --val_json or --val_fraction")
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError(f"--best_metric {best_metric} writes reports, which sharded weights cannot; use loss")
 
 
@@ -197,7 +198,7 @@ def _write_reports(accelerator: Accelerator, model: SlideVLM, reports: WrittenRe
                 print(f"left out of validation: {own[position].id}: {error}", file=sys.stderr)
         if samples:
             batch = {name: value.to(accelerator.device) for name, value in collate(samples).items()}
-            with accelerator.autocast():
+            with autocast(accelerator):
                 answers = greedy_answers(model, batch, stop_ids, model.settings.max_answer_tokens)
             texts = [reports.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
             pairs += zip(texts, references, strict=True)

@@ -18,8 +18,8 @@ from jsonargparse.typing import PositiveInt
 
 import accelerator_setup
 from accelerator_setup import (
-    ACCELERATOR_FLAGS,
     SCHEDULE_FLAGS,
+    ZERO_FLAGS,
     add_optimizer_arguments,
     add_run_arguments,
     end_run,
@@ -33,6 +33,7 @@ from accelerator_setup import (
     write_run_json,
 )
 from command_line import DONE, SOME_FAILED, chosen, flags_of, make_parser, run
+from deepspeed_zero import precision
 from encoders import load_encoder
 from evaluation.metrics.for_validation import METRICS
 from image_ablation import ABLATION_FLAGS, image_ablation
@@ -120,11 +121,11 @@ def main() -> int:
     # Data
     refuse_contradictions(args)
     train_records, val_records, problems = read_training_records(**chosen(args, RECORD_FLAGS))
-    accelerator = make_accelerator(output_dir=run_dir, **chosen(args, ACCELERATOR_FLAGS))
+    accelerator = make_accelerator(output_dir=run_dir, **chosen(args, ZERO_FLAGS))
     refuse_unmeasurable(accelerator, val_records, **chosen(args, STOPPING_FLAGS))
 
     # Model
-    model, tokenizer = build_model(args, accelerator.mixed_precision, train_records[0].inputs[0])
+    model, tokenizer = build_model(args, precision(accelerator), train_records[0].inputs[0])
     model.requires_grad_(False)
     model.unfreeze_visual_parts()
     if args.gradient_checkpointing:

@@ -14,8 +14,8 @@ from functools import partial
 import torch
 
 from accelerator_setup import (
-    ACCELERATOR_FLAGS,
     SCHEDULE_FLAGS,
+    ZERO_FLAGS,
     add_optimizer_arguments,
     add_run_arguments,
     end_run,
@@ -107,7 +107,7 @@ def main() -> int:
     made = making_of(settings)
     train_records, val_records, problems = read_training_records(**chosen(args, RECORD_FLAGS), expected=made)
     accelerator = make_accelerator(
-        output_dir=run_dir, find_unused_parameters=encoder_learns(args), **chosen(args, ACCELERATOR_FLAGS)
+        output_dir=run_dir, find_unused_parameters=encoder_learns(args), **chosen(args, ZERO_FLAGS)
     )
     refuse_unmeasurable(accelerator, val_records, **chosen(args, STOPPING_FLAGS))
 

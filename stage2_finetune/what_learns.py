@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 import accelerator_setup
 from accelerator_setup import BelowOne, forget_frozen, git_revision
 from command_line import flags_of
+from deepspeed_zero import is_zero, precision
 from encoder_lora import add_encoder_lora
 from four_bit import FourBit
 from language_model import add_lora, unfreeze_llm
@@ -68,12 +69,14 @@ def open_stage1(args, settings: VLMSettings, accelerator: Accelerator) -> tuple[
     Weights that do not learn are loaded in the precision of the run, those that learn in float32: small steps get lost
     in bfloat16.
     """
-    if args.encoder_lora_rank and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if args.train_ve_first_epoch and is_zero(accelerator):
+        raise ValueError("--train_ve_first_epoch: DeepSpeed's parts of the weights that learn are fixed; use DDP")
+    if args.encoder_lora_rank and accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError(
             f"--encoder_lora_rank {args.encoder_lora_rank}: adapters are merged into the encoder when it is saved, and "
             "a shard of it cannot be; use DDP (recipes/accelerate/ddp.yaml), or --train_ve"
         )
-    is_bf16 = accelerator.mixed_precision == "bf16" and args.llm_training != "full"
+    is_bf16 = precision(accelerator) == "bf16" and args.llm_training != "full"
     dtype = torch.bfloat16 if is_bf16 else torch.float32
     is_four_bit = args.llm_training == "qlora"
     model, tokenizer = load_vlm(
