@@ -1,9 +1,13 @@
 """Tiny random models and records that take the code paths of the real ones."""
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 from transformers import (
+    BertConfig,
+    BertModel,
     Gemma3ForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
@@ -116,6 +120,16 @@ def make_llm(family: str = "gemma3n", seed: int = 0):
             if parameter.ndim >= 2:
                 parameter.mul_(3)
     return llm.eval()
+
+
+def make_text_model(folder: Path, dropout: float = 0.0) -> None:
+    """Save a BERT of two layers and its tokenizer."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    torch.manual_seed(0)
+    config = BertConfig(**sizes, **dropouts, vocab_size=328, max_position_embeddings=128, pad_token_id=0)
+    BertModel(config).save_pretrained(folder)
+    make_tokenizer(chat=False).save_pretrained(folder)
 
 
 def make_model(
