@@ -7,6 +7,7 @@ the traceback behind a one-line refusal.
 
 import logging
 import os
+import re
 import select
 import sys
 from argparse import Action
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 DONE = 0
 SOME_FAILED = 1
@@ -29,6 +31,11 @@ class _HelpFormatter(DefaultHelpFormatter):
 
 
 class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Leave with one line, in the place of jsonargparse's several below a screen of flags."""
+        of_flag = re.sub(r'(Parser key|Key) "([\w.]+)":?', r"--\2:", " ".join(message.split()))
+        self.exit(REFUSED, f"error: {of_flag}; see --help\n")
+
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
         # PositiveInt and the like are classes of their own, which optimizer states and JSON should not meet.
         parsed = super().parse_args(*args, **kwargs)
@@ -95,6 +102,8 @@ def run(main: Callable[[], int], *, to_go_on: str = "the same command goes on wh
             sys.exit(NOBODY_READS)
         if os.environ.get("SLIDESCRIBE_TRACEBACK"):
             raise
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()  # else the message would stand behind it, on its line
         print(f"error: {_told(error)}", file=sys.stderr)
         status = REFUSED
     sys.exit(status)
