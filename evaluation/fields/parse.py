@@ -8,6 +8,7 @@ from evaluation.fields import grades
 from evaluation.fields.terms import (
     BEHAVIORS,
     DIAGNOSIS_STEM,
+    MALT_LYMPHOMA,
     NEGATION,
     NO_TUMOR,
     NOT_OF_THE_NAME,
@@ -74,16 +75,17 @@ class ReportFields:
 FIELD_NAMES = tuple(field.name for field in fields(ReportFields))
 _NOTE = re.compile(r"\n?\s*\b(?:note|comment|remark)s?\s*[):]", re.IGNORECASE)
 _NUMBERED = re.compile(r"(?:^|\n)\s*(?:#\s*)?(?:\d{1,2}|[A-D])[.:]\s+")
-_WITH = re.compile(r"\b(?:with|and with|showing)\b\s*(.*)$", re.IGNORECASE)
+_WITH = re.compile(r"(?<!consistent )(?<!compatible )\b(?:with|and with|showing)\b\s*(.*)$", re.IGNORECASE)
 _LIST_ITEM = re.compile(r"\s*\b\d\)\s*|\s*,\s*|\s+and\s+")
 _END_OF_NAME = re.compile(r",|\bwith(?:out)?\b|\barising\b|\(|\s-\s|:|;|\.(?:\s|$)", re.IGNORECASE)
 _NOT_A_FEATURE = re.compile(
-    r"involvement of (?!.*glandular)|dysplasia|necrosis|^tumor volume|^gleason|^grade|^$|nuclear grade|atypia$", re.I
+    r"involvement of (?!.*glandular)|dysplasia|necrosis|^tumor volume|^gleason|^grade|^$|nuclear grade", re.I
 )
 _FAVORED = re.compile(r"\bfavor(?:s|ing|ed)?\s+([a-z][\w -]*?)\s*(?=[,.;()\n]|$)", re.IGNORECASE)
 _PRIMARY = re.compile(
     r"\bfrom (?:the )?([a-z][\w ]*?) primary|(?:primary|origin) (?:in|of) (?:the )?(\w+)|([\w]+) primary$", re.I
 )
+_MALT = re.compile(r"^(?:extranodal marginal zone (?:b cell )?lymphoma\b.*|malt lymphoma)$")
 _UROTHELIAL = re.compile(r"urothelial|papillary urothelial|transitional cell", re.IGNORECASE)
 
 
@@ -166,7 +168,7 @@ def _name(finding: str) -> str:
     name = _END_OF_NAME.split(line, maxsplit=1)[0].strip(" -.").lower()
     name = re.sub(r"^(?:well|moderately|poorly)[- ](?:to[- ]\w+[- ])?differentiated\s+", "", name)
     name = re.sub(r"\s+of (?:the )?(?:prostate|breast|lung|stomach|colon|bladder)$", "", name)
-    name = re.sub(r"^(extranodal marginal zone b cell lymphoma) of .*", r"\1", name)
+    name = _MALT.sub(MALT_LYMPHOMA, name)
     return SYNONYMS.get(name, name)
 
 

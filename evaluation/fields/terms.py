@@ -91,6 +91,8 @@ NEGATION = re.compile(
     r"\b(?:no|not|without|negative for|absence of|absent|free of|neither|nor|rule out|ruled out|denies|lacks?)\b", re.I
 )
 
+MALT_LYMPHOMA = "extranodal marginal zone lymphoma of mucosa associated lymphoid tissue"  # WHO 2022; by definition
+
 # Names that mean one diagnosis.
 SYNONYMS = {
     "invasive ductal carcinoma": "invasive carcinoma of no special type",
