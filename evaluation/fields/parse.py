@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from evaluation.fields import grades
+from evaluation.fields.hinted import Hinted
 from evaluation.fields.terms import (
     BEHAVIORS,
     DIAGNOSIS_STEM,
@@ -73,7 +74,7 @@ class ReportFields:
 
 
 FIELD_NAMES = tuple(field.name for field in fields(ReportFields))
-_NOTE = re.compile(r"\n?\s*\b(?:note|comment|remark)s?\s*[):]", re.IGNORECASE)
+_NOTE = Hinted(r"\n?\s*\b(?:note|comment|remark)s?\s*[):]", "note", "comment", "remark")
 _NUMBERED = re.compile(r"(?:^|\n)\s*(?:#\s*)?(?:\d{1,2}|[A-D])[.:]\s+")
 _WITH = re.compile(r"(?<!consistent )(?<!compatible )\b(?:with|and with|showing)\b\s*(.*)$", re.IGNORECASE)
 _LIST_ITEM = re.compile(r"\s*\b\d\)\s*|\s*,\s*|\s+and\s+")
@@ -82,8 +83,10 @@ _NOT_A_FEATURE = re.compile(
     r"involvement of (?!.*glandular)|dysplasia|necrosis|^tumor volume|^gleason|^grade|^$|nuclear grade", re.I
 )
 _FAVORED = re.compile(r"\bfavor(?:s|ing|ed)?\s+([a-z][\w -]*?)\s*(?=[,.;()\n]|$)", re.IGNORECASE)
-_PRIMARY = re.compile(
-    r"\bfrom (?:the )?([a-z][\w ]*?) primary|(?:primary|origin) (?:in|of) (?:the )?(\w+)|([\w]+) primary$", re.I
+_PRIMARY = Hinted(
+    r"\bfrom (?:the )?([a-z][\w ]*?) primary|(?:primary|origin) (?:in|of) (?:the )?(\w+)|([\w]+) primary$",
+    "primary",
+    "origin",
 )
 _MALT = re.compile(r"^(?:extranodal marginal zone (?:b cell )?lymphoma\b.*|malt lymphoma)$")
 _UROTHELIAL = re.compile(r"urothelial|papillary urothelial|transitional cell", re.IGNORECASE)
