@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart by color-blind readers.
@@ -34,7 +34,8 @@ def picture(figure: Figure, form: str = "svg") -> bytes:
     """Bytes of a figure, "svg" or "png", the same for the same figure."""
     buffer = io.BytesIO()
     metadata = {"Date": None} if form == "svg" else {}
-    figure.savefig(buffer, format=form, dpi=140, metadata=metadata)
+    with rc_context({"svg.hashsalt": "slidescribe"}):  # else the names of an SVG's parts are drawn anew each time
+        figure.savefig(buffer, format=form, dpi=140, metadata=metadata)
     return buffer.getvalue()
 
 

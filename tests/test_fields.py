@@ -4,16 +4,29 @@ import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from demo.reports import CASES
-from evaluation.fields import BEHAVIORS, FIELD_NAMES, ReportFields, behavior_of, organ, parse_report
+from evaluation.fields import (
+    BEHAVIORS,
+    FIELD_NAMES,
+    ReportFields,
+    behavior_of,
+    grades,
+    organ,
+    parse,
+    parse_report,
+    terms,
+)
 from evaluation.fields.grades import group_of
+from evaluation.fields.hinted import Hinted
 from evaluation.fields.terms import MALT_LYMPHOMA
 
+RARE = ("_PATTERN_5", "_NO_DYSPLASIA")  # in no report at hand
 ROOT = Path(__file__).resolve().parent.parent
 REG = ROOT.parent / "shared" / "data" / "reports" / "reg2025_train.json"
 
@@ -233,6 +246,18 @@ def test_any_text_parses(text: str) -> None:
     assert fields.behavior in (None, *BEHAVIORS)
     assert fields.grade_group in (None, 1, 2, 3, 4, 5) and fields.nottingham_grade in (None, 1, 2, 3)
     assert organ(text) == organ(text.strip())
+
+
+@pytest.mark.parametrize("module", [grades, parse, terms])
+def test_hints_miss_no_match(module: ModuleType, reg_reports: dict[str, str]) -> None:
+    """An expression that is searched only where one of its words occurs finds what it would find anywhere."""
+    texts = sorted({*reg_reports.values(), *(text for text, _ in RUNNING_TEXT), *WORDS.split(), *terms.SYNONYMS})
+    hinted = {name: value for name, value in vars(module).items() if isinstance(value, Hinted)}
+    assert hinted
+    for name, rule in hinted.items():
+        found = [text for text in texts if rule.expression.search(text)]
+        assert found or name in RARE, name
+        assert all(rule.occurs_in(text) and rule.occurs_in(text.upper()) for text in found), name
 
 
 def test_a_long_text_takes_no_longer_than_its_length() -> None:

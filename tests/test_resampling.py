@@ -166,6 +166,13 @@ def test_survival_against_plain_definitions() -> None:
     assert nothing["concordance_index"] is None and nothing["log_rank_p"] is None
 
 
+def test_a_picture_is_the_same_each_time() -> None:
+    from evaluation.figures import mistakes_figure, picture
+
+    first, second = (picture(mistakes_figure({"wrong organ": 2, "wrong Gleason": 1}, 3)) for _ in range(2))
+    assert first == second and b"<svg" in first
+
+
 def test_processes_and_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from evaluation import rows
     from evaluation.fields import parse as parsing
