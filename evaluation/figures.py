@@ -10,7 +10,29 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart by color-blind readers.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#6b6b6b", "#b8a000")
+METRIC_NAMES = {
+    **{f"bleu_{order}": f"BLEU-{order} (pycocoevalcap)" for order in range(1, 5)},
+    "sacre_bleu": "BLEU (sacrebleu)",
+    "rouge_1_f1": "ROUGE-1 F1 (rouge-score)",
+    "rouge_2_f1": "ROUGE-2 F1 (rouge-score)",
+    "rouge_l_f1": "ROUGE-L F1 (rouge-score)",
+    "rouge_l": "ROUGE-L (pycocoevalcap)",
+    "meteor": "METEOR",
+    "cider_d": "CIDEr-D",
+    "chrf": "chrF2 (sacrebleu)",
+    "levenshtein_ratio": "Levenshtein ratio",
+    "embedding_cosine": "embedding cosine",
+    "bert_score_f1": "BERTScore F1",
+    "exact_match": "right word for word",
+    "reg_rouge": "ROUGE of the REG score",
+    "reg_bleu": "BLEU of the REG score",
+}
 INK, QUIET, GRID = "#1c2128", "#656d78", "#dfe3e8"
+
+
+def metric_name(name: str) -> str:
+    """Words for a metric's name in metrics.json."""
+    return METRIC_NAMES.get(name, name.replace("_", " "))
 
 
 def _axes(width: float, height: float, **settings: Any) -> tuple[Figure, Any]:
@@ -49,7 +71,8 @@ def confusion_figure(title: str, rows: Sequence[str], columns: Sequence[str], co
     axes = figure.add_subplot()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.25)
-    for labels, put, more in ((columns, axes.set_xticks, {"rotation": 45, "ha": "right"}), (rows, axes.set_yticks, {})):
+    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, columns)) > 3 else {}
+    for labels, put, more in ((columns, axes.set_xticks, slanted), (rows, axes.set_yticks, {})):
         shown = [label if len(label) <= 40 else label[:39] + "…" for label in labels]
         put(range(len(labels)), shown, fontsize=8, color=INK, **more)
     axes.set_xlabel("predicted", fontsize=9, color=INK)
@@ -76,7 +99,7 @@ def distribution_figure(metrics: Mapping[str, np.ndarray]) -> Figure:
         top = max(1.0, float(values.max()))
         axes.hist(values, bins=np.linspace(min(0.0, float(values.min())), top, 26), color=COLORS[0], alpha=0.85)
         axes.axvline(values.mean(), color=COLORS[4], lw=1.4)
-        axes.set_title(f"{name.replace('_', ' ')}  (mean {values.mean():.3f})", fontsize=9, color=INK, loc="left")
+        axes.set_title(f"{metric_name(name)}, mean {values.mean():.3f}", fontsize=9, color=INK, loc="left")
         if place % columns == 0:
             axes.set_ylabel("reports", fontsize=8.5, color=QUIET)
     return figure

@@ -6,7 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_all_start_methods, get_context
 from typing import Any
 
-FEWEST_TASKS = 4  # with fewer, processes take longer to begin than the work does
+FEWEST_ITEMS = 5000  # with fewer, processes take longer to begin than the work does
 _received: list[Any] = []
 
 
@@ -15,6 +15,7 @@ def map_in_processes(
     shared: Any,
     tasks: Sequence[Any],
     *,
+    num_items: int,
     plain: bool = True,
     imports: Sequence[str] = (),
 ) -> list[Any]:
@@ -22,11 +23,11 @@ def map_in_processes(
 
     The processes come from a fork server, which has no threads, whatever this process has imported; it imports the
     module of `work` and `imports` once for all of them. `shared` is sent once to each, and must survive pickling. Few
-    tasks, one core, `plain` False (neural models, which would be loaded in each) or a system without fork servers: done
-    here, one after the other.
+    items in all tasks, one core, `plain` False (neural models, which would be loaded in each) or a system without fork
+    servers: done here, one after the other.
     """
     workers = min(os.cpu_count() or 1, len(tasks))
-    if not plain or workers < 2 or len(tasks) < FEWEST_TASKS or "forkserver" not in get_all_start_methods():
+    if not plain or workers < 2 or num_items < FEWEST_ITEMS or "forkserver" not in get_all_start_methods():
         return [work(shared, task) for task in tasks]
     context = get_context("forkserver")
     context.set_forkserver_preload(["__main__", work.__module__, *imports])

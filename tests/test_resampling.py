@@ -174,7 +174,7 @@ def test_a_picture_is_the_same_each_time() -> None:
 
 
 def test_processes_and_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from evaluation import rows
+    from evaluation import parallel, rows
     from evaluation.fields import parse as parsing
     from evaluation.fields import parse_all
     from evaluation.text_metrics import TextModels, score_pairs
@@ -182,6 +182,7 @@ def test_processes_and_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) ->
     texts = [f"Lung, biopsy;\n  {i}. Adenocarcinoma, tumor volume: {i}%" for i in range(23)]
     guesses = texts[5:] + texts[:5]
     whole = score_pairs(guesses, texts, TextModels()).corpus()
+    monkeypatch.setattr(parallel, "FEWEST_ITEMS", 10)
     monkeypatch.setattr(rows, "PAIRS_AT_A_TIME", 7)
     monkeypatch.setattr(parsing, "TEXTS_AT_A_TIME", 5)
     sliced = rows._score_all({"predictions": rows.Row(guesses, texts, {})}, TextModels())["predictions"].corpus()
