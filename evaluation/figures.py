@@ -46,7 +46,7 @@ def _axes(width: float, height: float, **settings: Any) -> tuple[Figure, Any]:
 def _style(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRID)
-    axes.tick_params(colors=QUIET, labelsize=8.5, length=3)
+    axes.tick_params(which="both", colors=QUIET, labelsize=8.5, length=3)
     axes.xaxis.label.set(color=INK, fontsize=9)
     axes.yaxis.label.set(color=INK, fontsize=9)
     axes.title.set(color=INK, fontsize=10)
@@ -180,7 +180,10 @@ def curves_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             )
         rates.plot([s["step"] for s in steps], [s["lr"] for s in steps], color=color, lw=1.2)
     losses.set(xlabel="step", ylabel="loss per supervised token", yscale="log")
-    losses.set_title("training (thin) and validation (dots)", loc="left")
+    losses.set_title("training (thin) and validation (dots)", loc="left", fontsize=9.5, color=INK)
+    low, high = losses.get_ylim()
+    losses.yaxis.set_major_formatter("{x:g}")
+    losses.yaxis.set_minor_formatter("{x:.2g}" if high < 10 * low else "")  # within a decade only they say anything
     rates.set(xlabel="step", ylabel="learning rate")
     losses.legend(frameon=False, fontsize=8.5)
     for axes in (losses, rates):
@@ -205,7 +208,7 @@ def comparison_figure(results: Mapping[str, Mapping[str, Any]], names: Sequence[
             baselines = [row[name] for row in (metrics.get("baselines") or {}).values() if name in row]
             if baselines:
                 axes.plot(max(baselines), place, "|", color=QUIET, ms=13, mew=1.6)
-        axes.set_title(name.replace("_", " "), loc="left", fontsize=9.5, color=INK)
+        axes.set_title(metric_name(name), loc="left", fontsize=9.5, color=INK)
         axes.grid(axis="x", color=GRID, lw=0.5)
         axes.set_ylim(-0.6, len(results) - 0.4)
     all_axes[0].set_yticks(places, list(results), fontsize=9, color=INK)
