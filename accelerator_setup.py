@@ -15,6 +15,8 @@ from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataPara
 from accelerate.utils import ProjectConfiguration, parse_flag_from_env, set_seed
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from deepspeed_zero import is_zero, precision, zero_plugin
+
 # Processes wait for the slowest of them, which may be writing a large model; torch's default is 10 to 30 minutes.
 LONGEST_WAIT = timedelta(days=30)
 
@@ -118,10 +120,8 @@ def refuse_untested_sharding() -> None:
     """Refuse what `accelerate config` can choose and our checkpoints, results or fingerprints would not survive.
 
     Raises:
-        ValueError: DeepSpeed, FSDP1, or a language model that only the first process loads.
+        ValueError: FSDP1, or a language model that only the first process loads.
     """
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError("DeepSpeed: its checkpoints are not supported; use recipes/accelerate/fsdp2.yaml")
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise ValueError(
@@ -135,6 +135,7 @@ def refuse_untested_sharding() -> None:
 
 
 ACCELERATOR_FLAGS = ("seed", "mixed_precision", "wandb_project", "tensorboard")
+ZERO_FLAGS = (*ACCELERATOR_FLAGS, "max_grad_norm")  # of commands that train with DeepSpeed as well
 
 
 def make_accelerator(
@@ -145,15 +146,21 @@ def make_accelerator(
     wandb_project: str | None = None,
     tensorboard: bool = False,
     find_unused_parameters: bool = False,
+    max_grad_norm: float | None = None,
 ) -> Accelerator:
     """Accelerator with seeds set and trackers named; :class:`run_log.RunLog` starts them. Collective: every rank.
 
+    DeepSpeed must know ``max_grad_norm`` from the beginning, and is refused without.
+
     Raises:
-        ValueError: float16, from the flag or from accelerate's own configuration, or a sharding that is not supported.
+        ValueError: float16, from the flag or from accelerate's own configuration, a sharding that is not supported, or
+            DeepSpeed without a GPU.
     """
     refuse_untested_sharding()
+    zero = zero_plugin(mixed_precision, max_grad_norm)
     trackers = [*(["wandb"] if wandb_project else []), *(["tensorboard"] if tensorboard else [])]
     accelerator = Accelerator(
+        deepspeed_plugin=zero,
         cpu=runs_on_cpu(),
         mixed_precision=mixed_precision,
         log_with=trackers or None,
@@ -165,6 +172,8 @@ def make_accelerator(
         ],
         step_scheduler_with_optimizer=False,
     )
+    if zero is not None and not is_zero(accelerator):
+        raise ValueError("DeepSpeed: accelerate starts it on GPUs only, and finds none; use another configuration")
     if accelerator.mixed_precision == "fp16":
         raise ValueError(
             "fp16 overflows in Gemma-3n, over full and over 4-bit weights; choose bf16 or no in --mixed_precision or "
@@ -287,7 +296,7 @@ def write_run_json(
         "git_revision": git_revision(),
         "versions": {"python": platform.python_version(), **versions},
         "num_processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
+        "mixed_precision": precision(accelerator),
         **facts,
     }
     temporary = run_dir / "run.json.writing"

@@ -101,5 +101,9 @@ def _global_totals(accelerator: Accelerator, micro_batches: list[Batch]) -> _Tot
 
 
 def _gradient_sync(accelerator: Accelerator, model: nn.Module, is_last: bool):
-    """Exchange gradients between processes in the last micro-batch of a window only."""
+    """Exchange gradients between processes in the last micro-batch of a window only.
+
+    DeepSpeed exchanges them in all, and steps in the backward pass of the last.
+    """
+    accelerator.sync_gradients = is_last
     return torch.enable_grad() if is_last else accelerator.no_sync(model)

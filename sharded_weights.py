@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from deepspeed_zero import is_zero, learning_groups, load_state_by_parameter, state_by_parameter
+
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor as every process would hold it alone. Collective where it is sharded: call on every rank."""
@@ -60,14 +62,25 @@ def optimizer_state(
     The settings have the parameters' names under ``params``. Collective: call on every rank.
     """
     names = {parameter: name for name, parameter in accelerator.unwrap_model(model).named_parameters()}
-    groups = [group | {"params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    learning = learning_parameters(accelerator, optimizer)
+    settings = zip(optimizer.param_groups, learning, strict=True)
+    groups = [group | {"params": [names[p] for p in parameters]} for group, parameters in settings]
+    if is_zero(accelerator):
+        return whole_on_main(accelerator, state_by_parameter(optimizer, names)), groups
+    parameters = [parameter for group in learning for parameter in group]
     tensors = (
         (f"{names[parameter]}/{key}", value)
         for parameter in parameters
         for key, value in sorted(optimizer.state.get(parameter, {}).items())
     )
     return whole_on_main(accelerator, tensors), groups
+
+
+def learning_parameters(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
+    """The model's parameters in each group of the optimizer."""
+    if is_zero(accelerator):
+        return learning_groups(optimizer)
+    return [group["params"] for group in optimizer.param_groups]
 
 
 def load_optimizer_state(
@@ -78,7 +91,7 @@ def load_optimizer_state(
     read: Callable[[str], Tensor],
     groups: list[dict[str, Any]],
 ) -> None:
-    """Give the optimizer the state that :func:`optimizer_state` gave. Call on every rank.
+    """Give the optimizer the state that :func:`optimizer_state` gave, when the weights are loaded. Call on every rank.
 
     Args:
         accelerator: of the run.
@@ -93,9 +106,14 @@ def load_optimizer_state(
     """
     own = {name: parameter for name, parameter in accelerator.unwrap_model(model).named_parameters()}
     own_names = {parameter: name for name, parameter in own.items()}
-    learning = [[own_names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    learning = [[own_names[p] for p in group] for group in learning_parameters(accelerator, optimizer)]
     if learning != [group["params"] for group in groups]:
         raise ValueError("other weights learned then; resume with the flags of that run")
+    if is_zero(accelerator):
+        load_state_by_parameter(optimizer, own, names, read)
+        for group, saved in zip(optimizer.param_groups, groups, strict=True):
+            group |= {key: value for key, value in saved.items() if key != "params"}
+        return
     numbers = {name: number for number, name in enumerate(name for group in learning for name in group)}
     state: dict[int, dict[str, Tensor]] = {}
     for name in names:

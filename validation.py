@@ -15,6 +15,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from deepspeed_zero import autocast
 from report_loss import evaluation_loss
 from slide_reports import Prompt, Record, ReportDataset, SampleKey, collate
 from slide_vlm import SlideVLM, position_arguments
@@ -93,7 +94,7 @@ def written_reports(
         return None
     if not len(val_records):
         raise ValueError(f"--best_metric {best_metric} needs validation records; give --val_json or --val_fraction")
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError(f"--best_metric {best_metric} writes reports, which sharded weights cannot; use loss")
     places = torch.linspace(0, len(val_records) - 1, min(metric_records, len(val_records)), dtype=torch.float64)
     sample = [val_records[int(place)] for place in places]
@@ -140,7 +141,7 @@ def _write_reports(accelerator: Accelerator, model: SlideVLM, reports: WrittenRe
                 print(f"left out of validation: {own[position].id}: {error}", file=sys.stderr)
         if samples:
             batch = {name: value.to(accelerator.device) for name, value in collate(samples).items()}
-            with accelerator.autocast():
+            with autocast(accelerator):
                 answers = greedy_answers(model, batch, stop_ids, model.settings.max_answer_tokens)
             texts = [reports.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
             pairs += zip(texts, references, strict=True)

@@ -9,7 +9,7 @@ would leave records out, 2 when it would learn something wrong.
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
@@ -54,9 +54,8 @@ def main() -> int:
     )
     findings = []
     for finding in chain(unmatched_ids(edits), find_all(splits, args.features_dir and Path(args.features_dir))):
-        finding = replace(finding, what=" ".join(finding.what.split()))  # names may hold line ends
         findings.append(finding)
-        print(f"{finding.severity}: {finding.what}", flush=True)
+        print(f"{finding.severity}: {finding.line}", flush=True)
     lengths = text_lengths(splits, args.llm_name)
     print_table(splits, findings, lengths, "tokens" if args.llm_name else "words")
     if args.json:
@@ -70,7 +69,11 @@ def write_json(path: str, splits: dict[str, Sequence[Record]], findings: list[Fi
         split: {"records": len(records), "patients": len(set(column(records, "group")))}
         for split, records in splits.items()
     }
-    found = {"splits": sizes, "lengths": lengths, "findings": [asdict(finding) for finding in findings]}
+    found = {
+        "splits": sizes,
+        "lengths": lengths,
+        "findings": [asdict(finding) | {"what": finding.line} for finding in findings],
+    }
     with atomic_path(path) as partial:
         partial.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -75,6 +75,8 @@ def listed_ids(path: str | Path) -> list[str]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"--exclude {path}: no such file")
+    if not path.stat().st_size:
+        raise ValueError(f"--exclude {path}: it is empty; list ids in it, or leave the flag out")
     if path.suffix.lower() not in (".csv", ".tsv", ".txt"):
         return [draft.id for row in read_rows(path) for draft in read_drafts(row)]
     lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]

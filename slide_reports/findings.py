@@ -1,16 +1,22 @@
 """What is wrong with records, or odd about them: each finding is one line, and says whether training may begin."""
 
+import os
+import re
+import sys
 import unicodedata
-from collections import Counter, defaultdict
+from array import array
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from slide_features import FEATURE_SUFFIXES, read_slide_features
 from slide_reports.edits import Edits
 from slide_reports.inputs import input_faults
 from slide_reports.record import Record
-from slide_reports.table import column, fields
+from slide_reports.table import column, fields, select
 
 WRONG, LEFT_OUT, ODD = "wrong", "left out", "odd"
 NAMED = 5  # examples in one line
@@ -18,6 +24,7 @@ NAMED = 5  # examples in one line
 ODD_CATEGORIES = {"Cc", "Cf", "Co", "Cn", "Zl", "Zp"}
 ODD_CHARACTERS = {"\N{REPLACEMENT CHARACTER}", "\N{NO-BREAK SPACE}", "\N{LATIN CAPITAL LETTER A WITH TILDE}"}
 ORDINARY = {"\n", "\t", "\r"}
+ODD_ASCII = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
@@ -37,22 +44,104 @@ class Finding:
     what: str
     count: int = 1
 
+    @property
+    def line(self) -> str:
+        """What was found, without the line ends that names may hold."""
+        return " ".join(self.what.split())
+
+
+def check_before_training(splits: dict[str, Sequence[Record]], edits: Edits) -> None:
+    """Refuse records that training would learn something wrong from, and warn of what is odd about the others.
+
+    It finds what `slide_reports/check.py` finds in texts, ids and patients; what it finds in inputs, training looks for
+    when it opens them, see `with_inputs`. The first process alone looks for what is odd.
+
+    Raises:
+        ValueError: names what is wrong, and the mend.
+    """
+    refuse_wrong(splits)
+    if os.environ.get("RANK", "0") == "0":
+        for finding in (*unmatched_ids(edits), *find_odd(splits)):
+            if finding.severity == ODD:
+                print(f"warning: {finding.line}", file=sys.stderr)
+
+
+def refuse_wrong(splits: dict[str, Sequence[Record]]) -> None:
+    """Refuse to train where a patient is in two splits, or nothing is left to train on.
+
+    Raises:
+        ValueError: names the first of these, and the mend.
+    """
+    for finding in find_wrong(splits):
+        raise ValueError(finding.line)
+
 
 def find_all(splits: dict[str, Sequence[Record]], features_dir: Path | None) -> Iterator[Finding]:
     """Findings about records by split; feature files and images are read whole."""
-    records = [(split, part) for split, part in splits.items() if len(part)]
-    for split, part in records:
-        yield from repeated_questions(part, split)
-        yield from empty_answers(part, split)
-        yield from odd_characters(part, split)
-    yield from nothing_to_train_on(splits)
-    yield from shared_patients(splits)
-    yield from repeated_texts(splits)
-    inputs = [paths for _, part in records for paths in column(part, "inputs")]
-    ids = [name for _, part in records for name in column(part, "id")]
+    yield from find_odd(splits)
+    yield from find_wrong(splits)
+    inputs = [paths for part in splits.values() for paths in column(part, "inputs")]
+    ids = [name for part in splits.values() for name in column(part, "id")]
     yield from bad_inputs(ids, inputs)
     if features_dir is not None:
         yield from extra_features(features_dir, {path for paths in inputs for path in paths})
+
+
+def find_wrong(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
+    """What must not be trained on, found without opening an input."""
+    yield from nothing_to_train_on(splits)
+    yield from shared_patients(splits)
+
+
+def find_odd(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
+    """What is odd about texts, or left out for them, found in one pass over the records."""
+    texts = {split: _Texts.of(records) for split, records in splits.items()}
+    for split, of_split in texts.items():
+        yield from repeated_questions(of_split, split)
+        yield from empty_answers(of_split, split)
+        yield from odd_characters(of_split, split)
+    yield from repeated_texts(texts)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What is kept of the texts of a split's records: of a million, as many numbers.
+
+    Attributes:
+        records: of the split.
+        asked: hash of the last question and of all that comes before it, id included, int64 [N].
+        answered: hash of the last answer, int64 [N].
+        first_answers: hash of the first answer, int64 [N].
+        empty: positions of records without any answer.
+        odd: positions of the records that hold each odd character.
+    """
+
+    records: Sequence[Record]
+    asked: np.ndarray
+    answered: np.ndarray
+    first_answers: np.ndarray
+    empty: list[int]
+    odd: dict[str, list[int]]
+
+    @classmethod
+    def of(cls, records: Sequence[Record]) -> "_Texts":
+        empty: list[int] = []
+        odd: dict[str, list[int]] = defaultdict(list)
+        hashes = array("q")
+        for position, (name, turns) in enumerate(fields(records, "id", "turns")):
+            *before, (question, answer) = turns
+            hashes.extend((hash((name, *before, question)), hash(answer), hash(turns[0][1])))
+            if not any([answer for _, answer in turns]):
+                empty.append(position)
+            text = "".join([text for turn in turns for text in turn])
+            if not text.isascii() or ODD_ASCII.search(text):
+                for character in filter(_is_odd, set(text)):
+                    odd[character].append(position)
+        return cls(records, *np.array(hashes).reshape(-1, 3).T, empty, odd)
+
+    def ids(self, positions: Sequence[int] | np.ndarray) -> str:
+        """The first few ids of some records, and how many more there are."""
+        return _named(column(select(self.records, sorted(positions)[:NAMED]), "id"), len(positions))
 
 
 def unmatched_ids(edits: Edits) -> Iterator[Finding]:
@@ -61,40 +150,34 @@ def unmatched_ids(edits: Edits) -> Iterator[Finding]:
         yield Finding(ODD, "unknown ids", f"{what}; mend the list if that is not meant", count)
 
 
-def repeated_questions(records: Sequence[Record], split: str) -> Iterator[Finding]:
+def repeated_questions(texts: _Texts, split: str) -> Iterator[Finding]:
     """One case and question with several answers; and the same record several times."""
-    answers: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
-    for name, turns in fields(records, "id", "turns"):
-        *before, (question, answer) = turns
-        answers[name, *(text for turn in before for text in turn), question][answer] += 1
-    torn = [key[0] for key, found in answers.items() if len(found) > 1]
-    if torn:
-        what = f"{_named(torn)} {'has' if len(torn) == 1 else 'have'} several answers to one question"
+    pairs = np.stack([texts.asked, texts.answered], axis=1)
+    pairs, first, times = np.unique(pairs, axis=0, return_index=True, return_counts=True)
+    _, start, answers = np.unique(pairs[:, 0], return_index=True, return_counts=True)
+    torn = first[start[answers > 1]]
+    if len(torn):
+        what = f"{texts.ids(torn)} {'has' if len(torn) == 1 else 'have'} several answers to one question"
         yield Finding(ODD, "several answers", f"{split}: {what}", len(torn))
-    double = [key[0] for key, found in answers.items() if len(found) == 1 and sum(found.values()) > 1]
-    if double:
-        yield Finding(ODD, "repeated records", f"{split}: {_named(double)} repeated word for word", len(double))
+    alone = start[answers == 1]
+    double = first[alone[times[alone] > 1]]
+    if len(double):
+        yield Finding(ODD, "repeated records", f"{split}: {texts.ids(double)} repeated word for word", len(double))
 
 
-def empty_answers(records: Sequence[Record], split: str) -> Iterator[Finding]:
+def empty_answers(texts: _Texts, split: str) -> Iterator[Finding]:
     """Records without an answer, which training leaves out."""
-    rows = fields(records, "id", "turns")
-    empty = [name for name, turns in rows if not any(answer for _, answer in turns)]
-    if empty:
-        yield Finding(LEFT_OUT, "empty reports", f"{split}: {_named(empty)} without a report", len(empty))
+    if texts.empty:
+        what = f"{split}: {texts.ids(texts.empty)} without a report"
+        yield Finding(LEFT_OUT, "empty reports", what, len(texts.empty))
 
 
-def odd_characters(records: Sequence[Record], split: str) -> Iterator[Finding]:
+def odd_characters(texts: _Texts, split: str) -> Iterator[Finding]:
     """Characters that no keyboard made: control characters, and those of a wrongly decoded text."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for name, turns in fields(records, "id", "turns"):
-        text = "".join(text for turn in turns for text in turn)
-        if not text.isascii() or not text.isprintable():
-            for character in {character for character in text if _is_odd(character)}:
-                found[character].append(name)
-    for character, names in sorted(found.items()):
+    for character, positions in sorted(texts.odd.items()):
         code = f"U+{ord(character):04X} {unicodedata.name(character, '')}".strip()
-        yield Finding(ODD, "odd characters", f"{split}: {_named(names)} with {code}; mend with --revise", len(names))
+        what = f"{split}: {texts.ids(positions)} with {code}; mend with --revise"
+        yield Finding(ODD, "odd characters", what, len(positions))
 
 
 def shared_patients(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
@@ -109,14 +192,14 @@ def shared_patients(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
             yield Finding(WRONG, "shared patients", what, len(shared))
 
 
-def repeated_texts(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
+def repeated_texts(texts: dict[str, _Texts]) -> Iterator[Finding]:
     """Texts of one split that occur word for word in another: a model that learnt them by heart knows them."""
-    texts = {split: [turns[0][1] for (turns,) in fields(records, "turns")] for split, records in splits.items()}
-    for first, second in _pairs(texts):
-        known = set(texts[first]) - {""}
-        if repeated := sum(text in known for text in texts[second]):
-            share = repeated / len(texts[second])
-            what = f"{repeated} of {len(texts[second])} texts of {second} ({share:.1%}) occur word for word in {first}"
+    answers = {split: of_split.first_answers for split, of_split in texts.items()}
+    for first, second in _pairs(answers):
+        known = answers[first][answers[first] != hash("")]
+        if repeated := int(np.isin(answers[second], known).sum()):
+            count = len(answers[second])
+            what = f"{repeated} of {count} texts of {second} ({repeated / count:.1%}) occur word for word in {first}"
             yield Finding(ODD, "repeated texts", f"{what}; compare scores with those of the baselines", repeated)
 
 
@@ -152,16 +235,6 @@ def nothing_to_train_on(splits: dict[str, Sequence[Record]]) -> Iterator[Finding
         yield Finding(WRONG, "no training records", f"no record to train on, {counts}; mend --splits or --val_fraction")
 
 
-def refuse_leaks(train: Sequence[Record], val: Sequence[Record]) -> None:
-    """Refuse to train where a patient of validation is in training as well.
-
-    Raises:
-        ValueError: names such patients.
-    """
-    for finding in shared_patients({"training": train, "validation": val}):
-        raise ValueError(finding.what)
-
-
 def _fault_inside(path: Path) -> str | None:
     """What is wrong with the content of an input that opens."""
     if not path.name.endswith(FEATURE_SUFFIXES):
@@ -195,6 +268,6 @@ def _pairs(names: dict[str, object]) -> Iterator[tuple[str, str]]:
     return ((first, second) for i, first in enumerate(listed) for second in listed[i + 1 :])
 
 
-def _named(names: list[str]) -> str:
-    shown = ", ".join(names[:NAMED])
-    return shown if len(names) <= NAMED else f"{shown} and {len(names) - NAMED} more"
+def _named(names: list[str], count: int | None = None) -> str:
+    shown, count = ", ".join(names[:NAMED]), count or len(names)
+    return shown if count <= NAMED else f"{shown} and {count - NAMED} more"

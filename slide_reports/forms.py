@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from slide_reports.annotation_files import Row, split_of
@@ -211,17 +212,17 @@ def _draft(
 ) -> Draft:
     if not record_id.strip():
         raise ValueError(f"{row.where} has an empty id; name the case")
-    group = next((str(row.values[name]) for name in GROUP_FIELDS if row.values.get(name) not in (None, "")), "")
+    group = next((str(value) for value in map(row.values.get, GROUP_FIELDS) if value not in (None, "")), "")
     split = row.split
     if stated := _text(row, "split", ""):
         try:
             split = split_of(stated)
         except ValueError as error:
             raise ValueError(f"{row.where} ({_shown(record_id)}): {error}") from error
-    cleaned = tuple((question, answer.strip()) for question, answer in turns)
-    for text in (record_id, group, *names, *(text for turn in cleaned for text in turn)):
-        if not text.isascii() and SURROGATES.search(text):
-            raise ValueError(f"{row.where} ({_shown(record_id)}) holds half a character (\\ud800 to \\udfff); mend it")
+    cleaned = tuple([(question, answer.strip()) for question, answer in turns])
+    text = "".join([record_id, group, *names, *chain.from_iterable(cleaned)])
+    if not text.isascii() and SURROGATES.search(text):
+        raise ValueError(f"{row.where} ({_shown(record_id)}) holds half a character (\\ud800 to \\udfff); mend it")
     return Draft(record_id, names, kind, slide_id_of(case or record_id), cleaned, group, split)
 
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 EXTENSION = re.compile(r"[A-Za-z][A-Za-z0-9]{1,6}")
@@ -37,12 +38,14 @@ class Record:
         return ((self.question, self.answer), *self.later_turns)
 
 
+@lru_cache(maxsize=2**16)
 def slide_id_of(name: str) -> str:
     """The file name of a slide without its last extension, where it has one that is not part of the identifier."""
     stem, dot, extension = name.rpartition(".")
     return stem if dot and stem and EXTENSION.fullmatch(extension) else name
 
 
+@lru_cache(maxsize=2**16)
 def patient_of(slide_id: str, pattern: str | None = None) -> str:
     """The patient of a slide.
 

@@ -4,7 +4,6 @@ import hashlib
 import math
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from slide_reports.annotation_files import BLANKS, decode_json, pictures_folder, read_rows, read_text
 from slide_reports.edits import Edits
-from slide_reports.findings import refuse_leaks
+from slide_reports.findings import check_before_training
 from slide_reports.forms import Draft, read_drafts
 from slide_reports.inputs import check_input, with_inputs
 from slide_reports.paths import Folders, GivenSlides
@@ -216,7 +215,7 @@ def read_training_records(
 
     Raises:
         FileNotFoundError: an annotation file or folder is missing.
-        ValueError: an annotation file is broken, or no record is left to train on.
+        ValueError: an annotation file is broken, a patient in two splits, or no record is left to train on.
     """
     edits = Edits(reading.pop("exclude", None), reading.pop("revise", None))
     found = read_splits_of_training(
@@ -230,17 +229,14 @@ def read_training_records(
         edits=edits,
         **reading,
     )
-    for line, _ in edits.unmatched() if os.environ.get("RANK", "0") == "0" else ():
-        print(f"warning: {line}", file=sys.stderr)
-    train, val = found["train"], found["val"]
-    refuse_leaks(train, val)
-    train, problems = with_inputs(train, expected)
+    check_before_training(found, edits)
+    train, problems = with_inputs(found["train"], expected)
     if len(train) and not expected:
         expected = check_input(train[0].inputs[0], {})
-    val, val_problems = with_inputs(val, expected)
+    val, val_problems = with_inputs(found["val"], expected)
     if not len(train):
-        found = f" ({problems[0]})" if problems else ""
-        raise ValueError(f"{train_json}: no record to train on{found}; check --features_dir or --image_root")
+        why = f" ({problems[0]})" if problems else ""
+        raise ValueError(f"{train_json}: no record to train on{why}; check --features_dir or --image_root")
     return train, val, problems + val_problems
 
 

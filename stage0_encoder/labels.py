@@ -12,7 +12,8 @@ import numpy as np
 
 from evaluation.fields import FIELD_NAMES, ReportFields, parse_all
 from slide_reports import Record, read_records, records_digest, split_by_patient
-from slide_reports.findings import refuse_leaks
+from slide_reports.edits import Edits
+from slide_reports.findings import check_before_training, refuse_wrong
 from slide_reports.paths import Folders
 from slide_reports.record import patient_of, slide_id_of
 from slide_reports.records import read_splits_of_training
@@ -98,18 +99,18 @@ def read_labelled(
         FileNotFoundError: a file or folder is missing.
         ValueError: a file is broken, a patient on both sides, a label unknown, or no label has two classes.
     """
+    by = {"val_fraction": val_fraction, "seed": seed, "splits": splits, "fold": fold}
     if is_label_table(train_json):
-        by = {"val_fraction": val_fraction, "seed": seed, "splits": splits, "fold": fold}
-        train, val = _read_tables(train_json, val_json, reading, **by)
+        found = dict(zip(("train", "val"), _read_tables(train_json, val_json, reading, **by), strict=True))
+        refuse_wrong(found)
         label_names = (TABLE_LABEL,)
     else:
         if unknown := [name for name in label_names if name not in LABEL_NAMES]:
             raise ValueError(f"--labels {unknown[0]}: no field of reports; expected of {', '.join(LABEL_NAMES)}")
-        found = read_splits_of_training(
-            train_json, val_json, None, val_fraction=val_fraction, seed=seed, splits=splits, fold=fold, **reading
-        )
-        train, val = found["train"], found["val"]
-    refuse_leaks(train, val)
+        edits = Edits(reading.pop("exclude", None), reading.pop("revise", None))
+        found = read_splits_of_training(train_json, val_json, None, edits=edits, **by, **reading)
+        check_before_training(found, edits)
+    train, val = found["train"], found["val"]
     texts = [_texts(records, label_names) for records in (train, val)]
     classes = {
         name: _classes([row[number] for row in texts[0]], column(train, "group"), min_class_patients)

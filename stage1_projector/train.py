@@ -17,8 +17,8 @@ import torch
 from jsonargparse.typing import PositiveInt
 
 from accelerator_setup import (
-    ACCELERATOR_FLAGS,
     SCHEDULE_FLAGS,
+    ZERO_FLAGS,
     add_optimizer_arguments,
     add_run_arguments,
     git_revision,
@@ -31,6 +31,7 @@ from accelerator_setup import (
     write_run_json,
 )
 from command_line import DONE, SOME_FAILED, chosen, flags_of, make_parser, run
+from deepspeed_zero import precision
 from encoders import load_encoder
 from evaluation.metrics.for_validation import METRICS
 from image_ablation import ABLATION_FLAGS, image_ablation
@@ -124,10 +125,10 @@ def main() -> int:
     if args.image_root and not args.vision_model_name:
         raise ValueError("--image_root needs an image encoder; name it with --vision_model_name")
 
-    accelerator = make_accelerator(output_dir=run_dir, **chosen(args, ACCELERATOR_FLAGS))
+    accelerator = make_accelerator(output_dir=run_dir, **chosen(args, ZERO_FLAGS))
 
     # Model
-    model, tokenizer = build_model(args, accelerator.mixed_precision, train_records[0].inputs[0])
+    model, tokenizer = build_model(args, precision(accelerator), train_records[0].inputs[0])
     model.requires_grad_(False)
     model.unfreeze_visual_parts()
     if not model.visual_parameters():

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from accelerator_setup import (
-    ACCELERATOR_FLAGS,
     SCHEDULE_FLAGS,
+    ZERO_FLAGS,
     add_optimizer_arguments,
     add_run_arguments,
     learning_rates_now,
@@ -111,7 +111,7 @@ def main() -> int:
     )
 
     accelerator = make_accelerator(
-        output_dir=run_dir, find_unused_parameters=encoder_learns(args), **chosen(args, ACCELERATOR_FLAGS)
+        output_dir=run_dir, find_unused_parameters=encoder_learns(args), **chosen(args, ZERO_FLAGS)
     )
 
     # Model

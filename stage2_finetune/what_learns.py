@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from accelerator_setup import forget_frozen, git_revision
 from command_line import flags_of
+from deepspeed_zero import is_zero, precision
 from four_bit import FourBit
 from slide_reports import check_input_kind
 from slide_vlm import SlideVLM, VLMSettings, load_vlm
@@ -60,9 +61,11 @@ def open_stage1(args, settings: VLMSettings, accelerator: Accelerator) -> tuple[
     Weights that do not learn are loaded in the precision of the run, those that learn in float32: small steps get lost
     in bfloat16.
     """
-    if args.encoder_lora_rank and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if args.train_ve_first_epoch and is_zero(accelerator):
+        raise ValueError("--train_ve_first_epoch: DeepSpeed's parts of the weights that learn are fixed; use DDP")
+    if args.encoder_lora_rank and accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("--encoder_lora_rank does not work with sharded weights; use DDP, or --train_ve")
-    is_bf16 = accelerator.mixed_precision == "bf16" and args.llm_training != "full"
+    is_bf16 = precision(accelerator) == "bf16" and args.llm_training != "full"
     dtype = torch.bfloat16 if is_bf16 else torch.float32
     is_four_bit = args.llm_training == "qlora"
     model, tokenizer = load_vlm(

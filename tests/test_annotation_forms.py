@@ -202,6 +202,8 @@ def test_exclusion_knows_a_slide_by_any_suffix_and_in_quotes(tmp_path, roots):
     ):
         exclude = write(tmp_path / name, text)
         assert [r.id for r in read(tmp_path, roots, rows, exclude=exclude)] == ["s3.tiff", "s4"]
+    with pytest.raises(ValueError, match="empty.csv: it is empty; list ids in it"):
+        read(tmp_path, roots, rows, exclude=write(tmp_path / "empty.csv", ""))
 
 
 def test_revision_replaces_the_answer_to_its_question_only(tmp_path, roots):

@@ -19,6 +19,7 @@ from accelerator_setup import make_accelerator
 from tests.conftest import ROOT
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}
 SKY = ROOT / "recipes" / "cloud" / "sky.yaml"
 
 
@@ -50,7 +51,8 @@ def test_sharding_wraps_the_decoder_layers_of_gemma3n_and_loads_on_every_process
 @pytest.mark.parametrize(
     "variables, message",
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "fsdp2.yaml"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "fsdp2.yaml"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "set it to none"),
         ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: 2"),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
@@ -62,7 +64,25 @@ def test_sharding_that_is_not_supported_is_refused(tmp_path, monkeypatch, variab
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
+        make_accelerator(output_dir=tmp_path, seed=0, max_grad_norm=1.0)
+
+
+def test_deepspeed_is_refused_where_it_is_not_installed_or_not_for_this_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="ddp.yaml"):
         make_accelerator(output_dir=tmp_path, seed=0)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install"):
+        make_accelerator(output_dir=tmp_path, seed=0, max_grad_norm=1.0)
+
+
+def test_a_configuration_of_deepspeed_may_not_bring_its_own_optimizer(tmp_path, monkeypatch):
+    own = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}
+    (tmp_path / "zero.json").write_text(json.dumps(own))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "zero.json"))
+    with pytest.raises(ValueError, match="its own optimizer"):
+        make_accelerator(output_dir=tmp_path, seed=0, max_grad_norm=1.0)
 
 
 def run_block(folder: Path, **variables: str) -> list[list[str]]:

@@ -158,7 +158,7 @@ def test_training_refuses_a_patient_on_both_sides_and_takes_a_table_of_splits(co
     folder = corpus_of_8
     reading = {"val_fraction": 0.25, "seed": 0, "features_dir": str(folder / "f"), "image_root": None}
     (folder / "val.json").write_text(json.dumps(json.loads((folder / "r.json").read_text())[:1]))
-    with pytest.raises(ValueError, match="PIT_01_00000 of training also in validation"):
+    with pytest.raises(ValueError, match="PIT_01_00000 of train also in val"):
         read_training_records(str(folder / "r.json"), str(folder / "val.json"), **reading)
     lines = [f"PIT_01_{i:05d},{'val' if i == 2 else 'train'}" for i in range(4)]
     (folder / "s.csv").write_text("\n".join(["group,split", *lines]))
@@ -242,6 +242,48 @@ def test_check_tells_of_a_table_that_leaves_nothing_to_train_on(corpus_of_8, mon
         slide_reports.check.main()
 
 
+def test_training_tells_what_the_check_finds_in_texts(corpus_of_8, capsys, monkeypatch):
+    """Each once, by the first process only, and not what `with_inputs` reports as a problem."""
+    rows = json.loads((corpus_of_8 / "r.json").read_text())
+    rows[0]["report"] += "\N{ZERO WIDTH SPACE}"
+    rows[2]["report"] = ""
+    rows += [rows[1], rows[0] | {"report": "Another text"}]
+    (corpus_of_8 / "r.json").write_text(json.dumps(rows))
+    (corpus_of_8 / "val.json").write_text(json.dumps([rows[1] | {"id": "PIT_01_00009_00.tiff"}]))
+    write_features(corpus_of_8 / "f" / "PIT_01_00009_00.h5", np.ones((5, 4)))
+    files = [str(corpus_of_8 / name) for name in ("r.json", "val.json")]
+    reading = {"val_fraction": 0, "seed": 0, "features_dir": str(corpus_of_8 / "f"), "image_root": None}
+    train, val, problems = read_training_records(*files, **reading)
+    assert (len(train), len(val)) == (9, 1) and problems == [f"{rows[2]['id']}: its report is empty"]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 4
+    for line, words in zip(
+        warnings,
+        (
+            f"train: {rows[0]['id']} has several answers",
+            f"train: {rows[1]['id']} repeated word for word",
+            f"train: {rows[0]['id']} with U+200B",
+            "1 of 1 texts of val (100.0%) occur word for word in train",
+        ),
+        strict=True,
+    ):
+        assert words in line
+    monkeypatch.setenv("RANK", "1")
+    read_training_records(*files, **reading)
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_training_refuses_a_patient_of_its_test_split(corpus_of_8):
+    rows = json.loads((corpus_of_8 / "r.json").read_text())
+    for number, row in enumerate(rows):
+        row["split"] = "test" if number == 1 else "val" if number > 5 else "train"
+    (corpus_of_8 / "r.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="PIT_01_00000 of train also in test; split by patient"):
+        read_training_records(
+            str(corpus_of_8 / "r.json"), None, val_fraction=0, seed=0, features_dir=str(corpus_of_8 / "f")
+        )
+
+
 def test_ids_of_no_record_are_told_of_both_files_together(corpus_of_8, capsys, monkeypatch):
     folder = corpus_of_8
     rows = json.loads((folder / "r.json").read_text())
@@ -257,8 +299,8 @@ def test_ids_of_no_record_are_told_of_both_files_together(corpus_of_8, capsys, m
     train, val, _ = read_training_records(str(folder / "train.json"), str(folder / "val.json"), **reading)
     assert (len(train), len(val), train[0].answer) == (6, 1, "New")
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 2 and warnings[0].endswith("out.csv: no record has the id mistyped.svs")
-    assert warnings[1].endswith(f"has the id and the question of else.svs, {rows[1]['id']}")
+    assert len(warnings) == 2 and "out.csv: no record has the id mistyped.svs;" in warnings[0]
+    assert f"has the id and the question of else.svs, {rows[1]['id']};" in warnings[1]
     command = ["check.py", "--train_json", folder / "train.json", "--val_json", folder / "val.json"]
     more = ["--exclude", folder / "out.csv", "--revise", folder / "new.json", "--features_dir", folder / "f"]
     monkeypatch.setattr("sys.argv", [str(word) for word in [*command, *more, "--json", folder / "found.json"]])
