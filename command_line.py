@@ -5,6 +5,7 @@ file); 130 interrupted; 141 whoever read stdout left early, as ``| head`` does. 
 the traceback behind a one-line refusal.
 """
 
+import logging
 import os
 import select
 import sys
@@ -54,6 +55,15 @@ def make_parser(description: str | None) -> ArgumentParser:
     return parser
 
 
+def log_to_stderr(*ours: logging.Logger) -> None:
+    """Log to stderr: progress of our own loggers, and warnings of others that no handler of their own tells."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_is_untold)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(levelname)s %(message)s")
+    for logger in ours:
+        logger.setLevel(logging.INFO)
+
+
 def flags_of(args: Namespace) -> dict[str, Any]:
     """The flags as plain values that JSON can hold, without ``--config``, whose content they are."""
     plain = (bool, int, float, str, list, type(None))
@@ -88,6 +98,16 @@ def run(main: Callable[[], int], *, to_go_on: str = "the same command goes on wh
         print(f"error: {_told(error)}", file=sys.stderr)
         status = REFUSED
     sys.exit(status)
+
+
+def _is_untold(record: logging.LogRecord) -> bool:
+    """Whether no library has shown a record itself, as that of the hub does with its retries."""
+    logger = logging.getLogger(record.name)
+    while logger.parent is not None:
+        if any(isinstance(handler, logging.StreamHandler) for handler in logger.handlers):
+            return False
+        logger = logger.parent
+    return True
 
 
 def _told(error: Exception) -> str:

@@ -63,7 +63,8 @@ class RunLog:
     ) -> None:
         """One line for an optimizer step; the counts are over all processes, ``lr_<part>`` where it is not ``lr``.
 
-        A language model's step has supervised tokens and padding, an encoder's has not.
+        A language model's step has supervised tokens and padding, an encoder's has not, but may have
+        ``data_wait_fraction``, which the bar shows too.
         """
         of_text = {}
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
@@ -87,7 +88,8 @@ class RunLog:
             | ({"records_left_out": num_bad} if num_bad else {})
         )
         self.bar.update()
-        self.bar.set_postfix(loss=f"{loss:.4f}")
+        waiting = {"waiting": f"{more['data_wait_fraction']:.0%}"} if "data_wait_fraction" in more else {}
+        self.bar.set_postfix(loss=f"{loss:.4f}", **waiting)
 
     def evaluation(self, step: int, epoch: float, val_loss: float, **metrics: float) -> None:
         """One line for an evaluation, and the curves drawn anew."""

@@ -192,28 +192,63 @@ def curves_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     return figure
 
 
-def comparison_figure(results: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Figure:
-    """Metrics of several results side by side with their 95 % intervals, and each one's best baseline as a tick."""
-    figure = Figure(figsize=(2.5 * len(names), 0.9 + 0.42 * len(results)), layout="constrained")
-    all_axes = np.atleast_1d(figure.subplots(1, len(names), sharey=True))
+def comparison_figure(
+    results: Mapping[str, Mapping[str, Any]],
+    names: Sequence[str],
+    costs: Mapping[str, Mapping[str, float | None]] | None = None,
+) -> Figure:
+    """Metrics of several results side by side with their 95 % intervals, and each one's best baseline as a tick.
+
+    Args:
+        results: metrics.json of each, by the name that its row has; the first is on top.
+        names: metrics, a panel each.
+        costs: by its heading, a number for each result, drawn as a bar; None where it is not known.
+    """
+    costs = costs or {}
+    widths = [2.5] * len(names) + [1.9] * len(costs)
+    figure = Figure(figsize=(sum(widths) + 0.6, 1.0 + 0.46 * len(results)), layout="constrained")
+    all_axes = np.atleast_1d(figure.subplots(1, len(widths), sharey=True, width_ratios=widths))
     places = np.arange(len(results))[::-1]
-    for axes, name in zip(all_axes, names, strict=True):
-        _style(axes)
-        for place, (metrics, color) in zip(
-            places, zip(results.values(), COLORS * len(results), strict=False), strict=True
-        ):
-            low, high = metrics.get("intervals_95", {}).get(name) or (metrics[name], metrics[name])
-            axes.plot([low, high], [place, place], color=color, lw=2, solid_capstyle="round")
-            axes.plot(metrics[name], place, "o", color=color, ms=6)
-            baselines = [row[name] for row in (metrics.get("baselines") or {}).values() if name in row]
-            if baselines:
-                axes.plot(max(baselines), place, "|", color=QUIET, ms=13, mew=1.6)
-        axes.set_title(metric_name(name), loc="left", fontsize=9.5, color=INK)
+    colors = (COLORS * len(results))[: len(results)]
+    for axes, name in zip(all_axes[: len(names)], names, strict=True):
+        for place, metrics, color in zip(places, results.values(), colors, strict=True):
+            _draw_score(axes, place, metrics, name, color)
         axes.grid(axis="x", color=GRID, lw=0.5)
-        axes.set_ylim(-0.6, len(results) - 0.4)
+        axes.margins(x=0.12)
+    for axes, (_, numbers) in zip(all_axes[len(names) :], costs.items(), strict=True):
+        _draw_bars(axes, places, [numbers.get(row) for row in results], colors)
+    for axes, heading in zip(all_axes, (*names, *costs), strict=True):
+        _style(axes)
+        axes.set_axisbelow(True)
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(metric_name(heading), loc="left", fontsize=9.5, color=INK)
+        axes.set_ylim(-0.6, len(results) - 0.3)
     all_axes[0].set_yticks(places, list(results), fontsize=9, color=INK)
-    figure.supxlabel("dot and line: score and 95 % interval; tick: best baseline", fontsize=8, color=QUIET)
+    all_axes[0].tick_params(axis="y", colors=INK)
+    figure.supxlabel("dot and line: score and 95 % interval; grey tick: best baseline", fontsize=8, color=QUIET)
     return figure
+
+
+def _draw_score(axes: Any, place: float, metrics: Mapping[str, Any], name: str, color: str) -> None:
+    """A score as a dot with its number above, its interval as a line, its best baseline as a tick."""
+    score = metrics[name]
+    low, high = metrics.get("intervals_95", {}).get(name) or (score, score)
+    axes.plot([low, high], [place, place], color=color, lw=2, solid_capstyle="round")
+    axes.plot(score, place, "o", color=color, ms=6)
+    axes.text(score, place + 0.2, f"{score:.2f}", ha="center", va="bottom", fontsize=7.5, color=INK)
+    baselines = [row[name] for row in (metrics.get("baselines") or {}).values() if name in row]
+    if baselines:
+        axes.plot(max(baselines), place, "|", color=QUIET, ms=13, mew=1.6)
+
+
+def _draw_bars(axes: Any, places: np.ndarray, numbers: Sequence[float | None], colors: Sequence[str]) -> None:
+    """Numbers as bars with the number behind each, from zero."""
+    axes.barh(places, [number or 0 for number in numbers], color=colors, height=0.42, alpha=0.85)
+    for place, number in zip(places, numbers, strict=True):
+        shown = "not known" if number is None else f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+        axes.text(number or 0, place, f" {shown}", va="center", fontsize=8, color=INK)
+    axes.set_xlim(0, 1.35 * max((number or 0 for number in numbers), default=0) or 1)
+    axes.set_xticks([])
 
 
 def mistakes_figure(counts: Mapping[str, int], num_cases: int) -> Figure:

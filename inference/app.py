@@ -12,7 +12,7 @@ import sys
 from jsonargparse.typing import PositiveInt
 
 from command_line import DONE, make_parser, run
-from inference.arguments import add_decoding_arguments
+from inference.arguments import add_decoding_arguments, check_decoding_arguments
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
@@ -113,6 +113,7 @@ def open_writer(args, settings):
     from stage0_tiling.tissue_sources import TissueSources, segmenter_file
 
     check_settings(settings, args.model)
+    check_decoding_arguments(args)
     if (args.vision_model_name or settings.encoder) is None:
         raise ValueError(f"{args.model} does not say how its tiles were encoded; say it with --vision_model_name")
     segmenter, preset = segmenter_file(args)

@@ -29,7 +29,7 @@ from jsonargparse.typing import NonNegativeInt
 from tqdm import tqdm
 
 from command_line import DONE, SOME_FAILED, make_parser, run
-from inference.arguments import add_decoding_arguments
+from inference.arguments import add_decoding_arguments, check_decoding_arguments
 
 RANDOM, CHANCE = "random", "chance"
 RANDOM_ORDERS = 4  # of each slide and line, whose curves are averaged
@@ -68,6 +68,7 @@ def main() -> int:
     from stage0_tiling.user_masks import check_masks
 
     # Slides and lesions
+    check_decoding_arguments(args)
     check_input_kind(args.model, VLMSettings.read(args.model), None)
     records = read_records(args.test_json, features_dir=args.features_dir)
     if several := next((record.id for record in records if len(record.inputs) != 1), None):

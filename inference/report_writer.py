@@ -12,6 +12,7 @@ from inference.answers import Answering, budgets_of, make_sample
 from inference.evidence import METHODS, explain
 from inference.evidence_files import describe, tiled_slide, write_evidence
 from inference.job_queue import Job
+from inference.memory import PAGE, memory_told
 from inference.slide_tokens import check_has_tiles
 from slide_features import MAKING_FACTS, SlideFeatures
 from slide_reports import case_of_slides
@@ -100,6 +101,7 @@ class ReportWriter:
             raise SlideError(f"{path.name}: {why_empty(plan, self.tiling_settings)}")
         return plan
 
+    @memory_told(PAGE)
     def write(self, job: Job, path: Path, question: str | None = None) -> dict[str, Any]:
         """Write the report of a slide, or answer a question about it, and find what it rests on.
 
@@ -109,7 +111,7 @@ class ReportWriter:
             What evidence.json holds, with ``question`` and ``seconds``.
 
         Raises:
-            SlideError, ValueError: the slide cannot be used.
+            SlideError, ValueError: the slide cannot be used, or memory is too small.
             Cancelled: the job was given up.
         """
         began = time.perf_counter()

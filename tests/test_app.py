@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import openslide
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
@@ -537,6 +538,15 @@ def test_a_blank_slide_fails_with_the_reason(folder, writer):
         assert "no tissue" in client.get(f"/api/slides/{key_of(client, 'blank.tiff')}/outline").json()["error"]
         job = wait_for(client, ask(client, None, "blank.tiff").json()["id"], "done", "failed")
         assert job["state"] == "failed" and "no tissue" in job["error"]
+
+
+def test_want_of_memory_is_told_with_a_mend(folder, writer, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("inference.answers.decode_samples", fail)
+    with pytest.raises(ValueError, match=r"^out of memory \(CUDA out of memory\); open the page anew with fewer"):
+        writer.write(Job("x", folder.parent / "job"), folder / "one.tiff")
 
 
 def test_a_slide_that_was_removed_meanwhile_is_said_without_its_folder(folder, writer):

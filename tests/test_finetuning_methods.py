@@ -21,7 +21,6 @@ from encoder_lora import add_encoder_lora, merged_encoder
 from encoders import load_encoder
 from four_bit import KEPT_LINEAR, FourBit, dequantize, quantize
 from image_ablation import image_ablation, other_records
-from inference.decoding import generate_answers
 from language_model import add_lora, fingerprint, load_llm, unfreeze_llm
 from projector_average import averaged, begin_average, update_average
 from run_checkpoints import RunState
@@ -36,7 +35,7 @@ from stage2_finetune.merge_check import (
     round_as_merged,
 )
 from tests.conftest import run_command
-from tests.tiny_models import make_batch, make_llm, make_model
+from tests.tiny_models import generate_answers, make_batch, make_llm, make_model
 from validation import greedy_answers, stops_early
 
 STAGE1, STAGE2 = "stage1_projector.train", "stage2_finetune.train"
