@@ -111,7 +111,7 @@ def _difference(names: list[str], had: Mapping[str, Any], wanted: Mapping[str, A
 
 
 def _flags(names: list[str], made: Mapping[str, Any]) -> str:
-    given = [name for name in names if made.get(name) not in (None, False)]
+    given = [name for name in names if made.get(name) is not None and made[name] is not False]
     told = ", ".join(f"--{name}" if made[name] is True else f"--{name} {made[name]}" for name in given)
     lacking = ", ".join(f"--{name}" for name in names if name not in given)
     return " and ".join(part for part in (told and f"with {told}", lacking and f"without {lacking}") if part)
