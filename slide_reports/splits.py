@@ -162,9 +162,10 @@ def _read_table(path: str | Path) -> dict[str, tuple[str, str]]:
                     found = split_of(row["split"]), (row.get("fold") or "").strip().removesuffix(".0")
                 except ValueError as error:
                     raise ValueError(f"{where}: {error}") from error
-                if (first := assigned.setdefault(row["group"], found)) != found:
+                group = (row["group"] or "").strip()  # as patients of records are
+                if (first := assigned.setdefault(group, found)) != found:
                     what = "splits" if first[0] != found[0] else "folds"
-                    raise ValueError(f"{where}: {row['group']} is in two {what}; keep one line of it")
+                    raise ValueError(f"{where}: {group or 'no group'} is in two {what}; keep one line of it")
     except UnicodeDecodeError as error:
         raise ValueError(f"--splits {path}: not in UTF-8 (byte {error.start}); save it as UTF-8") from error
     except csv.Error as error:

@@ -3,8 +3,11 @@
 import json
 import subprocess
 import sys
+from math import nan
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -282,6 +285,22 @@ def test_training_refuses_a_patient_of_its_test_split(corpus_of_8):
         read_training_records(
             str(corpus_of_8 / "r.json"), None, val_fraction=0, seed=0, features_dir=str(corpus_of_8 / "f")
         )
+
+
+def test_a_patient_is_one_however_a_table_writes_the_number(corpus_of_8):
+    rows = [{"id": f"s{i}", "report": "x", "patient_id": p} for i, p in enumerate(["7", "7 ", "7.0", 7, 7.0, "7.5"])]
+    (corpus_of_8 / "p.json").write_text(json.dumps([*rows, {"id": "s6", "report": "x", "patient_id": "007"}]))
+    groups = [record.group for record in read_records(corpus_of_8 / "p.json", locate_inputs=False)]
+    assert groups == ["7"] * 5 + ["7.5", "007"]
+    (corpus_of_8 / "p.json").write_text(json.dumps([rows[0] | {"patient_id": ["7"]}]))
+    with pytest.raises(ValueError, match=r"record 0 has \['7'\] under 'patient_id'; expected a name or a number"):
+        read_records(corpus_of_8 / "p.json", locate_inputs=False)
+    pq.write_table(
+        pa.table({"id": ["a", "b"], "report": ["x", "y"], "patient_id": [nan, 7.0]}), corpus_of_8 / "p.parquet"
+    )
+    assert [record.group for record in read_records(corpus_of_8 / "p.parquet", locate_inputs=False)] == ["a", "7"]
+    (corpus_of_8 / "s.csv").write_text("group,split\n7 ,val\n")
+    assert read_splits(corpus_of_8 / "s.csv") == {"7": "val"}
 
 
 def test_ids_of_no_record_are_told_of_both_files_together(corpus_of_8, capsys, monkeypatch):
