@@ -91,10 +91,12 @@ def find_wrong(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
     """What must not be trained on, found without opening an input."""
     yield from nothing_to_train_on(splits)
     yield from shared_patients(splits)
+    yield from shared_inputs(splits)
 
 
 def find_odd(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
-    """What is odd about texts, or left out for them, found in one pass over the records."""
+    """What is odd about texts, or left out for them, found in one pass over the records; and about their splits."""
+    yield from without_split(splits)
     texts = {split: _Texts.of(records) for split, records in splits.items()}
     for split, of_split in texts.items():
         yield from repeated_questions(of_split, split)
@@ -190,6 +192,40 @@ def shared_patients(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
                 "is a patient with --group_pattern or a field patient_id"
             )
             yield Finding(WRONG, "shared patients", what, len(shared))
+
+
+def shared_inputs(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
+    """Inputs in two splits under different patients, which `shared_patients` does not see."""
+    hashes = {split: _input_hashes(records) for split, records in splits.items()}
+    for first, second in _pairs(hashes):
+        both = set(np.intersect1d(hashes[first], hashes[second]).tolist())
+        if not both:
+            continue
+        told = set(column(splits[first], "group")) & set(column(splits[second], "group"))
+        of_second = ((paths, group) for paths, group in fields(splits[second], "inputs", "group") if group not in told)
+        if shared := sorted({path for paths, _ in of_second for path in paths if hash(path) in both}):
+            what = (
+                f"{_named(shared)} of {first} also in {second} under another patient; give all records of a slide or "
+                "image the same patient_id, or none of them one"
+            )
+            yield Finding(WRONG, "shared inputs", what, len(shared))
+
+
+def _input_hashes(records: Sequence[Record]) -> np.ndarray:
+    """Hashes of the paths of all inputs, int64 [N]: of a million records, as many numbers."""
+    return np.array(
+        array("q", (hash(path) for (paths,) in fields(records, "inputs") for path in paths)), dtype=np.int64
+    )
+
+
+def without_split(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
+    """Records of training that name no split, where others do."""
+    stated = column(splits["train"], "split")
+    unsaid = [position for position, split in enumerate(stated) if not split]
+    if 0 < len(unsaid) < len(stated):
+        ids = _named(column(select(splits["train"], unsaid[:NAMED]), "id"), len(unsaid))
+        what = f"train: {ids} name no split where others do; they are trained on, unless --splits says otherwise"
+        yield Finding(ODD, "without a split", what, len(unsaid))
 
 
 def repeated_texts(texts: dict[str, _Texts]) -> Iterator[Finding]:
