@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slide_features import FEATURE_SUFFIXES, read_slide_features
+from slide_features import FEATURE_SUFFIXES, read_slide_features, slide_id_of_features
 from slide_reports.edits import Edits
 from slide_reports.inputs import input_faults
 from slide_reports.record import Record
@@ -257,9 +257,10 @@ def bad_inputs(ids: list[str], inputs: list[list[str]]) -> Iterator[Finding]:
 
 
 def extra_features(features_dir: Path, named: set[str]) -> Iterator[Finding]:
-    """Feature files that no record names."""
+    """Feature files of slides that no record names; one slide may have files of several formats."""
+    slides = {slide_id_of_features(path) for path in named if path.endswith(FEATURE_SUFFIXES)}
     files = (path for path in sorted(features_dir.iterdir()) if path.name.endswith(FEATURE_SUFFIXES))
-    extra = [path.name for path in files if str(path) not in named]
+    extra = [path.name for path in files if str(path) not in named and slide_id_of_features(path) not in slides]
     if extra:
         yield Finding(ODD, "extra features", f"{_named(extra)} in {features_dir} belong to no record", len(extra))
 
