@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from accelerator_setup import forget_frozen, git_revision
 from command_line import flags_of
-from deepspeed_zero import is_zero, precision
+from deepspeed_zero import is_zero, is_zero3, precision
 from four_bit import FourBit
 from slide_reports import check_input_kind
 from slide_vlm import SlideVLM, VLMSettings, load_vlm
@@ -63,8 +63,10 @@ def open_stage1(args, settings: VLMSettings, accelerator: Accelerator) -> tuple[
     """
     if args.train_ve_first_epoch and is_zero(accelerator):
         raise ValueError("--train_ve_first_epoch: DeepSpeed's parts of the weights that learn are fixed; use DDP")
-    if args.encoder_lora_rank and accelerator.distributed_type == DistributedType.FSDP:
+    if args.encoder_lora_rank and (accelerator.distributed_type == DistributedType.FSDP or is_zero3(accelerator)):
         raise ValueError("--encoder_lora_rank does not work with sharded weights; use DDP, or --train_ve")
+    if args.llm_training == "qlora" and is_zero3(accelerator):
+        raise ValueError("--llm_training qlora: ZeRO-3 cannot cut 4-bit weights into parts; use DDP or ZeRO-2")
     is_bf16 = precision(accelerator) == "bf16" and args.llm_training != "full"
     dtype = torch.bfloat16 if is_bf16 else torch.float32
     is_four_bit = args.llm_training == "qlora"
