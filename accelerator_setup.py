@@ -13,12 +13,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration, parse_flag_from_env, set_seed
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    restricted_number_type,
+)
 
 from deepspeed_zero import is_zero, load_whole, precision, whole_shape, zero_plugin
 
 # Processes wait for the slowest of them, which may be writing a large model; torch's default is 10 to 30 minutes.
 LONGEST_WAIT = timedelta(days=30)
+
+BelowOne = restricted_number_type("BelowOne", float, [(">=", 0), ("<", 1)])
 
 
 def add_run_arguments(parser) -> None:
@@ -33,7 +42,7 @@ def add_run_arguments(parser) -> None:
         help="precision of activations and of a frozen LLM, fp16 is refused; default: that of `accelerate config`",
     )
     group.add_argument(
-        "--save_steps", type=int, default=500, help="steps between checkpoints; each epoch's end is one too"
+        "--save_steps", type=PositiveInt, default=500, help="steps between checkpoints; each epoch's end is one too"
     )
     group.add_argument("--keep_checkpoints", type=PositiveInt, default=2, help="newest checkpoints to keep")
     group.add_argument("--resume_from_checkpoint", default=None, help="`latest` or a checkpoints/step_<n> folder")
@@ -74,11 +83,11 @@ def add_optimizer_arguments(parser, *, learning_rate: float, num_epochs: int) ->
         "--lr_num_cycles", type=PositiveInt, default=1, help="times that cosine_with_restarts falls from the peak to 0"
     )
     group.add_argument(
-        "--label_smoothing", type=ClosedUnitInterval, default=0.0, help="of the training loss; validation has none"
+        "--label_smoothing", type=BelowOne, default=0.0, help="of the training loss; validation has none"
     )
     group.add_argument(
         "--projector_ema",
-        type=ClosedUnitInterval,
+        type=BelowOne,
         default=0.0,
         help="decay a step of a moving average of the projector, which is evaluated and saved; 0: none",
     )
@@ -105,6 +114,14 @@ def add_optimizer_arguments(parser, *, learning_rate: float, num_epochs: int) ->
         action="store_true",
         help="all questions about a case in one row of the LLM, behind one copy of its visual tokens; the same losses",
     )
+
+
+def refuse_contradictions(args) -> None:
+    """Raise ValueError for flags of :func:`add_optimizer_arguments` of which one would make the other idle."""
+    if args.lr_num_cycles > 1 and args.lr_scheduler_type != "cosine_with_restarts":
+        raise ValueError(f"--lr_num_cycles {args.lr_num_cycles} needs --lr_scheduler_type cosine_with_restarts")
+    if args.packing and args.random_batches:
+        raise ValueError("--packing puts the questions about a case together, so --random_batches cannot be; drop one")
 
 
 def runs_on_cpu() -> bool:
@@ -154,8 +171,10 @@ def make_accelerator(
 
     Raises:
         ValueError: float16, from the flag or from accelerate's own configuration, a sharding that is not supported, or
-            DeepSpeed without a GPU.
+            DeepSpeed without a GPU, or a seed that numpy does not take.
     """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed {seed}: give a number from 0 to {2**32 - 1}")
     refuse_untested_sharding()
     zero = zero_plugin(mixed_precision, max_grad_norm)
     trackers = [*(["wandb"] if wandb_project else []), *(["tensorboard"] if tensorboard else [])]
@@ -317,6 +336,14 @@ def trainable_parameters(model: torch.nn.Module) -> dict[str, str]:
         learning = sum(size for size, learns in sizes if learns)
         counts[name] = f"{learning:,} / {sum(size for size, _ in sizes):,}"
     return counts
+
+
+def end_run(accelerator: Accelerator, result: Path) -> None:
+    """Print where the result is on stdout, and let the processes end together. Collective: call on every rank."""
+    if accelerator.is_main_process:
+        print(result)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def report_left_out(problems: Sequence[str], shown: int = 20) -> None:

@@ -5,7 +5,9 @@ file); 130 interrupted; 141 whoever read stdout left early, as ``| head`` does. 
 the traceback behind a one-line refusal.
 """
 
+import logging
 import os
+import re
 import select
 import sys
 from argparse import Action
@@ -14,6 +16,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 DONE = 0
 SOME_FAILED = 1
@@ -28,6 +31,11 @@ class _HelpFormatter(DefaultHelpFormatter):
 
 
 class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Leave with one line, in the place of jsonargparse's several below a screen of flags."""
+        of_flag = re.sub(r'(Parser key|Key) "([\w.]+)":?', r"--\2:", " ".join(message.split()))
+        self.exit(REFUSED, f"error: {of_flag}; see --help\n")
+
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
         # PositiveInt and the like are classes of their own, which optimizer states and JSON should not meet.
         parsed = super().parse_args(*args, **kwargs)
@@ -52,6 +60,15 @@ def make_parser(description: str | None) -> ArgumentParser:
     parser = _Parser(description=description, formatter_class=_HelpFormatter)
     parser.add_argument("--config", action="config", help="YAML file of flags; flags given on the command line win")
     return parser
+
+
+def log_to_stderr(*ours: logging.Logger) -> None:
+    """Log to stderr: progress of our own loggers, and warnings of others that no handler of their own tells."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_is_untold)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(levelname)s %(message)s")
+    for logger in ours:
+        logger.setLevel(logging.INFO)
 
 
 def flags_of(args: Namespace) -> dict[str, Any]:
@@ -85,9 +102,21 @@ def run(main: Callable[[], int], *, to_go_on: str = "the same command goes on wh
             sys.exit(NOBODY_READS)
         if os.environ.get("SLIDESCRIBE_TRACEBACK"):
             raise
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()  # else the message would stand behind it, on its line
         print(f"error: {_told(error)}", file=sys.stderr)
         status = REFUSED
     sys.exit(status)
+
+
+def _is_untold(record: logging.LogRecord) -> bool:
+    """Whether no library has shown a record itself, as that of the hub does with its retries."""
+    logger = logging.getLogger(record.name)
+    while logger.parent is not None:
+        if any(isinstance(handler, logging.StreamHandler) for handler in logger.handlers):
+            return False
+        logger = logger.parent
+    return True
 
 
 def _told(error: Exception) -> str:

@@ -11,7 +11,14 @@ from huggingface_hub import errors as hub_errors
 
 
 @contextmanager
-def explained(what: str, repository: str, *, licence: str | None = None, gated: bool = False) -> Iterator[None]:
+def explained(
+    what: str,
+    repository: str,
+    *,
+    licence: str | None = None,
+    gated: bool = False,
+    instead: str = "that holds config.json and model.safetensors",
+) -> Iterator[None]:
     """Turn errors of the hub into one line each.
 
     Args:
@@ -19,6 +26,7 @@ def explained(what: str, repository: str, *, licence: str | None = None, gated: 
         repository: `org/name` on the hub.
         licence: of the weights, if known.
         gated: whether the repository is known to ask for its terms to be accepted.
+        instead: which local folder would do as well.
 
     Raises:
         PermissionError: the hub asks for terms to be accepted, or for another token.
@@ -33,7 +41,7 @@ def explained(what: str, repository: str, *, licence: str | None = None, gated: 
         if _is_gate(error) or (gated and status in (401, 403)):
             raise PermissionError(f"{what} is gated: {how}") from error
         if isinstance(error, hub_errors.LocalEntryNotFoundError) and status is None:
-            raise _unreachable(what, how if gated else None) from error
+            raise _unreachable(what, instead, how if gated else None) from error
         if status == 403:
             raise PermissionError(
                 f"the hub refuses {what} to your token (403): give the token the right to read gated repositories at "
@@ -41,13 +49,13 @@ def explained(what: str, repository: str, *, licence: str | None = None, gated: 
             ) from error
         missing = (hub_errors.RepositoryNotFoundError, hub_errors.EntryNotFoundError, hub_errors.HFValidationError)
         if not isinstance(error, missing) and status != 401:
-            raise _unreachable(what, None) from error
+            raise _unreachable(what, instead, None) from error
         raise FileNotFoundError(
             f"no {what}: neither a folder here nor a model on the hub that you may see; if {repository} is private, "
             "run `hf auth login` or set HF_TOKEN"
         ) from error
     except (hub_errors.OfflineModeIsEnabled, ConnectionError) as error:
-        raise _unreachable(what, how if gated else None) from error
+        raise _unreachable(what, instead, how if gated else None) from error
 
 
 def _how_to_get_access(repository: str, licence: str | None) -> str:
@@ -58,11 +66,11 @@ def _how_to_get_access(repository: str, licence: str | None) -> str:
     )
 
 
-def _unreachable(what: str, how_to_get_access: str | None) -> ConnectionError:
+def _unreachable(what: str, instead: str, how_to_get_access: str | None) -> ConnectionError:
     gate = f"; it is gated, so where there is a network {how_to_get_access}" if how_to_get_access else ""
     return ConnectionError(
         f"the weights of {what} are not in the local cache and the hub cannot be reached: check the network, or give a "
-        f"local folder that holds config.json and model.safetensors{gate}"
+        f"local folder {instead}{gate}"
     )
 
 

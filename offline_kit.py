@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from command_line import DONE, SOME_FAILED, make_parser, run
+from command_line import DONE, SOME_FAILED, log_to_stderr, make_parser, run
 from encoder_presets import find_preset
 
 ROOT = Path(__file__).resolve().parent
@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="packages that exist as source only: they are built here, so they must be pure Python",
     )
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s")
-    logger.setLevel(logging.INFO)
+    log_to_stderr(logger)
     if bool(args.python) != bool(args.platform):
         raise ValueError("--python and --platform describe another machine together; give both, or none")
     kit = Path(args.output_dir)

@@ -28,11 +28,13 @@ def begin_average(model: SlideVLM) -> None:
 
 @torch.no_grad()
 def update_average(model: SlideVLM, decay: float, step: int) -> None:
-    """Move the average towards the weights after optimizer step ``step``, counted from 1.
+    """Move the average, where there is one, towards the weights after optimizer step ``step``, counted from 1.
 
     The first steps weigh more, ``min(decay, (1 + step) / (10 + step))``, as in TensorFlow's ExponentialMovingAverage:
     otherwise a short run would end close to its random beginning.
     """
+    if model.projector_average is None:
+        return
     decay = min(decay, (1 + step) / (10 + step))
     learned = model.visual_parameters()
     with gathered(learned.values()):

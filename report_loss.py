@@ -56,10 +56,14 @@ def optimizer_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = float(accelerator.clip_grad_norm_(parameters, max_grad_norm))
     if not math.isfinite(grad_norm):
-        raise FloatingPointError(f"the gradient norm is {grad_norm}; lower --learning_rate or use --mixed_precision no")
+        instead = "" if accelerator.mixed_precision == "no" else ", or use --mixed_precision no"
+        raise FloatingPointError(
+            f"the gradient norm is {grad_norm} at a loss of {_loss(accelerator, nll_sum, totals):.4g}, so no step was "
+            f"taken; lower --learning_rate{instead}"
+        )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    loss = float(accelerator.reduce(nll_sum, "sum")) / max(1, totals.supervised)
+    loss = _loss(accelerator, nll_sum, totals)
     padding_fraction = 1 - totals.tokens / max(1, totals.slots)
     return StepResult(loss, grad_norm, totals.samples, totals.supervised, padding_fraction, totals.bad)
 
@@ -86,6 +90,11 @@ class _Totals:
     tokens: int
     slots: int
     bad: int
+
+
+def _loss(accelerator: Accelerator, nll_sum: Tensor, totals: _Totals) -> float:
+    """Mean over the supervised tokens of all processes. Collective."""
+    return float(accelerator.reduce(nll_sum, "sum")) / max(1, totals.supervised)
 
 
 def _global_totals(accelerator: Accelerator, micro_batches: list[Batch]) -> _Totals:

@@ -183,6 +183,27 @@ def is_whole(folder: Path) -> bool:
     return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items())
 
 
+RUN_FOLDER_FLAGS = ("output_dir", "overwrite", "resume_from_checkpoint")
+
+
+def find_run(
+    *, output_dir: str, overwrite: bool, resume_from_checkpoint: str | None
+) -> tuple[Path, Path | None, RunState]:
+    """The run folder, the checkpoint to go on from if any, and what the run had reached by then; changes nothing.
+
+    Raises:
+        ValueError: the folder holds a run and neither flag says what to do with it, or both flags were given; or no
+            folder can be made or written there.
+        FileNotFoundError: there is no such checkpoint.
+    """
+    run_dir = Path(output_dir)
+    if overwrite and resume_from_checkpoint is not None:
+        raise ValueError("--overwrite deletes a run and --resume_from_checkpoint goes on with it; give one of them")
+    refuse_existing_run(run_dir, overwrite=overwrite, resuming=resume_from_checkpoint is not None)
+    checkpoint = checkpoint_to_resume(run_dir, resume_from_checkpoint)
+    return run_dir, checkpoint, read_run_state(checkpoint)
+
+
 def checkpoint_to_resume(run_dir: Path, choice: str | None) -> Path | None:
     """The folder that ``--resume_from_checkpoint`` names: ``latest`` of the run, a path, or None.
 
@@ -225,11 +246,47 @@ def check_identity(folder: Path | None, identity: dict[str, Any]) -> None:
     different = [name for name in had | identity if had.get(name) != json.loads(json.dumps(identity.get(name)))]
     if not set(different) - SAME_RECORDS_IN_OTHER_BATCHES:
         return
-    was = ", ".join(f"{name} was {had.get(name)!r:.20} and is {identity.get(name)!r:.20}" for name in different[:3])
+    was = ", ".join(_difference(name, had.get(name), identity.get(name)) for name in different[:3])
     advice = "resume with what it began with, or begin anew"
     if "records_per_step" in different:
         advice += "; records_per_step is --batch_size x --gradient_accumulation_steps x processes"
     raise ValueError(f"{folder} is of another run: {was}; {advice}")
+
+
+CONTENTS = {
+    "records": "the training records",
+    "val_records": "the validation records",
+    "inputs": "the feature files or images",
+    "llm": "the language model",
+    "encoder": "the image encoder",
+    "stage1_projector": "the projector of stage 1",
+}
+
+
+def _difference(name: str, had: Any, has: Any) -> str:
+    """What is said of one entry of an identity; digests would tell a reader nothing."""
+    if name in CONTENTS and None not in (had, has):
+        return f"{CONTENTS[name]} (by content) were others"
+    return f"{name} was {had!r:.20} and is {has!r:.20}"
+
+
+def begin_or_resume(
+    accelerator: Accelerator,
+    run_dir: Path,
+    checkpoint: Path | None,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    *,
+    overwrite: bool,
+) -> None:
+    """Make the run folder, and load the checkpoint if there is one. Collective; call it when all is prepared.
+
+    What an earlier run left is deleted with ``overwrite``, unless the run goes on from a checkpoint.
+    """
+    begin_run_dir(accelerator, run_dir, overwrite=overwrite and checkpoint is None)
+    if checkpoint:
+        load_checkpoint(accelerator, run_dir, checkpoint, model, optimizer, scheduler)
 
 
 def load_checkpoint(
@@ -288,10 +345,14 @@ def refuse_existing_run(run_dir: Path, *, overwrite: bool, resuming: bool) -> No
     """Refuse a folder that holds a run unless it is resumed or overwritten.
 
     Raises:
-        ValueError: the folder holds a run and neither flag was given, or it is a file.
+        ValueError: the folder holds a run and neither flag was given, or it is a file, or cannot be written.
     """
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"--output_dir {run_dir} is a file; name a folder")
+    existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        is_file = "is a file" if existing == run_dir else f"cannot be made, since {existing} is a file"
+        raise ValueError(f"--output_dir {run_dir} {is_file}; name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {run_dir}: {existing} cannot be written; name a folder that can")
     if (run_dir / "log.jsonl").exists() and not overwrite and not resuming:
         raise ValueError(
             f"--output_dir {run_dir} holds a run; add --resume_from_checkpoint latest to go on, or --overwrite"
@@ -308,7 +369,12 @@ def begin_run_dir(accelerator: Accelerator, run_dir: Path, *, overwrite: bool) -
             for name in ("checkpoints", "best_model", "final_model"):
                 delete_folder(run_dir / name)
             (run_dir / "log.jsonl").unlink(missing_ok=True)
-        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"--output_dir {run_dir} cannot be made ({error.strerror}); name another folder"
+            ) from error
         for pattern in ("*.writing", "*.deleting"):
             for leftover in (*run_dir.glob(pattern), *(run_dir / "checkpoints").glob(pattern)):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

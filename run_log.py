@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
@@ -35,9 +36,12 @@ class RunLog:
         self.run_dir = run_dir
         self.path = run_dir / "log.jsonl"
         self.began = self.clock = time.perf_counter()
-        accelerator.init_trackers(
-            project, config={k: v for k, v in flags.items() if not isinstance(v, list | NoneType)}
-        )
+        try:
+            accelerator.init_trackers(
+                project, config={k: v for k, v in flags.items() if not isinstance(v, list | NoneType)}
+            )
+        except _errors_of_wandb() as error:
+            raise ValueError(f"--wandb_project {project}: {error} (or set WANDB_MODE=offline)") from error
         if accelerator.is_main_process:
             lines = read_log(self.path)
             kept = [line for line in lines if line["step"] <= first_step and "image_ablation" not in line]
@@ -63,7 +67,8 @@ class RunLog:
     ) -> None:
         """One line for an optimizer step; the counts are over all processes, ``lr_<part>`` where it is not ``lr``.
 
-        A language model's step has supervised tokens and padding, an encoder's has not.
+        A language model's step has supervised tokens and padding, an encoder's has not, but may have
+        ``data_wait_fraction``, which the bar shows too.
         """
         of_text = {}
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
@@ -87,7 +92,8 @@ class RunLog:
             | ({"records_left_out": num_bad} if num_bad else {})
         )
         self.bar.update()
-        self.bar.set_postfix(loss=f"{loss:.4f}")
+        waiting = {"waiting": f"{more['data_wait_fraction']:.0%}"} if "data_wait_fraction" in more else {}
+        self.bar.set_postfix(loss=f"{loss:.4f}", **waiting)
 
     def evaluation(self, step: int, epoch: float, val_loss: float, **metrics: float) -> None:
         """One line for an evaluation, and the curves drawn anew."""
@@ -138,6 +144,12 @@ class RunLog:
         self.accelerator.log(values, step=line["step"])
 
 
+def _errors_of_wandb() -> tuple[type[Exception], ...]:
+    """What Weights & Biases raises, where accelerate has imported it."""
+    wandb = sys.modules.get("wandb")
+    return () if wandb is None else (wandb.errors.Error,)
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a ``log.jsonl``; a last line cut short by a kill is left out."""
     if not path.exists():
@@ -152,7 +164,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(log: Path, picture: Path) -> None:
-    """Draw training and validation loss and the learning rate over steps."""
+    """Draw over steps the losses, with the lowest marked, the learning rates, and metrics where there are some."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -161,20 +173,52 @@ def draw_curves(log: Path, picture: Path) -> None:
     lines = read_log(log)
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "val_loss" in line]
-    figure, (loss_axes, rate_axes) = pyplot.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
-    loss_axes.plot([s["step"] for s in steps], [s["loss"] for s in steps], lw=0.8, color="tab:blue", label="training")
+    names = sorted({key for line in evaluations for key in line if key.startswith("val_")} - {"val_loss"})
+    metrics = [name for name in names if all(0 <= value <= 1 for value in _series(evaluations, name)[1])]  # one scale
+    panels = 3 if metrics else 2
+    figure, axes = pyplot.subplots(1, panels, figsize=(5 * panels, 3.5), layout="constrained")
+    axes[0].plot(*_series(steps, "loss"), lw=0.8, color="tab:blue", label="training")
     if evaluations:
-        xs, ys = [e["step"] for e in evaluations], [e["val_loss"] for e in evaluations]
-        loss_axes.plot(xs, ys, "o-", ms=3, color="tab:orange", label="validation")
+        axes[0].plot(*_series(evaluations, "val_loss"), "o-", ms=3, color="tab:orange", label="validation")
+        _mark_extreme(axes[0], evaluations, "val_loss", min)
     unit = " per supervised token" if any("supervised_tokens_per_s" in step for step in steps) else ""
-    loss_axes.set(xlabel="step", ylabel=f"loss{unit}", yscale="log")
-    loss_axes.legend()
-    rate_axes.plot([s["step"] for s in steps], [s["lr"] for s in steps], color="tab:green")
-    rate_axes.set(xlabel="step", ylabel="learning rate")
+    axes[0].set(ylabel=f"loss{unit}", yscale="log")
+    plain_numbers(axes[0])
+    for key in sorted({key for step in steps for key in step if key == "lr" or key.startswith("lr_")}):
+        axes[1].plot(*_series(steps, key), label=key.removeprefix("lr_") if key != "lr" else "all else")
+    axes[1].set(ylabel="learning rate")
+    for key in metrics:
+        axes[2].plot(*_series(evaluations, key), "o-", ms=3, label=key.removeprefix("val_"))
+        if len(metrics) == 1:
+            _mark_extreme(axes[2], evaluations, key, max)
+        axes[2].set(ylabel="validation")
+    for axis in axes:
+        axis.set(xlabel="step")
+        if len(axis.lines) > 1 or axis is not axes[1]:
+            axis.legend(fontsize="small")
     temporary = picture.with_name("curves.writing.png")
     figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
     os.replace(temporary, picture)
+
+
+def plain_numbers(axes: Any) -> None:
+    """Write the values of a logarithmic axis as such, not as powers of ten, of which losses span one or two."""
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(lambda value, _: f"{value:.4g}")
+
+
+def _series(lines: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of the lines that have it."""
+    having = [line for line in lines if key in line]
+    return [line["step"] for line in having], [line[key] for line in having]
+
+
+def _mark_extreme(axis: Any, evaluations: list[dict[str, Any]], key: str, choose: Callable) -> None:
+    """A star at the lowest or highest of the values, the first of equals."""
+    line = choose((line for line in evaluations if key in line), key=lambda line: line[key])
+    word = "lowest" if choose is min else "highest"
+    axis.plot(line["step"], line[key], "*", ms=11, color="tab:red", label=f"{word}, {line[key]:.4g}", zorder=3)
 
 
 def peak_memory_bytes() -> int:

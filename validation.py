@@ -3,8 +3,10 @@
 Shapes: B batch of cases, H language model width.
 """
 
+import math
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +15,15 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import DynamicCache
 
 from deepspeed_zero import autocast, whole_to_generate
+from projector_average import averaged
 from report_loss import evaluation_loss
+from run_checkpoints import RunState
+from run_log import RunLog
+from sharded_weights import save_result
 from slide_reports import Prompt, Record, ReportDataset, SampleKey, collate
 from slide_vlm import SlideVLM, position_arguments
 
@@ -50,7 +57,8 @@ def add_validation_arguments(parser, metrics: Sequence[str]) -> None:
     )
 
 
-METRIC_FLAGS = ("best_metric", "metric_records", "early_stopping_patience", "batch_size")
+METRIC_FLAGS = ("best_metric", "metric_records", "batch_size")
+STOPPING_FLAGS = ("best_metric", "early_stopping_patience")
 
 
 @dataclass(frozen=True)
@@ -72,18 +80,10 @@ class WrittenReports:
     batch_size: int
 
 
-def written_reports(
-    accelerator: Accelerator,
-    val_records: Sequence[Record],
-    tokenizer: Any,
-    metrics: dict[str, Metric],
-    *,
-    best_metric: str,
-    metric_records: int,
-    early_stopping_patience: int,
-    batch_size: int,
-) -> WrittenReports | None:
-    """What :func:`validate` needs for ``--best_metric``; None for the loss.
+def refuse_unmeasurable(
+    accelerator: Accelerator, val_records: Sequence[Record], *, best_metric: str, early_stopping_patience: int
+) -> None:
+    """Refuse to go by what will not be known, before a language model is loaded.
 
     Raises:
         ValueError: there are no validation records, or the model's weights are sharded, which cannot generate.
@@ -91,14 +91,56 @@ def written_reports(
     if early_stopping_patience and not len(val_records):
         raise ValueError("--early_stopping_patience needs validation records; give --val_json or --val_fraction")
     if best_metric == "loss":
-        return None
+        return
     if not len(val_records):
         raise ValueError(f"--best_metric {best_metric} needs validation records; give --val_json or --val_fraction")
     if accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError(f"--best_metric {best_metric} writes reports, which sharded weights cannot; use loss")
+
+
+def written_reports(
+    val_records: Sequence[Record],
+    tokenizer: Any,
+    metrics: dict[str, Metric],
+    *,
+    best_metric: str,
+    metric_records: int,
+    batch_size: int,
+) -> WrittenReports | None:
+    """What :func:`validate` needs for ``--best_metric``; None for the loss."""
+    if best_metric == "loss":
+        return None
     places = torch.linspace(0, len(val_records) - 1, min(metric_records, len(val_records)), dtype=torch.float64)
     sample = [val_records[int(place)] for place in places]
     return WrittenReports(best_metric, metrics[best_metric], sample, tokenizer, batch_size)
+
+
+def evaluate_epoch(
+    accelerator: Accelerator,
+    model: nn.Module,
+    val_loader: Any,
+    reports: WrittenReports | None,
+    epoch: int,
+    state: RunState,
+    log: RunLog,
+    tokenizer: Any,
+) -> None:
+    """Log the scores after so many epochs, and write ``best_model`` where they are the best. Collective: every rank.
+
+    The projector is the averaged one, where there is an average.
+
+    Raises:
+        FloatingPointError: the validation loss is not finite.
+    """
+    with averaged(accelerator.unwrap_model(model)):
+        scores = validate(accelerator, model, val_loader, reports)
+        if not math.isfinite(scores["val_loss"]):
+            raise FloatingPointError(
+                f"step {state.step}: the validation loss is {scores['val_loss']}; lower --learning_rate and begin anew"
+            )
+        log.evaluation(state.step, epoch, **scores)
+        if state.note(score_to_go_by(scores, reports.name if reports else "loss")):
+            save_result(accelerator, model, log.run_dir / "best_model", tokenizer)
 
 
 def validate(
@@ -119,6 +161,21 @@ def validate(
 def score_to_go_by(scores: dict[str, float], best_metric: str) -> float:
     """The score that decides which model is the best; higher is better."""
     return -scores["val_loss"] if best_metric == "loss" else scores[f"val_{best_metric}"]
+
+
+def epochs_to_go(state: RunState, steps_per_epoch: int, num_epochs: int, patience: int) -> Iterator[int]:
+    """Epochs from the one that the run has reached, to the last; says so where they end for want of a better one."""
+    for epoch in range(state.step // steps_per_epoch, num_epochs):
+        if stops_early(state.evaluations_since_best, patience):
+            if os.environ.get("RANK", "0") == "0":
+                worse = state.evaluations_since_best
+                tqdm.write(
+                    f"stopped after {epoch} of {num_epochs} epochs: none of the last {worse} was better than epoch "
+                    f"{epoch - worse}, whose model is best_model",
+                    file=sys.stderr,
+                )
+            return
+        yield epoch
 
 
 def stops_early(evaluations_since_best: int, patience: int) -> bool:

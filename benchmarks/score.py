@@ -3,8 +3,8 @@ r"""How long scoring takes and how much memory it needs, without neural parts, f
     python benchmarks/score.py --num_pairs 2500 10000
 
 Reports are made up of clauses so that nearly all differ (34 words on average), which is the worst case: equal pairs are
-computed once. Prints for each number wall seconds, CPU seconds and peak memory of one run of evaluation/score.py, alone
-and beside its baselines (with --train_json).
+computed once. Prints for each number wall seconds, CPU seconds of all its processes and the peak memory of the largest,
+of one run of evaluation/score.py, alone and beside its baselines (with --train_json).
 """
 
 import json
@@ -12,7 +12,6 @@ import random
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
@@ -38,6 +37,25 @@ CLAUSES = ["with focal necrosis", "with involvement of muscle proper", "arising 
            "with intestinal metaplasia", "in {} of {} cores", "with high grade dysplasia"]  # fmt: skip
 
 
+# Runs a command and waits for it and for the worker processes that outlive their parent, which Linux hands to us.
+PR_SET_CHILD_SUBREAPER = 36
+MEASURED = f"""
+import ctypes, json, os, resource, subprocess, sys, time
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl({PR_SET_CHILD_SUBREAPER}, 1, 0, 0, 0)
+began = time.perf_counter()
+status = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
+wall = time.perf_counter() - began
+try:
+    while True:
+        os.wait()
+except ChildProcessError:
+    pass
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([status, wall, used.ru_utime + used.ru_stime, used.ru_maxrss]))
+"""
+
+
 def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--num_pairs", type=PositiveInt, nargs="+", default=[2500, 5000, 10_000], help="reports scored")
@@ -60,18 +78,10 @@ def measure(folder: Path, num_pairs: int, with_train: bool) -> tuple[float, floa
         (folder / f"{name}.json").write_text(json.dumps(rows))
         flags += [f"--{name}", str(folder / f"{name}.json")]
     command = [sys.executable, "evaluation/score.py", *flags, "--output_dir", str(folder / "out")]
-    program = (
-        "import json, resource, subprocess, sys; "
-        "status = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode; "
-        "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
-        "print(json.dumps([status, used.ru_utime + used.ru_stime, used.ru_maxrss]))"
-    )
-    began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", program, *command], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEASURED, *command], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    wall = time.perf_counter() - began
-    status, cpu, peak = json.loads(done.stdout)
+    status, wall, cpu, peak = json.loads(done.stdout)
     if status != DONE:
         raise ValueError(f"evaluation/score.py left with exit status {status}")
     return wall, cpu, peak / (1024 if sys.platform != "darwin" else 1024**2)

@@ -253,13 +253,14 @@ def tissue_streams(path: Path) -> Iterator[bytes]:
         plan = plan_tiles(slide, SETTINGS)
         tiff = TiledTiff.open(path, [(slide.width, slide.height)])
     level = tiff._levels[0]
+    offsets, counts = level.offsets, level.counts
     tiff.close()
     data, known = path.read_bytes(), {}
     across, down = plan.grid.tile_width // TILE, plan.grid.tile_height // TILE
     for x, y in plan.coords.tolist():
         for row, column in product(range(y // TILE, y // TILE + down), range(x // TILE, x // TILE + across)):
-            if row < level.offsets.shape[0] and column < level.offsets.shape[1]:
-                place = int(level.offsets[row, column]), int(level.counts[row, column])
+            if row < level.grid[0] and column < level.grid[1]:
+                place = int(offsets[row, column]), int(counts[row, column])
                 if place not in known:
                     known[place] = level.decoder.header + data[place[0] + 2 : sum(place)]
                 yield known[place]

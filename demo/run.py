@@ -66,6 +66,7 @@ def main() -> int:
          "--num_visual_tokens", 32, "--batch_size", 16, "--num_epochs", args.stage1_epochs, "--learning_rate", 3e-3,
          "--output_dir", out / "stage1", launch=True)  # fmt: skip
     predict(out / "stage1", out, "Write the held-out reports with stage 1 alone")
+    score(out / "stage1", out)
     step("Stage 2: fine-tune the language model", "stage2_finetune/train.py", *data,
          "--stage1_projector_path", out / "stage1" / "final_model", "--llm_training", "lora",
          "--unfreeze_projection_layer", "--batch_size", 16, "--num_epochs", args.stage2_epochs, "--learning_rate", 2e-3,
@@ -75,8 +76,10 @@ def main() -> int:
 
     references = {row["id"]: row["report"] for row in json.loads(test_json.read_text())}
     slide = next(iter(references))
-    written = step("Write the report of one held-out slide", "inference/generate.py",
-                   "--model", out / "stage2" / "final_model", "--slide", out / "slides" / slide)  # fmt: skip
+    written = step("Write the report of one held-out slide, and which tiles it rests on", "inference/generate.py",
+                   "--model", out / "stage2" / "final_model", "--slide", out / "slides" / slide,
+                   "--evidence", out / "evidence")  # fmt: skip
+    score(out / "stage2", out, "--evidence_dir", out / "evidence")
 
     summary = {**summarise(out / "stage2", references), **summarise(out / "stage1", references, prefix="stage1_")}
     summary = {"seconds": round(time.monotonic() - began, 1), "n_test": len(references), **summary}
@@ -86,7 +89,8 @@ def main() -> int:
     print(f"\n{slide}\n\n  written:\n{indent(written)}\n\n  reference:\n{indent(references[slide])}\n")
     for name, value in summary.items():
         print(f"{name:<36}{value}")
-    print(f"\nLook at {out / 'contact_sheet.png'}; scores beside their baselines are in {out / 'stage2' / 'scores'}.")
+    page = out / "stage2" / "scores" / "report.html"
+    print(f"\nLook at {out / 'contact_sheet.png'}, and open {page}: mistakes, scores beside baselines, every case.")
     return DONE
 
 
@@ -115,12 +119,17 @@ def environment() -> dict[str, str]:
 
 
 def predict(run_dir: Path, out: Path, title: str) -> None:
-    """Write and score the held-out reports of one stage's result."""
+    """Write the held-out reports with one stage's result."""
     step(title, "inference/predict.py", "--model", run_dir / "final_model", "--test_json", out / "test.json",
          "--features_dir", out / "stage0" / "features", "--output", run_dir / "predictions.json",
          "--batch_size", 16, "--max_new_tokens", 80, launch=True)  # fmt: skip
+
+
+def score(run_dir: Path, out: Path, *flags: object) -> None:
+    """Score the held-out reports of one stage's result, beside baselines and with pictures of the slides."""
     print(step("Score them", "evaluation/score.py", "--predictions", run_dir / "predictions.json",
                "--references", out / "test.json", "--train_json", out / "train.json",
+               "--features_dir", out / "stage0" / "features", "--stage0_dir", out / "stage0", *flags,
                "--output_dir", run_dir / "scores"))  # fmt: skip
 
 

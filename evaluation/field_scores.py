@@ -178,7 +178,9 @@ def confusion(name: str, predicted: Sequence[ReportFields], expected: Sequence[R
         return None
     if name in ORDERS:
         used = {label for pair in named for label in pair}
-        labels = [str(value) for value in ORDERS[name] if str(value) in used]
+        scale = [str(value) for value in ORDERS[name]]
+        places = [place for place, label in enumerate(scale) if label in used]
+        labels = scale[places[0] : places[-1] + 1] if places else []  # a scale has no gaps
     else:
         frequent: dict[str, int] = {}
         for _, theirs in named:

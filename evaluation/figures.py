@@ -5,12 +5,34 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart by color-blind readers.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#6b6b6b", "#b8a000")
+METRIC_NAMES = {
+    **{f"bleu_{order}": f"BLEU-{order} (pycocoevalcap)" for order in range(1, 5)},
+    "sacre_bleu": "BLEU (sacrebleu)",
+    "rouge_1_f1": "ROUGE-1 F1 (rouge-score)",
+    "rouge_2_f1": "ROUGE-2 F1 (rouge-score)",
+    "rouge_l_f1": "ROUGE-L F1 (rouge-score)",
+    "rouge_l": "ROUGE-L (pycocoevalcap)",
+    "meteor": "METEOR",
+    "cider_d": "CIDEr-D",
+    "chrf": "chrF2 (sacrebleu)",
+    "levenshtein_ratio": "Levenshtein ratio",
+    "embedding_cosine": "embedding cosine",
+    "bert_score_f1": "BERTScore F1",
+    "exact_match": "right word for word",
+    "reg_rouge": "ROUGE of the REG score",
+    "reg_bleu": "BLEU of the REG score",
+}
 INK, QUIET, GRID = "#1c2128", "#656d78", "#dfe3e8"
+
+
+def metric_name(name: str) -> str:
+    """Words for a metric's name in metrics.json."""
+    return METRIC_NAMES.get(name, name.replace("_", " "))
 
 
 def _axes(width: float, height: float, **settings: Any) -> tuple[Figure, Any]:
@@ -24,7 +46,7 @@ def _axes(width: float, height: float, **settings: Any) -> tuple[Figure, Any]:
 def _style(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRID)
-    axes.tick_params(colors=QUIET, labelsize=8.5, length=3)
+    axes.tick_params(which="both", colors=QUIET, labelsize=8.5, length=3)
     axes.xaxis.label.set(color=INK, fontsize=9)
     axes.yaxis.label.set(color=INK, fontsize=9)
     axes.title.set(color=INK, fontsize=10)
@@ -34,7 +56,8 @@ def picture(figure: Figure, form: str = "svg") -> bytes:
     """Bytes of a figure, "svg" or "png", the same for the same figure."""
     buffer = io.BytesIO()
     metadata = {"Date": None} if form == "svg" else {}
-    figure.savefig(buffer, format=form, dpi=140, metadata=metadata)
+    with rc_context({"svg.hashsalt": "slidescribe"}):  # else the names of an SVG's parts are drawn anew each time
+        figure.savefig(buffer, format=form, dpi=140, metadata=metadata)
     return buffer.getvalue()
 
 
@@ -48,7 +71,8 @@ def confusion_figure(title: str, rows: Sequence[str], columns: Sequence[str], co
     axes = figure.add_subplot()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.25)
-    for labels, put, more in ((columns, axes.set_xticks, {"rotation": 45, "ha": "right"}), (rows, axes.set_yticks, {})):
+    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, columns)) > 3 else {}
+    for labels, put, more in ((columns, axes.set_xticks, slanted), (rows, axes.set_yticks, {})):
         shown = [label if len(label) <= 40 else label[:39] + "…" for label in labels]
         put(range(len(labels)), shown, fontsize=8, color=INK, **more)
     axes.set_xlabel("predicted", fontsize=9, color=INK)
@@ -75,7 +99,7 @@ def distribution_figure(metrics: Mapping[str, np.ndarray]) -> Figure:
         top = max(1.0, float(values.max()))
         axes.hist(values, bins=np.linspace(min(0.0, float(values.min())), top, 26), color=COLORS[0], alpha=0.85)
         axes.axvline(values.mean(), color=COLORS[4], lw=1.4)
-        axes.set_title(f"{name.replace('_', ' ')}  (mean {values.mean():.3f})", fontsize=9, color=INK, loc="left")
+        axes.set_title(f"{metric_name(name)}, mean {values.mean():.3f}", fontsize=9, color=INK, loc="left")
         if place % columns == 0:
             axes.set_ylabel("reports", fontsize=8.5, color=QUIET)
     return figure
@@ -156,7 +180,10 @@ def curves_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             )
         rates.plot([s["step"] for s in steps], [s["lr"] for s in steps], color=color, lw=1.2)
     losses.set(xlabel="step", ylabel="loss per supervised token", yscale="log")
-    losses.set_title("training (thin) and validation (dots)", loc="left")
+    losses.set_title("training (thin) and validation (dots)", loc="left", fontsize=9.5, color=INK)
+    low, high = losses.get_ylim()
+    losses.yaxis.set_major_formatter("{x:g}")
+    losses.yaxis.set_minor_formatter("{x:.2g}" if high < 10 * low else "")  # within a decade only they say anything
     rates.set(xlabel="step", ylabel="learning rate")
     losses.legend(frameon=False, fontsize=8.5)
     for axes in (losses, rates):
@@ -165,28 +192,63 @@ def curves_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     return figure
 
 
-def comparison_figure(results: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Figure:
-    """Metrics of several results side by side with their 95 % intervals, and each one's best baseline as a tick."""
-    figure = Figure(figsize=(2.5 * len(names), 0.9 + 0.42 * len(results)), layout="constrained")
-    all_axes = np.atleast_1d(figure.subplots(1, len(names), sharey=True))
+def comparison_figure(
+    results: Mapping[str, Mapping[str, Any]],
+    names: Sequence[str],
+    costs: Mapping[str, Mapping[str, float | None]] | None = None,
+) -> Figure:
+    """Metrics of several results side by side with their 95 % intervals, and each one's best baseline as a tick.
+
+    Args:
+        results: metrics.json of each, by the name that its row has; the first is on top.
+        names: metrics, a panel each.
+        costs: by its heading, a number for each result, drawn as a bar; None where it is not known.
+    """
+    costs = costs or {}
+    widths = [2.5] * len(names) + [1.9] * len(costs)
+    figure = Figure(figsize=(sum(widths) + 0.6, 1.0 + 0.46 * len(results)), layout="constrained")
+    all_axes = np.atleast_1d(figure.subplots(1, len(widths), sharey=True, width_ratios=widths))
     places = np.arange(len(results))[::-1]
-    for axes, name in zip(all_axes, names, strict=True):
-        _style(axes)
-        for place, (metrics, color) in zip(
-            places, zip(results.values(), COLORS * len(results), strict=False), strict=True
-        ):
-            low, high = metrics.get("intervals_95", {}).get(name) or (metrics[name], metrics[name])
-            axes.plot([low, high], [place, place], color=color, lw=2, solid_capstyle="round")
-            axes.plot(metrics[name], place, "o", color=color, ms=6)
-            baselines = [row[name] for row in (metrics.get("baselines") or {}).values() if name in row]
-            if baselines:
-                axes.plot(max(baselines), place, "|", color=QUIET, ms=13, mew=1.6)
-        axes.set_title(name.replace("_", " "), loc="left", fontsize=9.5, color=INK)
+    colors = (COLORS * len(results))[: len(results)]
+    for axes, name in zip(all_axes[: len(names)], names, strict=True):
+        for place, metrics, color in zip(places, results.values(), colors, strict=True):
+            _draw_score(axes, place, metrics, name, color)
         axes.grid(axis="x", color=GRID, lw=0.5)
-        axes.set_ylim(-0.6, len(results) - 0.4)
+        axes.margins(x=0.12)
+    for axes, (_, numbers) in zip(all_axes[len(names) :], costs.items(), strict=True):
+        _draw_bars(axes, places, [numbers.get(row) for row in results], colors)
+    for axes, heading in zip(all_axes, (*names, *costs), strict=True):
+        _style(axes)
+        axes.set_axisbelow(True)
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(metric_name(heading), loc="left", fontsize=9.5, color=INK)
+        axes.set_ylim(-0.6, len(results) - 0.3)
     all_axes[0].set_yticks(places, list(results), fontsize=9, color=INK)
-    figure.supxlabel("dot and line: score and 95 % interval; tick: best baseline", fontsize=8, color=QUIET)
+    all_axes[0].tick_params(axis="y", colors=INK)
+    figure.supxlabel("dot and line: score and 95 % interval; grey tick: best baseline", fontsize=8, color=QUIET)
     return figure
+
+
+def _draw_score(axes: Any, place: float, metrics: Mapping[str, Any], name: str, color: str) -> None:
+    """A score as a dot with its number above, its interval as a line, its best baseline as a tick."""
+    score = metrics[name]
+    low, high = metrics.get("intervals_95", {}).get(name) or (score, score)
+    axes.plot([low, high], [place, place], color=color, lw=2, solid_capstyle="round")
+    axes.plot(score, place, "o", color=color, ms=6)
+    axes.text(score, place + 0.2, f"{score:.2f}", ha="center", va="bottom", fontsize=7.5, color=INK)
+    baselines = [row[name] for row in (metrics.get("baselines") or {}).values() if name in row]
+    if baselines:
+        axes.plot(max(baselines), place, "|", color=QUIET, ms=13, mew=1.6)
+
+
+def _draw_bars(axes: Any, places: np.ndarray, numbers: Sequence[float | None], colors: Sequence[str]) -> None:
+    """Numbers as bars with the number behind each, from zero."""
+    axes.barh(places, [number or 0 for number in numbers], color=colors, height=0.42, alpha=0.85)
+    for place, number in zip(places, numbers, strict=True):
+        shown = "not known" if number is None else f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+        axes.text(number or 0, place, f" {shown}", va="center", fontsize=8, color=INK)
+    axes.set_xlim(0, 1.35 * max((number or 0 for number in numbers), default=0) or 1)
+    axes.set_xticks([])
 
 
 def mistakes_figure(counts: Mapping[str, int], num_cases: int) -> Figure:

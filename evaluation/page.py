@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 
 from evaluation.clinical import Clinical
 from evaluation.field_scores import field_label
+from evaluation.figures import metric_name
 from evaluation.mistakes import KINDS, Mistake
 from evaluation.report_files import WHAT_WAS_DONE, PairedReports
 from evaluation.text_metrics import PairScores
@@ -25,21 +26,6 @@ THUMBNAIL_PX = 380
 COLUMNS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "sacre_bleu", "rouge_1_f1", "rouge_2_f1", "rouge_l_f1", "rouge_l",
            "meteor", "cider_d", "chrf", "levenshtein_ratio", "embedding_cosine", "bert_score_f1",
            "exact_match")  # fmt: skip
-METRIC_NAMES = {
-    **{f"bleu_{order}": f"BLEU-{order} (pycocoevalcap)" for order in range(1, 5)},
-    "sacre_bleu": "BLEU (sacrebleu)",
-    "rouge_1_f1": "ROUGE-1 F1 (rouge-score)",
-    "rouge_2_f1": "ROUGE-2 F1 (rouge-score)",
-    "rouge_l_f1": "ROUGE-L F1 (rouge-score)",
-    "rouge_l": "ROUGE-L (pycocoevalcap)",
-    "meteor": "METEOR",
-    "cider_d": "CIDEr-D",
-    "chrf": "chrF2 (sacrebleu)",
-    "levenshtein_ratio": "Levenshtein ratio",
-    "embedding_cosine": "embedding cosine",
-    "bert_score_f1": "BERTScore F1",
-    "exact_match": "right word for word",
-}
 ROW_NAMES = {
     "predictions": "predictions",
     "constant": "most frequent training report",
@@ -82,20 +68,18 @@ def write_page(
 
 def marked_differences(reference: str, prediction: str) -> tuple[str, str]:
     """HTML of both texts: words of the reference that are missing in <del>, words that are wrong in <ins>."""
-    ours, theirs = (re.findall(r"\s+|[^\s]+", text.strip()) for text in (prediction, reference))
+    ours, theirs = (re.findall(r"\S+\s*", text.strip()) for text in (prediction, reference))
+    words = [[word.strip() for word in side] for side in (theirs, ours)]
     left, right = [], []
-    matcher = difflib.SequenceMatcher(
-        None, [_norm(word) for word in theirs], [_norm(word) for word in ours], autojunk=False
-    )
-    for kind, a0, a1, b0, b1 in matcher.get_opcodes():
-        missing, written = "".join(theirs[a0:a1]), "".join(ours[b0:b1])
-        left.append(escape(missing) if kind == "equal" or not missing.strip() else f"<del>{escape(missing)}</del>")
-        right.append(escape(written) if kind == "equal" or not written.strip() else f"<ins>{escape(written)}</ins>")
+    for kind, a0, a1, b0, b1 in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
+        left.append(_marked("".join(theirs[a0:a1]), "" if kind == "equal" else "del"))
+        right.append(_marked("".join(ours[b0:b1]), "" if kind == "equal" else "ins"))
     return "".join(left), "".join(right)
 
 
-def _norm(word: str) -> str:
-    return " " if word.isspace() else word
+def _marked(text: str, tag: str) -> str:
+    words = text.rstrip()
+    return f"<{tag}>{escape(words)}</{tag}>{text[len(words) :]}" if tag and words else escape(text)
 
 
 def _anchor(name: str) -> str:
@@ -106,8 +90,8 @@ def _figures(metrics: Mapping[str, Any]) -> str:
     mistakes, reg = metrics["mistakes"], metrics["reg"]
     whole = reg["reg_score"] is not None
     boxes = [
-        ("Reports with a serious mistake", f"{mistakes['share_affected']:.1%}",
-         f"{mistakes['cases_affected']} of {metrics['n']}", "bad"),
+        ("With a serious mistake", f"{mistakes['share_affected']:.1%}",
+         f"{mistakes['cases_affected']} of {metrics['n']} reports", "bad"),
         *((label, f"{metrics[name]:.3f}", _interval(metrics, name), "") for label, name in
           (("ROUGE-L", "rouge_l"), ("BLEU-4", "bleu_4"), ("METEOR", "meteor"), ("Right word for word", "exact_match"))),
         ("REG score", f"{reg['reg_score']:.3f}" if whole else "partial",
@@ -183,7 +167,7 @@ def _scores(metrics: Mapping[str, Any]) -> str:
             f'<td class="{name}">{row[column]:.3f}{spread if name == "predictions" else ""}</td>'
             for name, row in rows.items()
         )
-        body += f"<tr><th>{escape(METRIC_NAMES.get(column, column.replace('_', ' ')))}</th>{cells}</tr>"
+        body += f"<tr><th>{escape(metric_name(column))}</th>{cells}</tr>"
     notes = [
         "Small figures: 95 % bootstrap interval over patients.",
         f"METEOR: {metrics['meteor_variant']}.",
@@ -275,15 +259,15 @@ def _gallery(args: Namespace, pairs: PairedReports, scores: PairScores, clinical
     for place in chosen:
         key = pairs.ids[place]
         shots = [
-            *_thumbnail(args.stage0_dir and args.stage0_dir / "thumbnails", key),
-            *_thumbnail(args.evidence_dir, key),
+            *_thumbnail("slide", args.stage0_dir and args.stage0_dir / "thumbnails", key),
+            *_thumbnail("evidence", args.evidence_dir, key),
         ]
         badges = "".join(f'<span class="badge">{escape(kind)}</span>' for kind in dict.fromkeys(kinds.get(key, [])))
         badges = badges or '<span class="badge fine">no serious mistake</span>'
         rouge = f'<span class="quiet">ROUGE-L {scores.means["rouge_l"][place]:.3f}</span>'
         images = f'<div class="shots">{"".join(shots)}</div>' if shots else ""
         cards.append(
-            f'<article class="card case {"" if shots else "bare"}">{images}<div><div class="head">'
+            f'<article class="card case {("bare", "", "two")[len(shots)]}">{images}<div><div class="head">'
             f"<h3>{escape(key)}</h3>{badges}{rouge}</div>"
             f"{_texts(pairs.references[place], pairs.hypotheses[place])}</div></article>"
         )
@@ -298,7 +282,7 @@ def _gravest(kinds: Sequence[str], gravity: Mapping[str, int]) -> int:
     return min((gravity[kind] for kind in kinds), default=len(gravity))
 
 
-def _thumbnail(folder: Path | None, key: str) -> list[str]:
+def _thumbnail(what: str, folder: Path | None, key: str) -> list[str]:
     """The picture of a slide in a folder as HTML, reduced in size; nothing where there is none or it does not open."""
     if not folder:
         return []
@@ -306,8 +290,9 @@ def _thumbnail(folder: Path | None, key: str) -> list[str]:
 
     from slide_reports.record import slide_id_of
 
-    for suffix in (".jpg", ".jpeg", ".png"):
-        path = folder / f"{slide_id_of(key)}{suffix}"
+    slide_id = slide_id_of(key)
+    for name in (f"{slide_id}.jpg", f"{slide_id}.jpeg", f"{slide_id}.png", f"{slide_id}/report.png"):
+        path = folder / name
         if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
             continue
         try:
@@ -319,5 +304,7 @@ def _thumbnail(folder: Path | None, key: str) -> list[str]:
         buffer = io.BytesIO()
         small.save(buffer, "JPEG", quality=82)
         data = base64.b64encode(buffer.getvalue()).decode()
-        return [f'<img alt="{escape(folder.name)} of {escape(key)}" src="data:image/jpeg;base64,{data}">']
+        image = f'<img alt="{what} of {escape(key)}" src="data:image/jpeg;base64,{data}">'
+        legend = ": orange speaks for, blue against" if what == "evidence" else ""
+        return [f"<div>{image}<small>{what}{legend}</small></div>"]
     return []

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = {name: found for name, path in zip(names, args.scores, strict=True) if (found := _result(path, failures))}
 
     # Pictures
-    from evaluation.figures import comparison_figure, curves_figure, distribution_figure
+    from evaluation.figures import comparison_figure, curves_figure, distribution_figure, metric_name
 
     figures: dict[str, Any] = {}
     if logs:
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--metrics {', '.join(unknown)}: not in every metrics.json")
         figures["comparison.png"] = comparison_figure(metrics, args.metrics)
         figures["distributions.png"] = distribution_figure(
-            {f"{name}: rouge_l": found[1] for name, found in results.items() if len(found[1])}
+            {f"{name}: {metric_name('rouge_l')}": found[1] for name, found in results.items() if len(found[1])}
         )
     if not figures:
         raise ValueError("; ".join(failures))

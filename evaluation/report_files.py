@@ -13,7 +13,7 @@ class Reports:
     """Texts by id, the records they came from, and the ids of what was odd.
 
     `problems` has, each a list of ids: `duplicates` (the first record of an id counts), `not_text` (None, a number,
-    NaN, a list: read as empty text) and `empty` (nothing but blanks).
+    NaN, a list, half a surrogate pair: read as empty text) and `empty` (nothing but blanks).
     """
 
     texts: dict[str, str]
@@ -28,21 +28,23 @@ def read_reports(path: Path, part: str) -> Reports:
     what would do; a record with an odd text is kept and counted.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: {'a folder; name the JSON file in it' if path.is_dir() else 'no such file'}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_Object)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); give a UTF-8 JSON list of {{'id', 'report'}}") from None
     if isinstance(content, dict) and isinstance(content.get("train"), list):
         if part not in content:
             raise ValueError(f"{path}: an R2Gen file without a {part!r} part; it has {', '.join(content)}")
         content = content[part]
-    if isinstance(content, dict):
-        content = [{"id": key, "report": value} for key, value in content.items()]
+    repeated: list[str] = []
+    if isinstance(content, _Object):
+        repeated = content.repeated
+        content = [_Object([("id", key), ("report", value)]) for key, value in content.items()]
     if not isinstance(content, list) or not content:
         raise ValueError(f"{path}: holds no records; give a JSON list of {{'id', 'report'}}")
 
-    reports = Reports({}, {}, {"duplicates": [], "not_text": [], "empty": []})
+    reports = Reports({}, {}, {"duplicates": repeated, "not_text": [], "empty": []})
     for index, record in enumerate(content):
         key = _id_of(record, f"{path}: record {index}")
         if key in reports.texts:
@@ -58,11 +60,26 @@ def read_reports(path: Path, part: str) -> Reports:
     return reports
 
 
+class _Object(dict[str, Any]):
+    """An object of JSON: of a key that it has several times the first counts, and `repeated` names it."""
+
+    def __init__(self, pairs: Sequence[tuple[str, Any]]):
+        super().__init__()
+        self.repeated: list[str] = []
+        for key, value in pairs:
+            if key in self:
+                self.repeated.append(key)
+            else:
+                self[key] = value
+
+
 def _id_of(record: Any, where: str) -> str:
-    if not isinstance(record, dict) or "id" not in record or "report" not in record:
+    if not isinstance(record, _Object) or "id" not in record or "report" not in record:
         raise ValueError(f"{where} is not {{'id', 'report'}}; give it both keys")
+    if record.repeated:
+        raise ValueError(f"{where} has {record.repeated[0]!r} twice; keep one")
     key = record["id"]
-    if isinstance(key, bool) or not isinstance(key, str | int) or key == "":
+    if isinstance(key, bool) or not isinstance(key, str | int) or not str(key).strip() or not _is_whole(str(key)):
         raise ValueError(f"{where}: id is {key!r}; give a string")
     return str(key)
 
@@ -71,7 +88,16 @@ def _text_of(report: Any) -> str | None:
     """The text of a report, or None where it is not one."""
     if isinstance(report, list) and len(report) == 1:  # the form of coco-style score files
         report = report[0]
-    return report if isinstance(report, str) else None
+    return report if isinstance(report, str) and _is_whole(report) else None
+
+
+def _is_whole(text: str) -> bool:
+    """Whether a text can be written as UTF-8; JSON may hold half of a surrogate pair, which no file can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass
@@ -96,7 +122,10 @@ class PairedReports:
 def pair_reports(predictions: Reports, references: Reports, where: str) -> PairedReports:
     """Pair by id. ValueError, beginning with `where`, when not one id is in both, or no reference is a text."""
     if not predictions.texts.keys() & references.texts.keys():
-        raise ValueError(f"{where}: not one id of the references; are these files of the same run?")
+        raise ValueError(
+            f"{where}: not one id of the references ({shown(list(predictions.texts), 2)} against "
+            f"{shown(list(references.texts), 2)}); are these files of the same run?"
+        )
     unusable = set(references.problems["not_text"])
     ids = [key for key in references.texts if key not in unusable]
     if not ids:
@@ -130,7 +159,8 @@ WHAT_WAS_DONE = {
 
 def shown(ids: Sequence[str], number: int = 5) -> str:
     """First few ids of a list, for a message."""
-    return ", ".join(map(str, ids[:number])) + (", …" if len(ids) > number else "")
+    names = (key if key.isprintable() and key == key.strip() else repr(key) for key in ids[:number])
+    return ", ".join(names) + (", …" if len(ids) > number else "")
 
 
 def finite(value: Any) -> float | None:

@@ -20,6 +20,7 @@ from evaluation.resampling import intervals, sums_by_patient
 from evaluation.text_metrics import PairScores, TextModels, joined, score_pairs
 
 PAIRS_AT_A_TIME = 1250
+TEXT_LIBRARIES = ("nltk.translate.meteor_score", "rouge_score.tokenizers", "sacrebleu.tokenizers.tokenizer_13a")
 
 
 @dataclass
@@ -95,7 +96,9 @@ def _score_all(rows: Mapping[str, Row], models: TextModels) -> dict[str, PairSco
         same = next((other for other in documents if rows[other].references is row.references), None)
         documents[name] = documents[same] if same else document_frequency(row.references)
     plain = models.encoder is None and models.entities is None
-    scores = map_in_processes(_score_slice, (rows, models, documents), tasks, plain=plain)
+    num_pairs = sum(len(row.references) for row in rows.values())
+    shared = rows, models, documents
+    scores = map_in_processes(_score_slice, shared, tasks, num_items=num_pairs, plain=plain, imports=TEXT_LIBRARIES)
     parts: dict[str, list[PairScores]] = {}
     for (name, _), score in zip(tasks, scores, strict=True):
         parts.setdefault(name, []).append(score)

@@ -59,7 +59,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     )
     page = parser.add_argument_group("page")
     page.add_argument("--stage0_dir", type=Path, default=None, help="output of stage 0, whose thumbnails are shown")
-    page.add_argument("--evidence_dir", type=Path, default=None, help="folder of <slide_id>.png or .jpg with evidence")
+    page.add_argument(
+        "--evidence_dir", type=Path, default=None, help="what --evidence of generate.py wrote, or <slide_id>.png"
+    )
     page.add_argument("--gallery", type=NonNegativeInt, default=24, help="cases shown on the page beside the mistakes")
     return parser.parse_args(argv)
 

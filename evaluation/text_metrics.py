@@ -14,7 +14,7 @@ from evaluation.metrics.coco_rouge.formula import rouge_l_pair
 from evaluation.metrics.embedding_cosine.formula import cosine_pairs
 from evaluation.metrics.exact_match.formula import is_exact
 from evaluation.metrics.levenshtein.formula import levenshtein_pairs
-from evaluation.metrics.meteor.formula import meteor_pairs
+from evaluation.metrics.meteor.formula import meteor_pairs, open_wordnet
 from evaluation.metrics.reg_score.formula import WEIGHTS, Entities, reg_parts
 from evaluation.metrics.rouge_score_f1 import formula as rouge
 from evaluation.metrics.sacre_bleu.formula import sacre_bleu_counts, sacre_bleu_of
@@ -34,6 +34,13 @@ class TextModels:
     wordnet: Any | None = None
     entities: Entities | None = None
     encoder: Any | None = None  # evaluation.metrics.text_encoder.TextEncoder
+
+    def __getstate__(self) -> dict[str, Any]:
+        """WordNet holds open files; a process that receives the models opens it anew."""
+        return self.__dict__ | {"wordnet": self.wordnet is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"wordnet": open_wordnet() if state["wordnet"] else None}
 
 
 @dataclass

@@ -13,6 +13,7 @@ from inference.arguments import MEASURES, decoding_flags
 from inference.choice import Constraint
 from inference.constraints import AllowedReports, Grammar, nearest, texts_of
 from inference.decoding import Decoded, Decoding, decode_samples, text_of
+from inference.memory import decoding_mend, is_out_of_memory, memory_line
 from slide_reports import Prompt, making_of, patch_budget, read_case, read_images
 from slide_vlm import IGNORED_LABEL, SlideVLM, VLMSettings
 
@@ -40,8 +41,6 @@ class Answering:
         Raises:
             ValueError: flags that do not go together.
         """
-        if args.allowed_reports and args.grammar:
-            raise ValueError("give --allowed_reports or --grammar, not both")
         constraint: Constraint | None = None
         if args.allowed_reports:
             texts = texts_of(args.allowed_reports, "--allowed_reports")
@@ -102,7 +101,8 @@ class Answering:
         except torch.AcceleratorError:
             raise
         except (RuntimeError, MemoryError, IndexError) as error:
-            reason = one_line(error)
+            mend = decoding_mend(self.decoding.num_beams)
+            reason = memory_line(error, mend) if is_out_of_memory(error) else one_line(error)
         # Outside the handler, where the error would keep the tensors of the pass that failed.
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -118,11 +118,14 @@ class Answering:
 
     def describe(self, tokenizer, answers: list[Decoded]) -> dict[str, Any]:
         """The best answer: ``report``, ``beam_score``, its probabilities, ``num_tokens``, and where they apply
-        ``generated`` (what stood in the place of a snapped report), ``n_best`` and ``uncertain``.
+        ``cut_off`` (at ``max_new_tokens``), ``generated`` (what stood in the place of a snapped report), ``n_best`` and
+        ``uncertain``.
         """
         best, text = answers[0], text_of(tokenizer, answers[0])
         described: dict[str, Any] = {"report": text, "beam_score": best.score, **probabilities(best.log_probs)}
         described["num_tokens"] = len(best.token_ids)
+        if best.token_ids and len(best.log_probs) == len(best.token_ids):  # no end among them
+            described["cut_off"] = True
         if self.snap_texts:
             described["generated"] = text
             described["report"], described["similarity"] = nearest(text, self.snap_texts)
@@ -172,6 +175,11 @@ def make_sample(model: SlideVLM, tokenizer, question: str, case: dict[str, Any],
     ids = prompt.question_ids(tokenizer, question, longest, num_images=num_inputs)
     bare_ids = prompt.bare_question_ids(tokenizer, question, longest)
     return {"input_ids": ids, "labels": [IGNORED_LABEL] * len(ids), "question_ids": bare_ids, **case}
+
+
+def unread_tokens(settings: VLMSettings, tokenizer, question: str) -> int:
+    """How many tokens at the end of a question the model is not given: it reads as many as in training at most."""
+    return max(0, len(tokenizer(question, add_special_tokens=False)["input_ids"]) - settings.max_question_tokens)
 
 
 def read_inputs(model: SlideVLM, paths: Sequence[Path]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import sys
 from jsonargparse.typing import PositiveInt
 
 from command_line import DONE, make_parser, run
-from inference.arguments import add_decoding_arguments
+from inference.arguments import add_decoding_arguments, check_decoding_arguments
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
@@ -79,6 +79,7 @@ def main() -> int:
     settings = writer.model.settings
     about = {"model": str(args.model), "llm": settings.llm_name, "encoder": settings.encoder}
     about |= {"question": settings.question, "tile_size": settings.tiling["tile_size"], "mpp": settings.tiling["mpp"]}
+    about["no_evidence"] = writer.no_evidence
     hosts = LOOPBACK | {args.host.lower(), *(name.lower() for name in args.allowed_hosts)}
     app = create_app(folder, writer, about, hosts)
     host, port = listening.getsockname()[:2]
@@ -113,6 +114,7 @@ def open_writer(args, settings):
     from stage0_tiling.tissue_sources import TissueSources, segmenter_file
 
     check_settings(settings, args.model)
+    check_decoding_arguments(args)
     if (args.vision_model_name or settings.encoder) is None:
         raise ValueError(f"{args.model} does not say how its tiles were encoded; say it with --vision_model_name")
     segmenter, preset = segmenter_file(args)

@@ -120,9 +120,15 @@ def _guard(app: FastAPI, allowed_hosts: set[str]) -> None:
     async def unreadable(_: Request, error: SlideError) -> JSONResponse:
         return JSONResponse({"error": str(error)}, 422)
 
+    @app.exception_handler(FileNotFoundError)
+    async def taken_away(_: Request, error: FileNotFoundError) -> JSONResponse:  # between looking for it and opening it
+        return JSONResponse({"error": "no such slide in the folder"}, 404)
+
     @app.exception_handler(RequestValidationError)
     async def not_understood(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return JSONResponse({"error": "the request holds no JSON"}, 422)
         where = ".".join(str(part) for part in first["loc"][1:])
         return JSONResponse({"error": f"{where}: {first['msg']}"}, 422)
 
@@ -229,8 +235,11 @@ def _result_files(job: Job) -> dict[str, Path]:
     """Files of a finished job by the name that they are asked for by; a request names no path."""
     if job.state != "done":
         return {}
+    files = {"report.txt": job.folder / "report.txt"}
+    if "no_evidence" in job.result:
+        return files
     slide = job.folder / "evidence" / job.result["slides"][0]["slide_id"]
-    files = {"report.txt": job.folder / "report.txt", "evidence.json": job.folder / "evidence" / "evidence.json"}
+    files["evidence.json"] = job.folder / "evidence" / "evidence.json"
     files["evidence.geojson"] = slide / "evidence.geojson"
     for line in job.result["lines"]:
         files[f"{line['name']}.png"] = slide / f"{line['name']}.png"

@@ -1,5 +1,7 @@
 """Flags that generate.py and predict.py share. Imports nothing heavy, so that a wrong flag is refused at once."""
 
+from pathlib import Path
+
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 MEASURES = ("mean_token_probability", "min_token_probability", "probability")  # of confidence in an answer
@@ -68,6 +70,18 @@ def add_decoding_arguments(parser) -> None:
     )
     group.add_argument("--llm_name", default=None, help="where the base LLM is now, if it moved since training")
     group.add_argument("--vision_model_name", default=None, help="where the image encoder is now, if it moved")
+
+
+def check_decoding_arguments(args) -> None:
+    """Refuse what could not be decoded with, before anything is loaded.
+
+    Raises:
+        FileNotFoundError, ValueError: with the flag.
+    """
+    if args.grammar and not Path(args.grammar).is_file():
+        raise FileNotFoundError(f"--grammar {args.grammar}: no such file")
+    if args.allowed_reports and args.grammar:
+        raise ValueError("give --allowed_reports or --grammar, not both")
 
 
 def decoding_flags(args, saved: dict) -> dict:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inference.answers import make_sample, one_line, read_inputs
+from inference.memory import READING, is_out_of_memory, memory_line
 from slide_reports import Record, read_records
 
 if TYPE_CHECKING:
@@ -124,4 +125,4 @@ def _read_case(
     except (ValueError, OSError) as error:
         return str(error)
     except (RuntimeError, MemoryError) as error:  # no memory for an encoder's tiles, a codec that gives up
-        return one_line(error)
+        return memory_line(error, READING) if is_out_of_memory(error) else one_line(error)

@@ -4,6 +4,7 @@ The grammar is llguidance's (https://github.com/guidance-ai/llguidance), an opti
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,9 @@ class Grammar:
         except ImportError as error:
             raise ValueError("--grammar needs llguidance: pip install 'slidescribe[constraints]'") from error
         text = Path(path).read_text(encoding="utf-8")
-        kinds = {".lark": LLMatcher.grammar_from_lark, ".json": LLMatcher.grammar_from_json_schema}
+        # Free to put blanks where JSON allows them, a model may put nothing else until it is cut off.
+        from_json = partial(LLMatcher.grammar_from_json_schema, overrides={"whitespace_flexible": False})
+        kinds = {".lark": LLMatcher.grammar_from_lark, ".json": from_json}
         make = kinds.get(Path(path).suffix.lower(), LLMatcher.grammar_from_regex)
         tokens = from_tokenizer(tokenizer)
         try:

@@ -77,18 +77,6 @@ class Decoded:
     log_probs: tuple[float, ...] = field(default=(), compare=False)
 
 
-def generate_answers(
-    model: SlideVLM, batch: dict[str, Tensor], *, stop_ids: list[int], **decoding: Any
-) -> list[Decoded]:
-    """The best answer to each prompt of a batch as :class:`SlideVLM` takes it; ``decoding`` as of :class:`Decoding`."""
-    mask = batch["attention_mask"].bool()
-    cut = last_markers(batch["input_ids"])
-    prefixes = read_batch(model, batch)
-    questions = [ids[real][end:].tolist() for ids, real, end in zip(batch["input_ids"], mask, cut, strict=True)]
-    answers = decode(model, prefixes, questions, stop_ids=stop_ids, decoding=Decoding(**decoding))
-    return [best for best, *_ in answers]
-
-
 def last_markers(input_ids: Tensor) -> list[int]:
     """Number of ids up to and with the last image marker of each row (B, T)."""
     places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
@@ -350,12 +338,6 @@ def _until(token_ids: list[int], stop_ids: list[int]) -> list[int]:
 
 def _with_end(token_ids: list[int], stop_ids: list[int]) -> list[int]:
     return token_ids[: len(_until(token_ids, stop_ids)) + 1]
-
-
-def answer_samples(model: SlideVLM, tokenizer, samples: list[dict], **decoding: Any) -> list[tuple[str, float | None]]:
-    """Text and beam score for each of a list of dataset samples; ``decoding`` as for :class:`Decoding`."""
-    best = (answers[0] for answers in decode_samples(model, tokenizer, samples, decoding=Decoding(**decoding)))
-    return [(text_of(tokenizer, answer), answer.score) for answer in best]
 
 
 def decode_samples(

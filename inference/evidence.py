@@ -106,7 +106,7 @@ def explain(
     Args:
         model: in evaluation mode, of slides.
         tokenizer: of its language model.
-        sample: a prompt without an answer, as :func:`inference.decoding.answer_samples` takes it.
+        sample: a prompt without an answer, as :func:`inference.decoding.decode_samples` takes it.
         report: what the model wrote, or any other text whose grounds are asked for.
         methods: of :data:`METHODS`.
 

@@ -9,6 +9,7 @@ Pictures are of the slide's pyramid alone: no label, no macro image.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from inference.evidence import INTEGRATED, Evidence
+from inference.evidence import INTEGRATED, Evidence, split_lines
 from slide_features import read_slide_coords, slide_id_of_features
 from stage0_tiling.geojson import write_measured_tiles_geojson
 from stage0_tiling.slide import Slide
@@ -116,8 +118,11 @@ def write_slide_evidence(folder: Path, evidence: Evidence, number: int, slide: T
     """Write pictures, GeoJSON and tiles of one slide of the case."""
     folder.mkdir(parents=True)
     rows = evidence.maps[INTEGRATED][number]
-    tops = [top_tiles(row) for row in rows]
     names = row_names(evidence)
+    tops = [
+        [(rank, tile) for rank, of_slide, tile in top_tiles(evidence, row) if of_slide == number]
+        for row in range(len(names))
+    ]
     coords, origin = evidence.coords[number], (0, 0)
     with nullcontext() if slide.path is None else Slide(slide.path) as opened:
         picture = base_picture(slide, opened)
@@ -125,15 +130,15 @@ def write_slide_evidence(folder: Path, evidence: Evidence, number: int, slide: T
             origin = opened.bounds[:2]
             write_tiles(folder / "tiles", opened, slide, coords, dict(zip(names, tops, strict=True)))
     for row, values in enumerate(rows):
-        strongest = max(float(np.abs(of_slide[row]).max()) for of_slide in evidence.maps[INTEGRATED])
+        strongest, total = strongest_and_total(evidence, row)
         overlay = draw_evidence(picture, slide, coords, values / (strongest or 1), tops[row])
-        legend = draw_legend(overlay.shape[1], evidence.rows[row].text)
+        legend = draw_legend(overlay.shape[1], evidence.rows[row].text, in_words(strongest, total))
         Image.fromarray(np.vstack([overlay, legend])).save(folder / f"{names[row]}.png")
     measurements = {f"{name.replace('_', ' ')}: {INTEGRATED}": v for name, v in zip(names, rows, strict=True)}
     marked = [
         (f"{name.replace('_', ' ')}, tile {rank}", tile)
         for name, of_row in zip(names, tops, strict=True)
-        for rank, tile in enumerate(of_row, 1)
+        for rank, tile in of_row
     ]
     write_measured_tiles_geojson(folder / "evidence.geojson", coords, slide.grid, measurements, marked, origin)
 
@@ -143,10 +148,42 @@ def row_names(evidence: Evidence) -> list[str]:
     return ["report", *(f"line_{i}" for i in range(1, len(evidence.lines) + 1))]
 
 
-def top_tiles(values: np.ndarray, count: int = TOP_TILES) -> list[int]:
-    """Tiles of most evidence, best first, without those whose evidence is against the line or next to nothing."""
-    best = np.argsort(-values, kind="stable")[:count]
-    return [int(tile) for tile in best if values[tile] > WORTH_NAMING * np.abs(values).max()]
+def top_tiles(evidence: Evidence, row: int, count: int = TOP_TILES) -> list[tuple[int, int, int]]:
+    """Tiles of most evidence in the whole case, best first, as (rank, slide, tile), all counted but the rank from 0.
+
+    Tiles whose evidence is against the line, or next to nothing beside the strongest, are left out.
+    """
+    slides = [of_slide[row] for of_slide in evidence.maps[INTEGRATED]]
+    places = [(number, tile) for number, values in enumerate(slides) for tile in range(len(values))]
+    values = np.concatenate(slides)
+    best = [
+        place for place in np.argsort(-values, kind="stable") if values[place] > WORTH_NAMING * np.abs(values).max()
+    ]
+    return [(rank, *places[place]) for rank, place in enumerate(best[:count], 1)]
+
+
+def strongest_and_total(evidence: Evidence, row: int) -> tuple[float, float]:
+    """Of the tiles of a case, natural logarithms: the greatest evidence for or against, and the sum of all.
+
+    The sum is how much more probable the line is behind its slide than behind the slide's mean tile alone.
+    """
+    values = np.concatenate([of_slide[row] for of_slide in evidence.maps[INTEGRATED]])
+    return float(np.abs(values).max()), float(values.sum())
+
+
+def in_words(strongest: float, total: float) -> str:
+    """How much the colours stand for, which every line scales anew."""
+    return (
+        f"All tiles together: {_times(total)} as probable as with the slide's mean tile alone. Full colour: "
+        f"{strongest:.2g} in log-probability."
+    )
+
+
+def _times(logarithm: float) -> str:
+    if abs(logarithm) > 20:
+        return f"e^{logarithm:.0f} times"
+    factor = math.exp(logarithm)
+    return f"{factor:,.0f} times" if factor >= 10 else f"{factor:.2f} times" if factor >= 0.1 else f"{factor:.1g} times"
 
 
 def describe(evidence: Evidence, slides: Sequence[TiledSlide]) -> dict[str, Any]:
@@ -154,13 +191,14 @@ def describe(evidence: Evidence, slides: Sequence[TiledSlide]) -> dict[str, Any]
     lines = []
     for row, (name, line) in enumerate(zip(row_names(evidence), evidence.rows, strict=True)):
         tops = []
-        for slide, coords, values in zip(slides, evidence.coords, evidence.maps[INTEGRATED], strict=True):
-            for rank, tile in enumerate(top_tiles(values[row]), 1):
-                x, y = coords[tile].tolist()
-                picture = f"{slide.slide_id}/tiles/{name}_{rank}.png" if slide.path else None
-                where = {"slide_id": slide.slide_id, "tile": tile, "x": x, "y": y, "picture": picture}
-                tops.append({"rank": rank, **where, "evidence": float(values[row, tile])})
-        lines.append({"name": name, **asdict(line), "top_tiles": tops})
+        for rank, number, tile in top_tiles(evidence, row):
+            slide_id, (x, y) = slides[number].slide_id, evidence.coords[number][tile].tolist()
+            picture = f"{slide_id}/tiles/{name}_{rank}.png" if slides[number].path else None
+            where = {"slide_id": slide_id, "tile": tile, "x": x, "y": y, "picture": picture}
+            tops.append({"rank": rank, **where, "evidence": float(evidence.maps[INTEGRATED][number][row, tile])})
+        strongest, total = strongest_and_total(evidence, row)
+        weight = {"strongest_evidence": strongest, "evidence_of_all_tiles": total}
+        lines.append({"name": name, **asdict(line), **weight, "top_tiles": tops})
     return {
         "report": evidence.report,
         "method": INTEGRATED,
@@ -180,6 +218,17 @@ def describe(evidence: Evidence, slides: Sequence[TiledSlide]) -> dict[str, Any]
     }
 
 
+def describe_lines(report: str) -> dict[str, Any]:
+    """What `describe` says of a report without evidence: its lines, none of which has tiles."""
+    spans = [(0, len(report)), *split_lines(report)]
+    names = ["report", *(f"line_{i}" for i in range(1, len(spans)))]
+    lines = [
+        {"name": name, "text": report[start:end], "start": start, "end": end, "top_tiles": []}
+        for name, (start, end) in zip(names, spans, strict=True)
+    ]
+    return {"report": report, "method": None, "lines": lines}
+
+
 def base_picture(slide: TiledSlide, opened: Slide | None) -> np.ndarray:
     """The slide, a little faded, or a blank ground where it is not at hand, (H, W, 3) uint8 RGB."""
     zoom = LONG_SIDE / max(slide.width, slide.height)
@@ -192,9 +241,9 @@ def base_picture(slide: TiledSlide, opened: Slide | None) -> np.ndarray:
 
 
 def draw_evidence(
-    picture: np.ndarray, slide: TiledSlide, coords: np.ndarray, values: np.ndarray, top: list[int]
+    picture: np.ndarray, slide: TiledSlide, coords: np.ndarray, values: np.ndarray, top: list[tuple[int, int]]
 ) -> np.ndarray:
-    """Lay evidence (N,), from -1 to 1, over a picture of the whole slide; the top tiles are outlined and numbered."""
+    """Lay evidence (N,), from -1 to 1, over a picture of the whole slide; top tiles (rank, tile) are outlined."""
     drawn = picture.copy()
     scale = np.array([picture.shape[1] / slide.width, picture.shape[0] / slide.height])
     lows = np.round(coords * scale).astype(int)
@@ -208,37 +257,48 @@ def draw_evidence(
         cv2.rectangle(drawn, (left, upper), (right - 1, lower - 1), (170, 170, 176), 1)
     image = Image.fromarray(drawn)
     draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(max(12, round(max(picture.shape) / 60)))
-    for rank, tile in enumerate(top, 1):
+    font = _font(max(12, round(max(picture.shape) / 65)))
+    for rank, tile in top:
         (left, upper), (right, lower) = lows[tile].tolist(), highs[tile].tolist()
         draw.rectangle([left, upper, right - 1, lower - 1], outline=INK, width=3)
         draw.text((left + 6, upper + 3), str(rank), INK, font, stroke_width=2, stroke_fill="white")
     return np.asarray(image)
 
 
-def draw_legend(width: int, text: str, height: int = 44) -> np.ndarray:
-    """A strip with the words that the evidence is for and what the colours mean, (height, width, 3) uint8."""
+def draw_legend(width: int, text: str, weight: str, height: int = 66) -> np.ndarray:
+    """A strip with the words that the evidence is for, what colours mean and how much, (height, width, 3) uint8."""
     strip = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(strip)
-    font = ImageFont.load_default(15)
+    font, small = _font(14), _font(12)
     right = width - 12
     for label, colour in (("against", AGAINST), ("speaks for", FOR)):
         right -= draw.textlength(label, font)
-        draw.text((right, height // 2), label, INK, font, anchor="lm")
-        draw.rectangle([right - 22, height // 2 - 7, right - 8, height // 2 + 7], fill=colour)
+        draw.text((right, 22), label, INK, font, anchor="lm")
+        draw.rectangle([right - 22, 15, right - 8, 29], fill=colour)
         right -= 40
-    words = " ".join(text.split())
-    while words and draw.textlength(words, font) > right - 24:
-        words = words[:-2].rstrip() + "…" if len(words) > 2 else ""
-    draw.text((12, height // 2), words, INK, font, anchor="lm")
+    for y, words, letters, room in ((22, text, font, right - 24), (47, weight, small, width - 24)):
+        draw.text((12, y), _cut(draw, words, letters, room), INK, letters, anchor="lm")
     return np.asarray(strip)
 
 
-def write_tiles(folder: Path, opened: Slide, slide: TiledSlide, coords: np.ndarray, tops: dict[str, list[int]]) -> None:
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """Latin, Greek and Cyrillic letters and signs such as ≥; Pillow's own font has little more than English."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def _cut(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
+    """As much of a text as there is room for."""
+    words = " ".join(text.split())
+    while words and draw.textlength(words, font) > room:
+        words = words[:-2].rstrip() + "…" if len(words) > 2 else ""
+    return words
+
+
+def write_tiles(folder: Path, opened: Slide, slide: TiledSlide, coords: np.ndarray, tops: dict[str, list]) -> None:
     """Write the pixels of the top tiles, as the encoder was shown them before its own transform."""
     folder.mkdir()
     for name, tiles in tops.items():
-        for rank, tile in enumerate(tiles, 1):
+        for rank, tile in tiles:
             x, y = coords[tile].tolist()
             size = slide.tile_px, slide.tile_px
             pixels = opened.read_region(x, y, slide.grid.tile_width, slide.grid.tile_height, size)

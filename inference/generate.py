@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from command_line import DONE, GatherValues, make_parser, run
-from inference.arguments import add_decoding_arguments
+from inference.arguments import add_decoding_arguments, check_decoding_arguments
 from inference.new_slides import SlideReader, add_slide_arguments, check_slide_arguments
 
 
@@ -61,24 +61,47 @@ def parse_arguments():
 def main() -> int:
     args = parse_arguments()
 
-    from inference.answers import Answering, make_sample
-    from inference.decoding import decode_samples, open_model
+    from inference.answers import Answering
+    from inference.decoding import open_model
     from inference.loading import model_folder
+    from inference.memory import READING, decoding_mend, memory_told
     from slide_vlm import VLMSettings
 
     began = time.perf_counter()
     args.model = model_folder(args.model)
     settings = VLMSettings.read(args.model)
     check_input(args, settings)
+    check_decoding_arguments(args)
     model, tokenizer = open_model(args)
     answering = Answering.of(args, settings, tokenizer)
     questions = args.question or ([] if args.chat else [settings.question])
-    case = read_case_of(args, model)
-    paths = args.slide or args.features or args.image
-    if args.chat:
-        from inference.chat import chat
+    with memory_told(READING):
+        case = read_case_of(args, model)
+    with memory_told(decoding_mend(answering.decoding.num_beams)):
+        if args.chat:
+            from inference.chat import chat
 
-        return chat(model, tokenizer, case, len(paths), answering, first=questions)
+            return chat(model, tokenizer, case, len(paths_of(args)), answering, first=questions)
+        answer_questions(args, model, tokenizer, answering, questions, case, began)
+    return DONE
+
+
+def paths_of(args) -> list[str]:
+    """Files of the case."""
+    return args.slide or args.features or args.image
+
+
+def answer_questions(args, model, tokenizer, answering, questions: list[str], case: dict, began: float) -> None:
+    """Print the answer to each question about a case, and write what it rests on."""
+    from inference.answers import make_sample, unread_tokens
+    from inference.decoding import decode_samples
+
+    paths = paths_of(args)
+    settings = model.settings
+    for question in questions:
+        if unread := unread_tokens(settings, tokenizer, question):
+            longest = settings.max_question_tokens
+            print(f"a question is cut: the model reads {longest} tokens of one, not its last {unread}", file=sys.stderr)
     samples = [make_sample(model, tokenizer, question, case, len(paths)) for question in questions]
     found = decode_samples(model, tokenizer, samples, decoding=answering.decoding, constraint=answering.constraint)
     for number, (question, answers) in enumerate(zip(questions, found, strict=True)):
@@ -97,7 +120,6 @@ def main() -> int:
         if args.evidence:  # last, since it takes longest and may be refused
             folder = Path(args.evidence) / f"question_{number + 1}" if len(questions) > 1 else Path(args.evidence)
             write_case_evidence(args, model, tokenizer, samples[number], details, folder)
-    return DONE
 
 
 def show_json(details: dict, tokenizer, answer) -> None:
@@ -116,13 +138,15 @@ def show_text(details: dict, question: str | None, *, is_first: bool) -> None:
         if number:
             print()
         print(answer["report"])
+    if details.get("cut_off"):
+        print(f"cut off after {details['num_tokens']} tokens; more with --max_new_tokens", file=sys.stderr)
     if details.get("uncertain"):
         print("uncertain: true (have it read)", file=sys.stderr)
 
 
 def check_input(args, settings) -> None:
     """Refuse an input that does not exist or is not of the kind that the model takes, before anything is loaded."""
-    for path in args.slide or args.features or args.image:
+    for path in paths_of(args):
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file")
     if args.evidence and (args.image or args.chat):

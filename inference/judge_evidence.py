@@ -29,9 +29,10 @@ from jsonargparse.typing import NonNegativeInt
 from tqdm import tqdm
 
 from command_line import DONE, SOME_FAILED, make_parser, run
-from inference.arguments import add_decoding_arguments
+from inference.arguments import add_decoding_arguments, check_decoding_arguments
 
 RANDOM, CHANCE = "random", "chance"
+INTEGRATED = "integrated_gradients"  # as in inference.evidence, which is slow to import
 RANDOM_ORDERS = 4  # of each slide and line, whose curves are averaged
 
 
@@ -68,6 +69,7 @@ def main() -> int:
     from stage0_tiling.user_masks import check_masks
 
     # Slides and lesions
+    check_decoding_arguments(args)
     check_input_kind(args.model, VLMSettings.read(args.model), None)
     records = read_records(args.test_json, features_dir=args.features_dir)
     if several := next((record.id for record in records if len(record.inputs) != 1), None):
@@ -179,21 +181,49 @@ def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def print_table(table: list[dict], judged: list[dict]) -> None:
-    head = f"{'line':<8}{'map':<22}{'pointing':>9}{'95 % interval':>16}{'chance':>8}{'AUROC':>7}"
+    head = f"{'line':<8}{'map':<22}{'pointing':>9}{'95 % interval':>17}{'chance':>8}{'AUROC':>7}"
     print(f"{head}{'deletion':>10}{'insertion':>11}")
     for entry in table:
         name = "report" if entry["line"] == 0 else str(entry["line"])
-        pointing = f"{'-':>9}{'-':>16}{'-':>8}{'-':>7}"
+        pointing = f"{'-':>9}{'-':>17}{'-':>8}{'-':>7}"
         if entry["pointing_slides"]:
             low, high = entry["interval"]
             pointing = (
-                f"{entry['pointing']:>9.1%}{f'{low:.1%} to {high:.1%}':>16}{entry[CHANCE]:>8.1%}{entry['auroc']:>7.3f}"
+                f"{entry['pointing']:>9.1%}{f'{low:.1%} to {high:.1%}':>17}{entry[CHANCE]:>8.1%}{entry['auroc']:>7.3f}"
             )
         print(f"{name:<8}{entry['map']:<22}{pointing}{entry['deletion']:>10.3f}{entry['insertion']:>11.3f}")
     slides = {line["id"]: line for line in judged}
     unsplit = sum(line["maps"][RANDOM]["hit"] is None for line in slides.values())
     told = f"{len(slides)} slides, {np.mean([line['num_tiles'] for line in slides.values()]):.1f} tiles each"
     print(f"{told}; {unsplit} without a lesion, or nothing but lesion, stayed out of the pointing game")
+    print(
+        "pointing: share of slides whose tile of most evidence lies in the lesion; chance: of a tile drawn blindly, "
+        "which the one random map of each slide comes near; deletion: lower is better; insertion: higher is better"
+    )
+    for row in sorted({entry["line"] for entry in table}):
+        of_map = {entry["map"]: entry for entry in table if entry["line"] == row}
+        for told in readings(of_map, [line["maps"] for line in judged if line["line"] == row]):
+            print(f"{'report' if row == 0 else f'line {row}'}: {told}")
+
+
+def readings(maps: dict[str, dict], slides: list[dict]) -> list[str]:
+    """What the figures of a line say of the map that is drawn, and what they do not.
+
+    Args:
+        maps: the line's entries of the table, by map.
+        slides: the line's figures of each slide, by map.
+    """
+    drawn, blind, told = maps[INTEGRATED], maps["unlike_the_rest"], []
+    if drawn["pointing_slides"]:
+        low, high = drawn["interval"]
+        place = "above" if low > drawn[CHANCE] else "below" if high < drawn[CHANCE] else "within the error of"
+        told.append(f"{INTEGRATED} points at the lesion {place} chance")
+        if low > drawn[CHANCE] and blind["pointing"] >= low:
+            told[-1] += "; unlike_the_rest, which asks no model, does so as often or more: this alone proves nothing"
+    wins = sum(of[INTEGRATED]["deletion"] < of[RANDOM]["deletion"] for of in slides)
+    costs = "costs more" if wilson(wins, len(slides))[0] > 0.5 else "does not reliably cost more"
+    told.append(f"taking its first tiles away {costs} than taking random ones ({wins} of {len(slides)} slides)")
+    return told
 
 
 def write_results(folder: Path, args, table: list[dict], judged: list[dict]) -> None:

@@ -8,6 +8,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hub_access import explained
+from inference.cpu_products import use_onednn
+from inference.memory import LOADING, memory_told
 from slide_vlm import SlideVLM, load_vlm
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -33,15 +35,20 @@ def model_folder(name: str) -> str:
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
-    with explained(f"model {name}", repository):
+    with explained(f"model {name}", repository, instead="of stage 1 or 2, final_model, that holds vlm.json"):
         folder = snapshot_download(repository, revision=revision or None, allow_patterns=HUB_FILES)
     if not (Path(folder) / "vlm.json").is_file():
         raise FileNotFoundError(f"--model {name}: holds no vlm.json, so it is no model of SlideScribe; name another")
     return folder
 
 
+@memory_told(LOADING)
 def open_model(args, device: str | torch.device | None = None) -> tuple[SlideVLM, PreTrainedTokenizerBase]:
-    """Model and tokenizer as the flags say, in evaluation mode on its device."""
+    """Model and tokenizer as the flags say, in evaluation mode on its device.
+
+    Raises:
+        ValueError: it cannot be opened so, or memory is too small for it.
+    """
     try:
         device = torch.device(device or args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
@@ -64,6 +71,8 @@ def open_model(args, device: str | torch.device | None = None) -> tuple[SlideVLM
 
         quantize_llm(model.llm, load_in, device)
         model.to(device)
+    if device.type == "cpu":
+        use_onednn(model.llm)
     if getattr(args, "compile", False):
         compile_feed_forward(model)
     return model, tokenizer

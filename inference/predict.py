@@ -22,7 +22,7 @@ from tqdm import tqdm
 from accelerator_setup import LONGEST_WAIT, runs_on_cpu
 from command_line import DONE, SOME_FAILED, GatherValues, make_parser, run
 from inference.answers import Answering
-from inference.arguments import SAVED, add_decoding_arguments
+from inference.arguments import SAVED, add_decoding_arguments, check_decoding_arguments
 from inference.case_batches import CaseBatch, batches_of, read_ahead, records_of_slides, records_to_answer
 from inference.decoding import open_model
 from inference.loading import model_folder
@@ -97,6 +97,7 @@ def main() -> int:
     # Records
     settings = VLMSettings.read(args.model)
     check_input_kind(args.model, settings, args.image_root)
+    check_decoding_arguments(args)
     if args.slides:
         check_slide_arguments(args, settings)
         records, slides = records_of_slides(args.slides, args.test_json)

@@ -12,6 +12,7 @@ heads of each, P columns of the longest prefix, W columns behind it, D head widt
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, get_lay
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from inference.cpu_products import product
+
 SHAREABLE = {"full_attention", "sliding_attention", "dummy"}
 ATTENTION = "shared_prefix"
-LOWEST, SMALLEST = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny
+HIDDEN = torch.finfo(
+    torch.float32
+).min  # a score; not minus infinity, of which a softmax makes NaN where all are hidden
 
 
 @dataclass(frozen=True)
@@ -56,24 +61,54 @@ class Sharing:
     group_sizes: list[int]
     paddings: Tensor
     columns: int
-    _masks: dict[tuple[int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _views: dict[tuple[int, bool], tuple[Tensor, "PrefixView"]] = field(default_factory=dict)
 
     def repeat_rows(self, times: int) -> None:
         """Let each row be as many."""
         self.group_sizes = [size * times for size in self.group_sizes]
         self.paddings = self.paddings.repeat_interleave(times)
 
-    def hidden_prefix(self, mask: Tensor, first: int, length: int, *, is_sliding: bool) -> Tensor:
-        """Where rows do not see their prefixes, (B, Q, P): from a mask (B, 1, Q, columns from ``first`` on)."""
-        known = self._masks.get((first, is_sliding))
+    def view_of_prefix(self, mask: Tensor, first: int, length: int, *, is_sliding: bool) -> "PrefixView":
+        """What rows see of their prefixes: from a mask (B, 1, Q, columns from ``first`` on)."""
+        known = self._views.get((first, is_sliding))
         if known is None or known[0] is not mask:  # layers of one kind have one mask
             places = torch.arange(length, device=mask.device) + self.paddings[:, None] - first
             inside = (places >= 0) & (places < self.columns - first)
             index = places.clamp(0, mask.shape[-1] - 1)[:, None].expand(-1, mask.shape[2], -1)
             seen = mask[:, 0].expand(len(places), -1, -1).gather(-1, index) & inside[:, None]
-            self._masks = {kept: value for kept, value in self._masks.items() if kept[1] != is_sliding}
-            self._masks[first, is_sliding] = mask, ~seen
-        return self._masks[first, is_sliding][1]
+            self._views = {kept: value for kept, value in self._views.items() if kept[1] != is_sliding}
+            self._views[first, is_sliding] = mask, PrefixView.of(seen)
+        return self._views[first, is_sliding][1]
+
+
+@dataclass(frozen=True)
+class PrefixView:
+    """What rows see of their prefixes.
+
+    Attributes:
+        seen: columns outside which no row sees anything.
+        hidden: of these, those that some row does not see, and (B, Q, columns) bool, where.
+    """
+
+    seen: slice
+    hidden: list[tuple[slice, Tensor]]
+
+    @classmethod
+    def of(cls, seen: Tensor) -> "PrefixView":
+        """From (B, Q, P) bool. What a row sees is one piece, so that it misses columns at either end only."""
+        rows = seen.flatten(0, 1)
+        counts = rows.sum(0).tolist()
+        begin, end = _run(counts, at_least=1)
+        by_all = slice(*(place - begin for place in _run(counts[:end], at_least=len(rows))))
+        hidden = ~seen[..., begin:end]
+        ends = (slice(0, by_all.start), slice(by_all.stop, end - begin))
+        return cls(slice(begin, end), [(part, hidden[..., part]) for part in ends if part.start < part.stop])
+
+
+def _run(counts: list[int], *, at_least: int) -> tuple[int, int]:
+    """Begin and end of the run of columns that so many rows see; an empty one at the end where there is none."""
+    places = [place for place, count in enumerate(counts) if count >= at_least]
+    return (places[0], places[-1] + 1) if places else (len(counts), len(counts))
 
 
 class SharedPrefixLayer(CacheLayerMixin):
@@ -265,37 +300,58 @@ def attend(
     query = (query * scale).reshape(rows, heads, -1, num_queries, width)  # B H r Q D
     sharing = layer.sharing
     hidden = ~attention_mask[:, :, None, :, max(0, sharing.columns - first) :]
-    own = (query.flatten(2, 3) @ key.transpose(2, 3)).float().unflatten(2, (-1, num_queries))  # B H r Q W
-    own = own.masked_fill_(hidden, -torch.inf)
-    top = own.amax(-1, keepdim=True)
-    reaches_prefix = first < sharing.columns  # else the window has left it behind
-    if reaches_prefix:
-        keys, values = layer.prefix
-        hidden = sharing.hidden_prefix(attention_mask, first, keys.shape[2], is_sliding=layer.is_sliding)
-        scores = _per_group(query, keys.transpose(2, 3), sharing.group_sizes).float()  # B H r Q P
-        scores = scores.masked_fill_(hidden[:, None, None], -torch.inf)
-        top = torch.maximum(top, scores.amax(-1, keepdim=True))
-    # A query of a padded column sees nothing. It must come out finite all the same: zero times NaN is NaN.
-    top = top.clamp(min=LOWEST)
-    own = (own - top).exp_()
-    total = own.sum(-1, keepdim=True)
-    mixed = (own.to(value.dtype).flatten(2, 3) @ value).reshape(*own.shape[:-1], width).float()
-    if reaches_prefix:
-        scores = (scores - top).exp_()
-        total = total + scores.sum(-1, keepdim=True)
-        mixed = mixed + _per_group(scores.to(values.dtype), values, sharing.group_sizes).float()
-    mixed = (mixed / total.clamp(min=SMALLEST)).to(value.dtype)
+    scores = (query.flatten(2, 3) @ key.transpose(2, 3)).float().unflatten(2, (-1, num_queries))  # B H r Q W
+    weights, own_sum = _softmax(scores.masked_fill_(hidden, HIDDEN))
+    mixed = (weights.to(value.dtype).flatten(2, 3) @ value).view(*query.shape)
+    if first < sharing.columns:  # else the window has left the prefix behind
+        view = sharing.view_of_prefix(attention_mask, first, layer.prefix[0].shape[2], is_sliding=layer.is_sliding)
+        keys, values = (part[:, :, view.seen] for part in layer.prefix)
+        of_prefix, prefix_sum = _attend_to_shared(query, keys, values, view.hidden, sharing.group_sizes)
+        mixed = torch.lerp(mixed.float(), of_prefix.float(), (prefix_sum - own_sum).sigmoid()).to(value.dtype)
     return mixed.flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
-def _per_group(rows: Tensor, shared: Tensor, group_sizes: list[int]) -> Tensor:
-    """Products of rows (B, H, r, Q, X) with the matrix (G, H, X, Y) of their group: (B, H, r, Q, Y)."""
-    if len(set(group_sizes)) > 1:
-        parts = zip(rows.split(group_sizes), shared[:, None], strict=True)
-        return torch.cat([_per_group(of_group, matrix, [len(of_group)]) for of_group, matrix in parts])
-    grouped = rows.unflatten(0, (len(group_sizes), -1)).transpose(1, 2)  # G H n r Q X
-    product = grouped.flatten(2, 4) @ shared
-    return product.view(*grouped.shape[:-1], shared.shape[-1]).transpose(1, 2).flatten(0, 1)
+def _attend_to_shared(
+    query: Tensor, keys: Tensor, values: Tensor, hidden: list[tuple[slice, Tensor]], group_sizes: list[int]
+) -> tuple[Tensor, Tensor]:
+    """What rows (B, H, r, Q, D) find in the prefixes (G, H, P, D) of their groups; for the second see `_softmax`."""
+    groups, on_cpu = len(group_sizes), query.device.type == "cpu"
+    if groups > 1 and (on_cpu or len(set(group_sizes)) > 1):
+        ends = list(accumulate(group_sizes))
+        parts = []
+        for group, (end, size) in enumerate(zip(ends, group_sizes, strict=True)):
+            rows, one = slice(end - size, end), slice(group, group + 1)
+            own_hidden = [(columns, where[rows]) for columns, where in hidden]
+            parts.append(_attend_to_shared(query[rows], keys[one], values[one], own_hidden, [size]))
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    query = query.unflatten(0, (groups, -1)).transpose(1, 2)  # G H n r Q D
+    hidden = [(columns, where.unflatten(0, (groups, 1, -1))[:, :, :, None]) for columns, where in hidden]
+    if on_cpu:  # head by head, so that the scores stay in the processor's cache
+        heads = zip(query.split(1, 1), keys.split(1, 1), values.split(1, 1), strict=True)
+        parts = [_attend_heads(*head, hidden) for head in heads]
+        found = [torch.cat(part, 1) for part in zip(*parts, strict=True)]
+    else:
+        found = _attend_heads(query, keys, values, hidden)
+    return tuple(part.transpose(1, 2).flatten(0, 1) for part in found)
+
+
+def _attend_heads(
+    query: Tensor, keys: Tensor, values: Tensor, hidden: list[tuple[slice, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """The same with rows in groups (G, H, n, r, Q, D), and where they do not see (G, 1, n, 1, Q, columns)."""
+    scores = product(query.flatten(2, 4), keys).float().view(*query.shape[:-1], -1)
+    for columns, where in hidden:
+        scores[..., columns].masked_fill_(where, HIDDEN)
+    weights, sums = _softmax(scores)
+    return product(weights.flatten(2, 4).to(values.dtype), values.transpose(2, 3)).view_as(query), sums
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the last dimension, and the logarithm of the sum that it divides by, found without a second sum:
+    the largest weight is e to the largest score over it.
+    """
+    weights = scores.softmax(-1)
+    return weights, scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
 
 
 def whole_mask(*args: object, **kwargs: object) -> Tensor | None:

@@ -48,9 +48,13 @@ def main() -> int:
     metrics = read_json(args.metrics, "--metrics")
     card = folder / "README.md"
     if args.overwrite or not card.is_file():
+        parts = [path.name for path in folder.iterdir() if path.is_dir()]
+        text = model_card(settings, run_json, metrics, licence=args.license, repo_id=args.repo_id, parts=parts)
         with atomic_path(card) as partial:
-            partial.write_text(model_card(settings, run_json, metrics, licence=args.license), encoding="utf-8")
+            partial.write_text(text, encoding="utf-8")
         print(f"model card: {card}", file=sys.stderr)
+    else:
+        print(f"model card: {card} stays as it is; --overwrite writes it anew", file=sys.stderr)
     if args.dry_run:
         return DONE
     print(upload(folder, args.repo_id, public=args.public))
@@ -70,7 +74,7 @@ def upload(folder: Path, repo_id: str, *, public: bool) -> str:
 
     from hub_access import explained
     from inference.loading import HUB_FILES
-    from inference.model_card import without_folders
+    from inference.model_card import PLACE, without_folders
 
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     operations = []
@@ -78,6 +82,8 @@ def upload(folder: Path, repo_id: str, *, public: bool) -> str:
         content: str | bytes = str(folder / name)
         if Path(name).name in SPEAKING_OF_PATHS:
             content = json.dumps(without_folders(json.loads((folder / name).read_text())), indent=2).encode()
+        if name == "README.md":
+            content = (folder / name).read_text(encoding="utf-8").replace(PLACE, repo_id).encode()
         operations.append(CommitOperationAdd(name, content))
     with explained(f"model {repo_id}", repo_id):
         api = HfApi()

@@ -7,23 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from inference.answers import Answering, budgets_of, make_sample
-from inference.evidence import METHODS, explain
-from inference.evidence_files import describe, tiled_slide, write_evidence
+from inference.answers import Answering, budgets_of, make_sample, unread_tokens
+from inference.evidence import METHODS, Evidence, explain
+from inference.evidence_files import describe, describe_lines, tiled_slide, write_evidence
 from inference.job_queue import Job
-from inference.slide_tokens import check_has_tiles
+from inference.memory import is_out_of_memory
+from inference.slide_tokens import reads_tiles
 from slide_features import MAKING_FACTS, SlideFeatures
 from slide_reports import case_of_slides
 from slide_vlm import SlideVLM, VLMSettings, check_encoder
 from stage0_tiling.encoding import encode_slide
 from stage0_tiling.geojson import tissue_polygons
 from stage0_tiling.pixel_size import SlideError
-from stage0_tiling.plan import TilePlan, TilingSettings, plan_tiles, why_empty
+from stage0_tiling.plan import TilePlan, TilingSettings, plan_tiles
 from stage0_tiling.slide import Slide
 from stage0_tiling.tissue_sources import TissueSources
 
 SLIDES_KEPT = 8  # whose patch tokens stay, so that a question about a slide does not encode it again
+NO_TILES = "This model reads the slide as a whole, so no line can be traced back to single tiles."
+NO_MEMORY_FOR_EVIDENCE = "The memory did not suffice to find what the lines rest on: that takes more than writing."
 
 
 def check_settings(settings: VLMSettings, folder: str) -> None:
@@ -34,7 +38,6 @@ def check_settings(settings: VLMSettings, folder: str) -> None:
     """
     if settings.input_kind != "features":
         raise ValueError(f"{folder} was trained on images; the page shows slides")
-    check_has_tiles(settings, folder)
     if not {"tile_size", "mpp"} <= settings.tiling.keys():
         raise ValueError(f"{folder} does not say how its slides were tiled (their feature files did not); train anew")
     if unknown := settings.tiling.keys() - MAKING_FACTS.keys():
@@ -75,7 +78,12 @@ class ReportWriter:
         self.model, self.tokenizer, self.encoder = model, tokenizer, encoder
         self.answering, self.sources, self.assume_mpp = answering, sources or TissueSources(), assume_mpp
         self.batch_size, self.num_workers = batch_size, num_workers
-        self._kept: OrderedDict[tuple, SlideFeatures] = OrderedDict()
+        self._kept: OrderedDict[tuple, tuple[SlideFeatures, int]] = OrderedDict()
+
+    @property
+    def no_evidence(self) -> str | None:
+        """Why no report of this model has evidence; None where it has."""
+        return None if reads_tiles(self.model.settings) else NO_TILES
 
     @property
     def tiling(self) -> dict[str, Any]:
@@ -97,7 +105,9 @@ class ReportWriter:
         with Slide(path, icc=self.tiling_settings.icc) as slide:
             plan = plan_tiles(slide, self.tiling_settings, self.assume_mpp, self.sources)
         if len(plan.coords) == 0:
-            raise SlideError(f"{path.name}: {why_empty(plan, self.tiling_settings)}")
+            raise SlideError(
+                f"{path.name}: {_why_no_tile(plan)}, searched as the model's slides were; try another slide"
+            )
         return plan
 
     def write(self, job: Job, path: Path, question: str | None = None) -> dict[str, Any]:
@@ -106,14 +116,28 @@ class ReportWriter:
         Files go to the job's folder: those of :mod:`inference.evidence_files`, and report.txt.
 
         Returns:
-            What evidence.json holds, with ``question`` and ``seconds``.
+            What evidence.json holds, with ``question`` and ``seconds``. Where there is no evidence, ``no_evidence``
+            says why, ``method`` is None and no line has tiles.
 
         Raises:
-            SlideError, ValueError: the slide cannot be used.
+            SlideError, ValueError: the slide cannot be used, or does not fit the memory.
             Cancelled: the job was given up.
         """
+        try:
+            return self._write(job, path, question)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the handler, where the error would keep the tensors of what failed.
+        self._give_memory_back()
+        raise ValueError(
+            f"the memory of {self.model.device} did not suffice while {job.step[:1].lower()}{job.step[1:]}; close what "
+            "else uses it, or start the page with --num_beams 1, --dtype bf16 or --load_in int8"
+        )
+
+    def _write(self, job: Job, path: Path, question: str | None) -> dict[str, Any]:
         began = time.perf_counter()
-        slide = self._features(job, path)
+        slide, num_tiles = self._features(job, path)
         settings = self.model.settings
         case = case_of_slides([slide], **budgets_of(settings))
         sample = make_sample(self.model, self.tokenizer, question or settings.question, case, 1)
@@ -122,16 +146,39 @@ class ReportWriter:
         report = answer.pop("report")
         if not report:
             raise ValueError("the model wrote nothing; ask another question")
+        about = {"question": question or settings.question, **answer, "num_tiles": num_tiles}
+        if question and (unread := unread_tokens(settings, self.tokenizer, question)):
+            about["unread_question_tokens"] = unread
         job.progress("Finding the evidence")
-        evidence = explain(self.model, self.tokenizer, sample, report, METHODS[:1])
-        where = tiled_slide(path, self.tiling, self.assume_mpp)
-        about = {"question": question or settings.question, **answer, "num_tiles": len(slide.coords)}
-        write_evidence(job.folder / "evidence", evidence, [where], about)
+        evidence = self._explain(sample, report)
+        if isinstance(evidence, str):
+            job.folder.mkdir(parents=True, exist_ok=True)
+            found = {"no_evidence": evidence, **describe_lines(report), "slides": [{"slide_id": path.stem}]}
+        else:
+            where = tiled_slide(path, self.tiling, self.assume_mpp)
+            write_evidence(job.folder / "evidence", evidence, [where], about)
+            found = describe(evidence, [where])
         (job.folder / "report.txt").write_text(report + "\n", encoding="utf-8")
-        return {**about, **describe(evidence, [where]), "seconds": round(time.perf_counter() - began, 1)}
+        return {**about, **found, "seconds": round(time.perf_counter() - began, 1)}
 
-    def _features(self, job: Job, path: Path) -> SlideFeatures:
-        """Patch tokens of a slide, kept from the last time where the file is the same."""
+    def _explain(self, sample: dict[str, Any], report: str) -> Evidence | str:
+        """What a report rests on, or in a sentence why that is not known; a written report is not lost for it."""
+        if self.no_evidence:
+            return self.no_evidence
+        try:
+            return explain(self.model, self.tokenizer, sample, report, METHODS[:1])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        self._give_memory_back()
+        return NO_MEMORY_FOR_EVIDENCE
+
+    def _give_memory_back(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _features(self, job: Job, path: Path) -> tuple[SlideFeatures, int]:
+        """Patch tokens of a slide and how many tiles it has, kept from the last time where the file is the same."""
         try:
             status = path.stat()
         except FileNotFoundError as error:  # it may have waited long for its turn
@@ -155,11 +202,20 @@ class ReportWriter:
                 num_workers=self.num_workers,
                 on_tiles=count,
             )
-            self._kept[key] = self.finish(tiles)
+            self._kept[key] = self.finish(tiles), len(tiles.coords)
             while len(self._kept) > SLIDES_KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key]
+
+
+def _why_no_tile(plan: TilePlan) -> str:
+    """What nobody at the page can change is left to `stage0_tiling.plan.why_empty`, which speaks of flags."""
+    if not plan.tissue.mask.any():
+        return "no tissue was found on it"
+    if plan.dropped:
+        return f"all {sum(plan.dropped.values())} tiles on its tissue are spoilt ({', '.join(plan.dropped)})"
+    return f"too little tissue was found on it ({plan.tissue.fraction:.2%})"
 
 
 def outline(plan: TilePlan) -> dict[str, Any]:

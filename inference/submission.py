@@ -10,7 +10,7 @@ from inference.arguments import MEASURES
 from slide_features import atomic_path
 from slide_reports import Record
 
-DETAILS = ("question", "beam_score", *MEASURES, "generated", "similarity", "n_best", "uncertain", "seconds")
+DETAILS = ("question", "beam_score", *MEASURES, "cut_off", "generated", "similarity", "n_best", "uncertain", "seconds")
 
 
 @dataclass(frozen=True)

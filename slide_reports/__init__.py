@@ -1,40 +1,45 @@
 """Annotation files to records to batches: readers and splits, the prompt, the dataset, sampler and collator.
 
-A record is one question and answer about one case.
+A record is one question and answer about one case. Names are imported when they are first asked for, so that a command
+which only needs a patient's name does not load torch.
 """
 
-from slide_reports.batches import (
-    LOADER_FLAGS,
-    ReportDataset,
-    check_input_kind,
-    collate,
-    default_num_visual_tokens,
-    describe_encoder,
-    make_loader,
-    make_loaders,
-    making_of,
-    patch_budget,
-)
-from slide_reports.cases import case_of_slides, read_case, read_images, share_budget
-from slide_reports.inputs import describe_features, with_inputs
-from slide_reports.prompt import (
-    DEFAULT_QUESTIONS,
-    Prompt,
-)
-from slide_reports.record import Record, patient_of, slide_id_of
-from slide_reports.record_batches import RecordBatches, SampleKey
-from slide_reports.records import (
-    RECORD_FLAGS,
-    add_data_arguments,
-    add_record_arguments,
-    digests,
-    inputs_digest,
-    read_records,
-    read_training_records,
-    records_digest,
-)
-from slide_reports.splits import split_by_patient
-from slide_reports.table import RecordTable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slide_reports.batches import (
+        LOADER_FLAGS,
+        ReportDataset,
+        check_input_kind,
+        collate,
+        default_num_visual_tokens,
+        describe_encoder,
+        make_loader,
+        make_loaders,
+        making_of,
+        patch_budget,
+    )
+    from slide_reports.cases import case_of_slides, read_case, read_images, share_budget
+    from slide_reports.inputs import describe_features, with_inputs
+    from slide_reports.prompt import (
+        DEFAULT_QUESTIONS,
+        Prompt,
+    )
+    from slide_reports.record import Record, patient_of, slide_id_of
+    from slide_reports.record_batches import RecordBatches, SampleKey
+    from slide_reports.records import (
+        RECORD_FLAGS,
+        add_data_arguments,
+        add_record_arguments,
+        digests,
+        inputs_digest,
+        read_records,
+        read_training_records,
+        records_digest,
+    )
+    from slide_reports.splits import split_by_patient
+    from slide_reports.table import RecordTable
 
 __all__ = [
     "check_input_kind",
@@ -71,3 +76,34 @@ __all__ = [
     "split_by_patient",
     "with_inputs",
 ]
+
+_HOMES = {  # module -> what it offers here
+    "batches": (
+        "LOADER_FLAGS ReportDataset check_input_kind collate default_num_visual_tokens describe_encoder "
+        "make_loader make_loaders making_of patch_budget"
+    ),
+    "cases": "case_of_slides read_case read_images share_budget",
+    "inputs": "describe_features with_inputs",
+    "prompt": "DEFAULT_QUESTIONS Prompt",
+    "record": "Record patient_of slide_id_of",
+    "record_batches": "RecordBatches SampleKey",
+    "records": (
+        "RECORD_FLAGS add_data_arguments add_record_arguments digests inputs_digest read_records "
+        "read_training_records records_digest"
+    ),
+    "splits": "split_by_patient",
+    "table": "RecordTable",
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value  # asked for once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

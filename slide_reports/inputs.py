@@ -135,6 +135,8 @@ def _stored_in_version(path: str, modified_ns: int, num_bytes: int) -> _Stored:
     def first_row(coords: np.ndarray) -> np.ndarray:
         nonlocal num_tiles
         num_tiles = len(coords)
+        if not num_tiles:
+            raise ValueError(f"{path} holds no tile: make it again, or leave the record out")
         return np.array([0])
 
     slide = read_slide_features(path, rows=first_row)

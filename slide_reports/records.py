@@ -217,6 +217,10 @@ def read_training_records(
         FileNotFoundError: an annotation file or folder is missing.
         ValueError: an annotation file is broken, a patient in two splits, or no record is left to train on.
     """
+    if reading.get("features_dir") and reading.get("image_root"):
+        raise ValueError(
+            "--features_dir is for slides and --image_root for images; a model takes one: give one of them"
+        )
     edits = Edits(reading.pop("exclude", None), reading.pop("revise", None))
     found = read_splits_of_training(
         train_json,
@@ -229,6 +233,9 @@ def read_training_records(
         edits=edits,
         **reading,
     )
+    if not len(found["train"]):
+        taken = f" beside {len(found['val'])} for validation; lower --val_fraction" if len(found["val"]) else ""
+        raise ValueError(f"{train_json}: no record is left to train on{taken or '; no split of its records is train'}")
     check_before_training(found, edits)
     train, problems = with_inputs(found["train"], expected)
     if len(train) and not expected:

@@ -100,42 +100,33 @@ def save_scores(
             writer.writerow([record_id, *cells])
     for name, found in scores.items():
         if found["n"]:
-            draw_confusion(folder / f"confusion_{name}.png", np.array(found["confusion"]), class_names[name], name)
+            with atomic_path(folder / f"confusion_{name}.png") as partial:
+                partial.write_bytes(confusion_picture(found, class_names[name], name))
 
 
-def draw_confusion(picture: Path, confusion: np.ndarray, class_names: Sequence[str], title: str) -> None:
-    """Draw a confusion matrix (C, C): counts as numbers, the share of each true class as colour."""
-    import matplotlib
+def confusion_picture(found: dict[str, Any], class_names: Sequence[str], title: str) -> bytes:
+    """PNG of a label's confusion matrix: true classes that occur as rows, those and predicted ones as columns."""
+    from evaluation.figures import confusion_figure, picture
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    side = min(30.0, 3 + 0.45 * len(class_names))
-    figure, axes = pyplot.subplots(figsize=(side + 1, side), layout="constrained")
-    shares = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    places = range(len(class_names))
-    shown = [name if len(name) <= 40 else name[:39] + "…" for name in class_names]
-    axes.set_xticks(places, shown, rotation=60, ha="right", fontsize=8)
-    axes.set_yticks(places, shown, fontsize=8)
-    for row, column in zip(*np.nonzero(confusion), strict=True):
-        color = "white" if shares[row, column] > 0.5 else "black"
-        axes.text(column, row, confusion[row, column], ha="center", va="center", fontsize=8, color=color)
-    axes.set(xlabel="predicted", ylabel="true", title=title)
-    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
-    with atomic_path(picture) as partial:
-        figure.savefig(partial, dpi=110, format="png")
-    pyplot.close(figure)
+    counts = np.array(found["confusion"])
+    rows = np.nonzero(counts.sum(axis=1))[0]
+    columns = np.nonzero(counts.sum(axis=0) + counts.sum(axis=1))[0]
+    names = [[class_names[place] for place in places] for places in (rows, columns)]
+    return picture(confusion_figure(title, *names, counts[np.ix_(rows, columns)]), "png")
 
 
 def table(scores: dict[str, dict[str, Any]]) -> str:
-    """The scores for the terminal: a line a label, and a line a class below it."""
-    lines = [f"{'':<48}{'records':>9}{'balanced accuracy':>19}{'F1':>8}"]
+    """The scores for the terminal: a line a label, and below it a line for each class that occurs."""
+    lines = [f"{'':<48}{'records':>9}{'balanced accuracy':>19}{'chance':>9}{'F1':>9}"]
     for label, found in scores.items():
         if not found["n"]:
             lines.append(f"{label:<48}{0:>9}")
             continue
-        lines.append(f"{label:<48}{found['n']:>9}{found['balanced_accuracy']:>19.4f}{found['macro_f1']:>8.4f}")
-        for name, f1 in found["f1"].items():
-            lines.append(f"  {name[:45]:<46}{found['support'][name]:>9}{'':>19}{f1:>8.4f}")
+        balanced, chance = found["balanced_accuracy"], found["chance"]
+        lines.append(f"{label:<48}{found['n']:>9}{balanced:>19.4f}{chance:>9.4f}{found['macro_f1']:>9.4f}")
+        occurring = {name: count for name, count in found["support"].items() if count}
+        for name, count in occurring.items():
+            lines.append(f"  {name[:45]:<46}{count:>9}{'':>28}{found['f1'][name]:>9.4f}")
+        if missing := len(found["support"]) - len(occurring):
+            lines.append(f"  ({missing} more {'class has' if missing == 1 else 'classes have'} no validation record)")
     return "\n".join(lines)

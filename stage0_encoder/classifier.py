@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from encoder_lora import merged_encoder
@@ -65,6 +66,20 @@ class Classifier(nn.Module):
         weights = torch.cat(list(class_weights)) if class_weights else torch.ones(sum(self.sizes))
         self.register_buffer("class_weights", weights, persistent=False)
         self.__dict__["average"] = None
+
+    def begin_average(self, decay: float) -> None:
+        """Keep a moving average of the weights from here on (timm's ModelEmaV3); a decay of 0 keeps none."""
+        self.__dict__["average"] = ModelEmaV3(self, decay=decay, use_warmup=True) if decay else None
+
+    def update_average(self, step: int) -> None:
+        """Take the weights after an optimizer step into the average, if there is one."""
+        if self.average is not None:
+            self.average.update(self, step=step)
+
+    @property
+    def result(self) -> "Classifier":
+        """What is evaluated and saved: the average, or the classifier itself."""
+        return self if self.average is None else self.average.module
 
     @property
     def encoder_is_frozen(self) -> bool:

@@ -3,6 +3,7 @@
 from jsonargparse import Namespace
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from slide_reports import add_record_arguments
 from stage0_encoder.classifier import OWN_NETWORKS
 from stage0_encoder.classifier_data import INPUTS
 
@@ -51,37 +52,18 @@ def check_flags(args: Namespace) -> None:
 
 
 def _add_data_arguments(parser) -> None:
-    group = parser.add_argument_group("Data")
-    group.add_argument(
-        "--train_json",
-        required=True,
-        help="training records with reports, in any form that docs/records.md lists, or a CSV with the columns id and "
-        "label (and group, the patient, and split)",
-    )
-    group.add_argument("--val_json", default=None, help="validation records; default: patients split off --train_json")
-    group.add_argument(
-        "--val_fraction",
-        type=ClosedUnitInterval,
-        default=0.1,
-        help="share of patients to split off without --val_json; 0 for no validation",
-    )
-    group.add_argument("--splits", default=None, help="table of patients' splits that slide_reports/split.py wrote")
-    group.add_argument("--fold", type=NonNegativeInt, default=None, help="fold of --splits, from 0, to validate on")
-    group.add_argument("--group_pattern", default=None, help="regular expression that finds the patient in an id")
-    group.add_argument("--exclude", default=None, help="file of ids to leave out")
-    group.add_argument("--revise", default=None, help="annotation file with new texts for some ids")
+    group = add_record_arguments(parser)
     group.add_argument(
         "--labels",
         nargs="+",
         default=["organ", "diagnosis", "grade"],
-        help="what to read of the reports: diagnosis, grade, or fields of evaluation/fields; of a CSV its label",
+        help="what to read of the reports: diagnosis, grade, or fields of evaluation/fields; where --train_json is a "
+        "CSV with the columns id and label (and group, the patient, and split), its label",
     )
     group.add_argument(
         "--min_class_patients", type=PositiveInt, default=1, help="training patients that a class has at least"
     )
     group.add_argument("--input", choices=list(INPUTS), default="images", help="what an example is")
-    group.add_argument("--image_root", default=None, help="folder that images in the records are relative to")
-    group.add_argument("--features_dir", default=None, help="folder of feature files, for bags")
     group.add_argument("--slides", nargs="+", default=None, help="folders, files or lists of slides")
     group.add_argument("--coords_dir", default=None, help="stage 0's OUT/coords, where the tiles of the slides are")
     group.add_argument(

@@ -195,7 +195,7 @@ def last_words(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
     said = [line.strip() for line in lines if line.strip()]
     errors = [line for line in said if line.startswith(("error: ", "Error", "RuntimeError"))]
-    return (errors or said or ["nothing"])[-1][:300]
+    return (errors or said or ["nothing"])[-1][:600]
 
 
 def _write_journal(folder: Path, journal: dict[str, dict[str, Any]]) -> None:

@@ -95,19 +95,19 @@ def write_tables(rows: list[dict[str, Any]], metrics: Sequence[str], output: Pat
 
 
 def draw(results: dict[str, dict[str, Any]], rows: list[dict[str, Any]], metrics: Sequence[str], picture: Path) -> None:
-    """Draw each metric with its interval and best baseline, and beside them minutes and millions of parameters."""
+    """Draw each metric with its interval and best baseline, best on top, and beside them time and parameters."""
     from evaluation.figures import comparison_figure
 
     beside = {row["name"]: row for row in rows}
-    shown, names = {}, [*metrics, "minutes"]
-    has_counts = all(beside[name]["encoder_parameters"] is not None for name in results)
-    for name, found in results.items():
-        shown[name] = found | {"minutes": beside[name]["seconds"] / 60}
-        if has_counts:
-            shown[name]["parameters (M)"] = beside[name]["encoder_parameters"] / 1e6
-    figure = comparison_figure(shown, names + (["parameters (M)"] if has_counts else []))
+    ranked = dict(sorted(results.items(), key=lambda item: -item[1][metrics[0]]))
+    parameters = {name: beside[name]["encoder_parameters"] for name in ranked}
+    costs = {
+        "minutes": {name: beside[name]["seconds"] / 60 for name in ranked},
+        "parameters (M)": {name: None if count is None else count / 1e6 for name, count in parameters.items()},
+    }
+    figure = comparison_figure(ranked, metrics, costs)
     with atomic_path(picture) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+        figure.savefig(partial, dpi=140, format="png")
 
 
 def _with_interval(value: float, interval: list[float] | None) -> str:

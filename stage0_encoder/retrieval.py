@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from stage0_encoder.alignment_model import AlignmentModel
 from stage0_encoder.contrastive_loss import contrastive_loss, gather_rows, positive_pairs
+from stage0_encoder.encoder_run import share_statistics
 from stage0_encoder.pairs import Items
 
 RANKS = (1, 5, 10)
@@ -38,6 +39,7 @@ def embed_all(accelerator: Accelerator, model: torch.nn.Module, loader: Any, *, 
     """Embed all items of a loader, shared by the processes, each gets all. Collective. Leaves evaluation mode."""
     model.eval()
     bare = accelerator.unwrap_model(model)
+    share_statistics(accelerator, bare)
     parts = []
     for batch in tqdm(loader, desc="embedding", unit="batch", disable=quiet or not accelerator.is_main_process):
         embedded = bare(batch)

@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+WORTH_MENDING = 0.05  # share of the time from which advice is given
+
 
 class TimedBatches:
     """Batches of a loader, with the share of time spent waiting for them.
@@ -41,6 +43,13 @@ class TimedBatches:
         self._mark, self._waited_before = now, self._waited
         self._total += passed
         return round(min(1.0, waited / passed), 4) if passed else 0.0
+
+    def told(self) -> str:
+        """The share of all steps' time in a line for the terminal, with what would lower it; empty before a step."""
+        if self.fraction is None:
+            return ""
+        advice = "; more --num_workers may help" if self.fraction > WORTH_MENDING else ""
+        return f"waited for data in {self.fraction:.1%} of the time of training{advice}"
 
     @property
     def fraction(self) -> float | None:

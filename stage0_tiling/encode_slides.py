@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Model
     from accelerate import PartialState
+    from accelerate.utils import gather_object
 
     from accelerator_setup import runs_on_cpu
     from slide_encoders import check_tokens, load_slide_encoder, slide_fingerprint
@@ -94,14 +95,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                 failed[slide_id] = (str(error) or type(error).__name__).splitlines()[0]
                 logger.error("%s failed: %s", slide_id, failed[slide_id])
                 logger.debug("%s", path, exc_info=True)
-    elsewhere = len(mine) - num_done - len(failed)
+    found = gather_object([(num_done, failed)])
+    process.destroy_process_group()
+    num_done = sum(number for number, _ in found)
+    failed = {slide_id: message for _, messages in found for slide_id, message in messages.items()}
+    if process.is_main_process:
+        report(num_done, failed, len(todo), folder)
+    return SOME_FAILED if failed else DONE
+
+
+def report(num_done: int, failed: dict[str, str], num_todo: int, folder: Path) -> None:
+    """Log what became of the slides of all processes, and why some failed."""
+    elsewhere = num_todo - num_done - len(failed)
     told = f", {elsewhere} done or in work elsewhere" if elsewhere else ""
     logger.info("%d done, %d failed%s; see %s", num_done, len(failed), told, folder)
-    for slide_id, message in failed.items():
+    for slide_id, message in sorted(failed.items()):
         logger.error("failed: %s: %s", slide_id, message)
-    process.wait_for_everyone()
-    process.destroy_process_group()
-    return SOME_FAILED if failed else DONE
 
 
 def add_arguments(parser) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+ALWAYS_KNOWN = ("tile_size", "mpp")  # of every version
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # of file systems without hard links
 
 
@@ -64,6 +65,8 @@ def read_settings(path: Path) -> dict[str, Any] | None:
         ) from error
     if not isinstance(stored, dict):
         raise ValueError(f"{path} holds a {type(stored).__name__}, not settings: delete it")
+    if not stored:
+        raise ValueError(f"{path} holds no settings: delete it, and the same command records them anew")
     return stored
 
 
@@ -79,10 +82,11 @@ def check_same_tiling(whose: str, had: Mapping[str, Any], wanted: Mapping[str, A
     Raises:
         ValueError: naming the flags that differ.
     """
+    if missing := [key for key in ALWAYS_KNOWN if key not in had]:
+        raise ValueError(f"{whose} tiled with settings of which the record lacks {', '.join(missing)}: {mend}")
     differing = [key for key in wanted if key in had and had[key] != wanted[key]]
     if differing:
-        told = (", ".join(f"--{key} {made[key]}" for key in differing) for made in (had, wanted))
-        raise ValueError(f"{whose} tiled with {', not '.join(told)}: {mend}")
+        raise ValueError(f"{whose} tiled {_difference(differing, had, wanted)}: {mend}")
 
 
 def check_same_features(where: Path, had: Mapping[str, Any], made_by: Mapping[str, Any], mend: str) -> None:
@@ -97,8 +101,20 @@ def check_same_features(where: Path, had: Mapping[str, Any], made_by: Mapping[st
         raise ValueError(f"{where} holds features of encoder {had['encoder']} with other weights: {mend}")
     for name in sorted(had.keys() | made_by.keys()):
         if had.get(name) != made_by.get(name):
-            told = [made.get(name) or "none" for made in (had, made_by)]
-            raise ValueError(f"{where} holds features made with --{name} {told[0]}, not {told[1]}: {mend}")
+            raise ValueError(f"{where} holds features made {_difference([name], had, made_by)}: {mend}")
+
+
+def _difference(names: list[str], had: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What settings were and are not, as the flags that a user types."""
+    was, now = _flags(names, had), _flags(names, wanted)
+    return f"{was}, not {now.removeprefix('with ') if was.startswith('with ') else now}"
+
+
+def _flags(names: list[str], made: Mapping[str, Any]) -> str:
+    given = [name for name in names if made.get(name) is not None and made[name] is not False]
+    told = ", ".join(f"--{name}" if made[name] is True else f"--{name} {made[name]}" for name in given)
+    lacking = ", ".join(f"--{name}" for name in names if name not in given)
+    return " and ".join(part for part in (told and f"with {told}", lacking and f"without {lacking}") if part)
 
 
 def _create(path: Path, content: bytes) -> None:

@@ -33,15 +33,34 @@ def drop_unmarked(mask: np.ndarray, marks: np.ndarray) -> None:
 def grow(mask: np.ndarray, radius_px: float, only_large_px: float) -> None:
     """Widen the groups that have at least so many pixels, and drop the others, of (H, W) bool in place."""
     drop_small(mask, only_large_px)
-    pixels = mask.view(np.uint8)
-    if cv2.countNonZero(pixels):
-        cv2.dilate(pixels, disc(radius_px), dst=pixels)
+    if cv2.countNonZero(mask.view(np.uint8)):
+        _morph(mask, cv2.MORPH_DILATE, disc(radius_px), margin=1)
+
+
+def close_gaps(mask: np.ndarray, radius_px: float) -> None:
+    """Set what is within reach of set pixels on both sides, of (H, W) bool in place: dilate, then erode."""
+    _morph(mask, cv2.MORPH_CLOSE, disc(radius_px), margin=2)
 
 
 def disc(radius_px: float) -> np.ndarray:
     """Kernel of a disc for morphology."""
     side = 2 * max(1, round(radius_px)) + 1
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
+
+
+def _morph(mask: np.ndarray, operation: int, kernel: np.ndarray, margin: int) -> None:
+    """A morphological operation in place, each strip with the rows beside it that it depends on.
+
+    OpenCV would make a copy of the whole. `margin` is how many radii of the kernel a pixel reaches.
+    """
+    pixels, reach = mask.view(np.uint8), margin * (len(kernel) // 2)
+    above = pixels[:0].copy()  # the last rows that are done, as they were
+    for rows in strips(*mask.shape):
+        wide = np.concatenate([above, pixels[rows.start : rows.stop + reach]])
+        done = cv2.morphologyEx(wide, operation, kernel)
+        top, here = len(above), rows.stop - rows.start
+        above = wide[max(0, top + here - reach) : top + here]
+        pixels[rows] = done[top : top + here]
 
 
 def _drop(mask: np.ndarray, counted: np.ndarray | None, least: float) -> None:

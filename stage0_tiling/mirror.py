@@ -16,7 +16,6 @@ runs; none is logged or stored.
 import ftplib
 import logging
 import shutil
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,7 +25,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from command_line import DONE, SOME_FAILED, make_parser, run
+from command_line import DONE, SOME_FAILED, log_to_stderr, make_parser, run
 from stage0_tiling.transfer.listing import Item, add_checksums, choose, parse_bytes, path_fault, without_secrets
 from stage0_tiling.transfer.manifest import Manifest
 from stage0_tiling.transfer.mover import Mover, is_there
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    start_logging()
+    log_to_stderr(logger)
 
     # Places
     max_bytes = check(args)
@@ -195,11 +194,6 @@ def report(mover: Mover, failed: dict[str, str], num_there: int) -> int:
     for path, error in sorted(failed.items()):
         logger.error("failed: %r: %s", path, error)
     return SOME_FAILED if failed else DONE
-
-
-def start_logging() -> None:
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s")
-    logger.setLevel(logging.INFO)
 
 
 if __name__ == "__main__":

@@ -15,22 +15,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 import openslide
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from stage0_tiling.icc import ToSrgb, openslide_profile, tiff_profile, to_srgb
+from stage0_tiling.icc import ToSrgb, to_srgb
 from stage0_tiling.pixel_size import PixelSize, SlideError, choose_pixel_size, positive, stated_pixel_size
 from stage0_tiling.resample import ON_GRID, on_grid, resize, sample_box
-from stage0_tiling.slide_files import WHOLE_SLIDE_SUFFIXES
+from stage0_tiling.slide_opening import BACKGROUND, READERS, open_file, reason
+from stage0_tiling.strips import strips
 from stage0_tiling.tiff_codecs import TileError
-from stage0_tiling.tile_cache import bytes_for
-from stage0_tiling.tiled_tiff import TiledTiff
 
-READERS = ("auto", "openslide", "tiff")
-# vendors whose levels are plain grids of tiles; those of others overlap, are padded or come in several regions
-PLAIN_TIFF = ("aperio", "generic-tiff")
-# Suffixes whose first image may be opened without OpenSlide. In other formats that may be a label or a macro image,
-# and a .mrxs file is itself a JPEG of the glass: where OpenSlide does not know such a file, nobody may try.
-FIRST_IMAGE_IS_THE_SLIDE = (".svs", ".tif", ".tiff")
 BOUNDS = (
     openslide.PROPERTY_NAME_BOUNDS_X,
     openslide.PROPERTY_NAME_BOUNDS_Y,
@@ -41,7 +34,6 @@ LEVEL_TOLERANCE = 0.02  # a level this much coarser than asked still counts as f
 MAX_READ_PX = 4096  # side of what is read of a level at once: bounds memory where a slide has no pyramid
 MAX_READ_ROWS = 256  # the same for rows, where that many can be read to the bit as all together
 THUMBNAIL_THREADS = min(4, os.cpu_count() or 1)
-BACKGROUND = 255
 OVERSAMPLING = 2.0  # least, of what is decoded at reduced size and resampled after
 
 Block = tuple[int, int, int, int, tuple[slice, slice]]
@@ -81,15 +73,12 @@ class Slide:
         """
         assert reader in READERS
         self.path = Path(path)
-        if not self.path.exists():
-            raise SlideError(f"{self.path.name} does not exist")
         self._mpp = mpp
-        self._image_dpi: tuple[float | None, float | None] = (None, None)
-        self.icc_profile: bytes | None = None
-        self._tiff: TiledTiff | None = None
-        self._handle = self._open(reader)
+        self._file = open_file(self.path, reader)
+        self._handle, self._tiff, self.format = self._file.handle, self._file.tiff, self._file.format
+        self.icc_profile = self._file.icc_profile
         if reader == "tiff" and self._tiff is None:
-            self._handle.close()
+            self._file.close()
             raise SlideError(
                 f"{self.path.name} ({self.format}) is no tiled TIFF in JPEG or JPEG 2000 that --reader tiff can read: "
                 "use --reader auto"
@@ -98,74 +87,15 @@ class Slide:
         self.width, self.height = self._handle.dimensions
         self.num_levels = self._handle.level_count
         self._downsamples = self._handle.level_downsamples
-        if isinstance(self._handle, openslide.OpenSlide):
-            self._handle.set_cache(openslide.OpenSlideCache(_cache_bytes(self._handle)))
         self.objective = positive(self.properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
         self.bounds = self._scanned_bounds()
         self._to_srgb = self._color_conversion() if icc else None
-
-    def _open(self, reader: str) -> openslide.AbstractSlide | TiledTiff:
-        """OpenSlide where it knows the format, else our own reader, else Pillow, with the whole image in memory."""
-        try:
-            slide = openslide.OpenSlide(self.path)
-        except openslide.OpenSlideError as error:
-            if reader != "openslide" and self._may_open_tiff() and (tiff := TiledTiff.open(self.path)):
-                self.format, self._tiff, self.icc_profile = "tiff", tiff, tiff_profile(self.path)
-                return tiff
-            if isinstance(error, openslide.OpenSlideUnsupportedFormatError):
-                return self._open_image()
-            raise self._unopenable(error) from error
-        except OSError as error:
-            raise self._unopenable(error) from error
-        self.format = slide.properties[openslide.PROPERTY_NAME_VENDOR]
-        self.icc_profile = openslide_profile(slide)
-        if reader != "openslide" and self.format in PLAIN_TIFF:
-            self._tiff = TiledTiff.open(self.path, slide.level_dimensions)
-            if self._tiff and slide.level_count == 1 and (pyramid := self._hidden_pyramid()):
-                slide.close()
-                self._tiff.close()
-                self._tiff = pyramid
-                return pyramid
-        return slide
-
-    def _hidden_pyramid(self) -> TiledTiff | None:
-        """The levels that an OME-TIFF keeps as sub-images of its first, where OpenSlide does not look for them."""
-        tiff = TiledTiff.open(self.path)
-        if tiff and tiff.level_count == 1:
-            tiff.close()
-            return None
-        return tiff
-
-    def _may_open_tiff(self) -> bool:
-        """Whether the file's first image is the slide, though OpenSlide cannot open it."""
-        vendor = openslide.OpenSlide.detect_format(self.path)
-        return self.path.suffix.lower() in FIRST_IMAGE_IS_THE_SLIDE and vendor in (None, *PLAIN_TIFF)
-
-    def _open_image(self) -> openslide.AbstractSlide:
-        suffix = self.path.suffix.lower()
-        if suffix in WHOLE_SLIDE_SUFFIXES and suffix not in FIRST_IMAGE_IS_THE_SLIDE:
-            raise SlideError(f"{self.path.name} is no slide that OpenSlide can open: {_hint(self.path)}")
-        try:
-            with Image.open(self.path) as image:
-                self.format = f"image/{(image.format or 'unknown').lower()}"
-                self._image_dpi = tuple(positive(value) for value in image.info.get("dpi", (None, None)))
-                self.icc_profile = image.info.get("icc_profile")
-                return openslide.ImageSlide(_on_white(image))
-        except UnidentifiedImageError as error:
-            raise SlideError(f"{self.path.name} is no slide or image that OpenSlide or Pillow can open") from error
-        except (OSError, Image.DecompressionBombError) as error:
-            raise self._unopenable(error) from error
-
-    def _unopenable(self, error: Exception) -> SlideError:
-        return SlideError(f"{self.path.name} cannot be opened ({_reason(error)}): is the file whole?")
 
     def __enter__(self) -> "Slide":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._handle.close()
-        if self._tiff is not None:
-            self._tiff.close()
+        self._file.close()
 
     @property
     def properties(self) -> Mapping[str, str]:
@@ -184,7 +114,7 @@ class Slide:
 
     def stated_pixel_size(self) -> PixelSize | None:
         """Microns per pixel as the file states it, plausible or not; None if it states nothing."""
-        return stated_pixel_size(self.properties, self._image_dpi)
+        return stated_pixel_size(self.properties, self._file.image_dpi)
 
     def read_region(self, x: int, y: int, width: int, height: int, size: tuple[int, int]) -> np.ndarray:
         """Read a rectangle of level 0, resampled by area to `size`.
@@ -330,9 +260,9 @@ class Slide:
             columns, rows = max(1, round(columns)), max(1, round(rows))
         x0, y0 = math.floor(left + ON_GRID), math.floor(top + ON_GRID)
         box = x0, y0, max(x0 + 1, math.ceil(left + columns - ON_GRID)), max(y0 + 1, math.ceil(top + rows - ON_GRID))
-        if self._handle is not self._tiff and self._tiff.is_sparse(level, box, shrink):
-            return None
         try:
+            if self._handle is not self._tiff and self._tiff.is_sparse(level, box, shrink):
+                return None
             picture = self._tiff.read(level, box, shrink, pool)
         except (TileError, OSError) as error:
             raise self._unreadable(x, y, level, error) from error
@@ -362,17 +292,20 @@ class Slide:
         downsample = self._downsamples[level]
         region = max(1, round(width / downsample)), max(1, round(height / downsample))
         try:
-            rgba = np.asarray(self._handle.read_region((x, y), level, region))
+            picture = self._handle.read_region((x, y), level, region)
         except (openslide.OpenSlideError, OSError, Image.DecompressionBombError) as error:
             raise self._unreadable(x, y, level, error) from error
-        rgb = np.ascontiguousarray(rgba[..., :3])
-        outside = rgba[..., 3] == 0  # beyond the slide, or never scanned (MRXS)
-        if outside.any():
-            rgb[outside] = BACKGROUND
+        rgb = np.empty((region[1], region[0], 3), np.uint8)
+        for rows in strips(region[1], region[0]):  # a large region is held twice, not four times
+            rgba = np.asarray(picture.crop((0, rows.start, region[0], rows.stop)))
+            rgb[rows] = rgba[..., :3]
+            outside = rgba[..., 3] == 0  # beyond the slide, or never scanned (MRXS)
+            if outside.any():
+                rgb[rows][outside] = BACKGROUND
         return resize(rgb, size)
 
     def _unreadable(self, x: int, y: int, level: int, error: Exception) -> SlideError:
-        return SlideError(f"{self.path.name} cannot be read at ({x}, {y}), level {level} ({_reason(error)})")
+        return SlideError(f"{self.path.name} cannot be read at ({x}, {y}), level {level} ({reason(error)})")
 
     def _scanned_bounds(self) -> tuple[int, int, int, int]:
         """OpenSlide's bounds, cut to the slide; the whole slide where they are missing or make no sense."""
@@ -407,28 +340,3 @@ class Slide:
 
     def _in_srgb(self, picture: np.ndarray) -> np.ndarray:
         return picture if self._to_srgb is None else self._to_srgb(picture)
-
-
-def _hint(path: Path) -> str:
-    if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
-        return f"the folder {path.stem} that belongs to it is missing"
-    if path.suffix.lower() in (".czi", ".isyntax"):
-        return "convert it to a tiled TIFF"
-    return "is the file whole?"
-
-
-def _cache_bytes(slide: openslide.OpenSlide) -> int:
-    """Room for what OpenSlide decodes, 4 bytes a pixel, while a slide is read row by row."""
-    tile_height = slide.properties.get("openslide.level[0].tile-height", "")
-    return bytes_for(slide.dimensions[0], int(tile_height) if tile_height.isdecimal() else 256, bytes_per_pixel=4)
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, (BACKGROUND,) * 4), image).convert("RGB")
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,6 +1,7 @@
 """Which slides a command works on: folders, files and CSV lists become a list of slides with unique names."""
 
 import csv
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,9 @@ def _check_names(entry: SlideEntry) -> None:
     mend = "rename it, or list it in a CSV with a column slide_id"
     if shown != str(entry.path):
         raise ValueError(f"--slides: the path {shown} is not in UTF-8: rename it")
+    if any(unicodedata.category(letter) == "Cc" for letter in str(entry.path)):
+        told = str(entry.path).encode("unicode_escape").decode()
+        raise ValueError(f"--slides: the path {told} holds a control character, such as a line break: rename it")
     if len(entry.slide_id.encode()) > MAX_NAME_BYTES:
         raise ValueError(f"--slides: the name of {shown} is longer than {MAX_NAME_BYTES} bytes: {mend}")
 

@@ -7,7 +7,6 @@ surely its own; it is then recorded as failed, and no run tries it again by itse
 
 import logging
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from command_line import DONE, SOME_FAILED
+from command_line import DONE, SOME_FAILED, log_to_stderr
 from stage0_tiling.claims import Claim, Claims
 from stage0_tiling.full_disk import DiskFull, ending_on_full_disk, is_full, is_still_full
 from stage0_tiling.in_threads import in_threads
@@ -288,8 +287,8 @@ class SlideRun:
 
 def start_logging() -> None:
     """Log to stderr: our own progress, and warnings of others."""
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s")
-    logger.setLevel(logging.INFO)
+    log_to_stderr(logger)
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # a broken slide is told by name, once
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from slide_features import atomic_path
 from stage0_tiling.flags import check_folder
 from stage0_tiling.slide_files import SURVEY_FOLDER
 from stage0_tiling.slide_list import SlideEntry, check_mpp, find_slides
+from stage0_tiling.slide_run import start_logging
 from stage0_tiling.slide_survey import COORDS_BYTES, TILINGS, SurveyRow, survey_slide
 from stage0_tiling.survey_pictures import write_charts, write_contact_sheets, write_thumbnail
 from stage0_tiling.survey_summary import summary_of
@@ -59,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what your machines encode, to estimate hours; measure it on a few slides with encode.py",
     )
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logger.setLevel(logging.INFO)
+    start_logging()
     _check(args)
 
     # Data

@@ -2,14 +2,15 @@
 
 Memory per open file: at most 512 MiB of decoded tiles, and 128 MiB unless two and a half rows of compressed tiles are
 more, which they are beyond 69,000 px at 256 px a tile. Tiles that lie on the grid of compressed tiles need none of it.
-Besides, 25 bytes per compressed tile of where it lies (3.8 MB for a level of 100,000 x 100,000 px), 1 MiB of compressed
-bytes per reading thread, and what is being decoded.
+Besides, 17 bytes per compressed tile of where it lies (2.6 MB for a level of 100,000 x 100,000 px) once a tile of that
+level is read, 1 MiB of compressed bytes per reading thread, and what is being decoded.
 """
 
-import gc
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from itertools import product
 from pathlib import Path
 from typing import Self
@@ -18,12 +19,12 @@ import cv2
 import numpy as np
 
 from stage0_tiling.aligned import Alignment, align
+from stage0_tiling.memory import Lender
 from stage0_tiling.tiff_codecs import TileError
-from stage0_tiling.tiff_levels import TiffLevel, TiffPyramid, read_pyramid
+from stage0_tiling.tiff_levels import MANY_TILES, TiffLevel, TiffPyramid, read_pyramid
 from stage0_tiling.tile_cache import SHARED_ROWS, TileCache, bytes_for
 
 READ_BYTES = 2**20  # most that is read at once of compressed tiles that lie one behind the other
-MANY_TILES = 20_000
 BACKGROUND = 255
 
 
@@ -37,7 +38,7 @@ class TiledTiff:
         properties: stated resolution.
     """
 
-    def __init__(self, path: Path, pyramid: TiffPyramid):
+    def __init__(self, file: FileIO, pyramid: TiffPyramid):
         self._levels = pyramid.levels
         self.properties = pyramid.properties
         self.level_count = len(self._levels)
@@ -48,8 +49,7 @@ class TiledTiff:
         # A tile that lies wholly within a box is not kept: warm memory is written half again as fast as new. Boxes that
         # overlap show when one of these is wanted once more; from then on all are kept.
         self.forget()
-        self._is_whole = [bool(level.counts.all()) for level in self._levels]
-        self._file = path.open("rb", buffering=0)  # read by position: several threads share it, and nothing is mapped
+        self._file = file  # read by position: several threads share it, and nothing is mapped
         self._file_bytes = os.fstat(self._file.fileno()).st_size
 
     @classmethod
@@ -58,18 +58,29 @@ class TiledTiff:
 
         `dimensions` are those of the levels that OpenSlide found; without, the TIFF's own structure counts.
         """
-        if not path.is_file() or (pyramid := read_pyramid(path, dimensions)) is None:
+        if not path.is_file():
             return None
-        if pyramid.levels[0].offsets.size > MANY_TILES:
-            gc.collect(1)  # tifffile's pages refer to each other, and hold what was read of them as Python's integers
-        tiff = cls(path, pyramid)
+        try:
+            file = path.open("rb", buffering=0)
+        except OSError:
+            return None
+        if (pyramid := read_pyramid(path, dimensions, file)) is None:
+            file.close()
+            return None
+        tiff = cls(file, pyramid)
         try:
             for level in range(tiff.level_count):
                 tiff._try_one_tile(level)
+                tiff._levels[level].release()  # the tissue is found on another one
         except (TileError, OSError):
             tiff.close()
             return None
         return tiff
+
+    @property
+    def num_tiles(self) -> int:
+        """Compressed tiles of level 0."""
+        return math.prod(self._levels[0].grid)
 
     def forget(self, width: int | None = None) -> None:
         """Drop all tiles that were kept; what is read from now on is another pass over the slide.
@@ -85,8 +96,10 @@ class TiledTiff:
                 for level in self._levels
             )
         )
-        self._taken = [np.zeros(level.counts.shape, bool) for level in self._levels]
+        self._taken = [np.zeros(level.grid, bool) for level in self._levels]
         self._keeps_all = False
+        # what such a pass has decoded is not wanted after it; new pages cost some milliseconds, though
+        self._new = _empty if width is None or self.num_tiles <= MANY_TILES else Lender()
 
     def close(self) -> None:
         self._file.close()
@@ -101,7 +114,7 @@ class TiledTiff:
 
     def is_sparse(self, level: int, box: tuple[int, int, int, int], shrink: int = 1) -> bool:
         """Whether a box needs tiles that the file does not hold."""
-        if self._is_whole[level]:
+        if self._levels[level].is_whole:
             return False
         rows, columns = self._tiles_in(level, box, shrink)
         return not self._levels[level].counts[rows.start : rows.stop, columns.start : columns.stop].all()
@@ -134,7 +147,7 @@ class TiledTiff:
         if is_full and box == (x, y, x + tile_width, y + tile_height):  # one tile, handed on without a copy
             tile = self._tile(level, rows.start, columns.start, shrink, keep=False)
             return tile.copy() if self._keeps_all else tile
-        picture = np.empty((bottom - top, right - left, 3), np.uint8)
+        picture = self._new((bottom - top, right - left, 3))
         if not is_full:
             picture.fill(BACKGROUND)
 
@@ -179,10 +192,14 @@ class TiledTiff:
         )
         if found is None or self._keeps_all:
             return np.empty(0, int)
-        width = here.counts.shape[1]
+        width = here.grid[1]
         within = (np.arange(found.down)[:, None] * width + np.arange(found.across)).ravel()
         places = (found.rows * width + found.columns)[:, None] + within  # (M, down * across), row by row
-        offsets, counts, taken = here.offsets.take(places), here.counts.take(places), self._taken[level].ravel()
+        try:
+            offsets, counts = here.offsets.take(places), here.counts.take(places)
+        except OSError:  # the reason is found anew where it is told
+            return np.empty(0, int)
+        taken = self._taken[level].ravel()
         keep = ((counts > 0) & (offsets + counts <= self._file_bytes) & ~taken[places]).all(axis=1)
         taken[places[keep]] = True
         index = found.index[keep]
@@ -225,7 +242,7 @@ class TiledTiff:
         here = self._levels[level]
         left, top, right, bottom = box
         tile_height, tile_width = (side // shrink for side in here.decoder.shape)
-        rows, columns = here.counts.shape
+        rows, columns = here.grid
         return (
             range(max(0, top // tile_height), min(rows, -(-bottom // tile_height))),
             range(max(0, left // tile_width), min(columns, -(-right // tile_width))),
@@ -257,8 +274,9 @@ class TiledTiff:
         if offset + count > self._file_bytes:
             raise TileError(f"tile ({column}, {row}) lies beyond the end of the file")
         data = os.pread(self._file.fileno(), count, offset)
+        height, width = level.decoder.shape
         try:
-            return level.decoder(data, shrink)
+            return level.decoder(data, shrink, self._new((height // shrink, width // shrink, 3)))
         except TileError as error:
             raise TileError(f"tile ({column}, {row}): {error}") from error
 
@@ -267,8 +285,12 @@ class TiledTiff:
         here = self._levels[level]
         there = np.flatnonzero(here.counts)
         if len(there):
-            row, column = divmod(int(there[len(there) // 2]), here.counts.shape[1])
+            row, column = divmod(int(there[len(there) // 2]), here.grid[1])
             self._decode(here, row, column, 1)
+
+
+def _empty(shape: tuple[int, ...]) -> np.ndarray:
+    return np.empty(shape, np.uint8)
 
 
 def _for_each(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from stage0_tiling.memory import return_free_memory
 from stage0_tiling.outlines import Polygon, outline
 from stage0_tiling.slide import PixelSize, Slide
 from stage0_tiling.strips import strips
@@ -64,7 +65,10 @@ def find_tissue(slide: Slide, pixel_size: PixelSize, method: str = "otsu") -> Ti
     """Read a thumbnail and find its tissue by one of the methods of tissue_methods.py."""
     picture, mpp = read_thumbnail(slide, pixel_size)
     height, width = picture.shape[:2]
-    return TissueMask(tissue_mask(picture, mpp, method), picture, width / slide.width, height / slide.height)
+    mask = tissue_mask(picture, mpp, method)
+    if height * width > MASK_MAX_PX // 2:
+        return_free_memory()  # before the tiles are laid and read
+    return TissueMask(mask, picture, width / slide.width, height / slide.height)
 
 
 def read_thumbnail(slide: Slide, pixel_size: PixelSize) -> tuple[np.ndarray, float]:
@@ -117,12 +121,12 @@ def mask_span(starts: np.ndarray, length: int, scale: float, limit: int) -> tupl
 
 
 def sums_above_left(mask: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Count the pixels of (H, W) bool above each of some rows and left of each of some columns, (R, C) int64.
+    """Count the pixels of (H, W) bool above each of some rows and left of each of some columns, (R, C) int32.
 
     A summed-area table, of which only what is asked for is kept: the whole would take eight times the mask's memory.
     """
-    found = np.zeros((len(rows), len(columns)), np.int64)
-    above = np.zeros(len(columns), np.int64)
+    found = np.zeros((len(rows), len(columns)), np.int32)
+    above = np.zeros(len(columns), np.int32)
     for part in strips(*mask.shape):
         sums = cv2.integral(mask[part].view(np.uint8))[:, columns]
         here = np.flatnonzero((rows > part.start) & (rows <= part.stop))

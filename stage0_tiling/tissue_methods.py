@@ -16,7 +16,7 @@ grow with it.
 import cv2
 import numpy as np
 
-from stage0_tiling.groups import disc, drop_small, fill_small, grow
+from stage0_tiling.groups import close_gaps, disc, drop_small, fill_small, grow
 from stage0_tiling.strips import map_strips, widen
 from stage0_tiling.white_balance import Balance, Planes, extremes, find_balance, histogram, odd
 
@@ -137,10 +137,9 @@ def chroma_threshold(counts: np.ndarray) -> int:
 
 def _clean(tissue: np.ndarray, excluded: np.ndarray | None, mpp: float) -> np.ndarray:
     """Close small gaps, drop specks, fill small holes, in place."""
-    pixels = tissue.view(np.uint8)
     if excluded is not None:
         np.greater(tissue, excluded, out=tissue)  # set and not excluded
-    cv2.morphologyEx(pixels, cv2.MORPH_CLOSE, disc(CLOSING_UM / 2 / mpp), dst=pixels)
+    close_gaps(tissue, CLOSING_UM / 2 / mpp)
     if excluded is not None:
         np.greater(tissue, excluded, out=tissue)
     drop_small(tissue, MIN_TISSUE_UM2 / mpp**2)

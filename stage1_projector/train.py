@@ -9,18 +9,20 @@ or on images, with the image encoder in the model:
       --vision_model_name vit_base_patch16_siglip_224 --llm_name google/gemma-3-1b-it --output_dir runs/stage1
 """
 
-import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 from jsonargparse.typing import PositiveInt
 
+import accelerator_setup
 from accelerator_setup import (
     SCHEDULE_FLAGS,
     ZERO_FLAGS,
     add_optimizer_arguments,
     add_run_arguments,
+    end_run,
     git_revision,
     learning_rates_now,
     make_accelerator,
@@ -47,12 +49,10 @@ from projector_average import averaged, begin_average, update_average
 from projectors import choose_parts
 from report_loss import optimizer_step
 from run_checkpoints import (
-    begin_run_dir,
+    RUN_FOLDER_FLAGS,
+    begin_or_resume,
     check_identity,
-    checkpoint_to_resume,
-    load_checkpoint,
-    read_run_state,
-    refuse_existing_run,
+    find_run,
     run_identity,
     save_checkpoint,
 )
@@ -74,10 +74,11 @@ from slide_reports import (
 from slide_vlm import SlideVLM, VLMSettings
 from validation import (
     METRIC_FLAGS,
+    STOPPING_FLAGS,
     add_validation_arguments,
-    score_to_go_by,
-    stops_early,
-    validate,
+    epochs_to_go,
+    evaluate_epoch,
+    refuse_unmeasurable,
     written_reports,
 )
 
@@ -115,60 +116,48 @@ def parse_arguments():
 def main() -> int:
     args = parse_arguments()
     flags = flags_of(args)
-    run_dir = Path(args.output_dir)
-    refuse_existing_run(run_dir, overwrite=args.overwrite, resuming=args.resume_from_checkpoint is not None)
-    checkpoint = checkpoint_to_resume(run_dir, args.resume_from_checkpoint)
-    state = read_run_state(checkpoint)
+    run_dir, checkpoint, state = find_run(**chosen(args, RUN_FOLDER_FLAGS))
 
     # Data
+    refuse_contradictions(args)
     train_records, val_records, problems = read_training_records(**chosen(args, RECORD_FLAGS))
-    if args.image_root and not args.vision_model_name:
-        raise ValueError("--image_root needs an image encoder; name it with --vision_model_name")
-
     accelerator = make_accelerator(output_dir=run_dir, **chosen(args, ZERO_FLAGS))
+    refuse_unmeasurable(accelerator, val_records, **chosen(args, STOPPING_FLAGS))
 
     # Model
     model, tokenizer = build_model(args, precision(accelerator), train_records[0].inputs[0])
     model.requires_grad_(False)
     model.unfreeze_visual_parts()
-    if not model.visual_parameters():
-        raise ValueError(f"nothing would learn with --projector {args.projector}; add --position_codes sincos")
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    model.label_smoothing = args.label_smoothing
     train_batches, train_loader, val_loader = make_loaders(
         model, tokenizer, train_records, val_records, accelerator.num_processes, **chosen(args, LOADER_FLAGS)
     )
-    reports = written_reports(accelerator, val_records, tokenizer, METRICS, **chosen(args, METRIC_FLAGS))
+    reports = written_reports(val_records, tokenizer, METRICS, **chosen(args, METRIC_FLAGS))
 
     # Optimizer
-    groups = parameter_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate)
     steps_per_epoch = train_batches.steps_per_epoch
     num_steps = args.num_epochs * steps_per_epoch
     scheduler = make_scheduler(optimizer, num_steps, **chosen(args, SCHEDULE_FLAGS))
 
     # Resume
     identity = run_identity(flags, train_batches, digests(train_records, val_records), model.settings.fingerprints())
-    resuming = {"state": state, "identity": identity, "keep": args.keep_checkpoints}
     check_identity(checkpoint, identity)
     model, optimizer, train_loader, val_loader = prepare(accelerator, model, optimizer, train_loader, val_loader)
     vlm = accelerator.unwrap_model(model)
     if args.projector_ema:
         begin_average(vlm)
-    begin_run_dir(accelerator, run_dir, overwrite=args.overwrite and checkpoint is None)
-    if checkpoint:
-        load_checkpoint(accelerator, run_dir, checkpoint, model, optimizer, scheduler)
+    begin_or_resume(accelerator, run_dir, checkpoint, model, optimizer, scheduler, overwrite=args.overwrite)
     log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     counts = {"train_records": len(train_records), "val_records": len(val_records), "optimizer_steps": num_steps}
-    learning = trainable_parameters(vlm)
-    write_run_json(accelerator, run_dir, flags, problems, **counts, trainable_parameters=learning)
+    write_run_json(accelerator, run_dir, flags, problems, **counts, trainable_parameters=trainable_parameters(vlm))
+    saved = {"state": state, "identity": identity, "keep": args.keep_checkpoints}
+    save = partial(save_checkpoint, accelerator, run_dir, model, optimizer, scheduler, **saved)
 
     # Train
     num_bad = 0
-    for epoch in range(state.step // steps_per_epoch, args.num_epochs):
-        if stops_early(state.evaluations_since_best, args.early_stopping_patience):
-            break
+    for epoch in epochs_to_go(state, steps_per_epoch, args.num_epochs, args.early_stopping_patience):
         model.train()
         train_batches.start_at(epoch, first_step=state.step - epoch * steps_per_epoch)
         for micro_batches in windows(train_loader, args.gradient_accumulation_steps):
@@ -177,17 +166,12 @@ def main() -> int:
             num_bad += result.num_bad
             log.step(state.step, state.step / steps_per_epoch, **learning_rates_now(optimizer), **asdict(result))
             scheduler.step()
-            if args.projector_ema:
-                update_average(vlm, args.projector_ema, state.step)
+            update_average(vlm, args.projector_ema, state.step)
             if state.step % args.save_steps == 0 and state.step % steps_per_epoch != 0:
-                save_checkpoint(accelerator, run_dir, model, optimizer, scheduler, **resuming)
+                save()
         if len(val_records):
-            with averaged(vlm):
-                scores = validate(accelerator, model, val_loader, reports)
-                log.evaluation(state.step, epoch + 1, **scores)
-                if state.note(score_to_go_by(scores, args.best_metric)):
-                    save_result(accelerator, model, run_dir / "best_model", tokenizer)
-        save_checkpoint(accelerator, run_dir, model, optimizer, scheduler, **resuming)
+            evaluate_epoch(accelerator, model, val_loader, reports, epoch + 1, state, log, tokenizer)
+        save()
     log.close_bar()
 
     # Save
@@ -195,11 +179,17 @@ def main() -> int:
         save_result(accelerator, model, run_dir / "final_model", tokenizer)
         ablation = image_ablation(accelerator, model, tokenizer, val_records, **chosen(args, ABLATION_FLAGS))
     log.end(state.step, image_ablation=ablation)
-    if accelerator.is_main_process:
-        print(f"{run_dir / 'final_model'}", file=sys.stdout)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end_run(accelerator, run_dir / "final_model")
     return SOME_FAILED if problems or num_bad else DONE
+
+
+def refuse_contradictions(args) -> None:
+    """Raise ValueError for flags that cannot go together."""
+    accelerator_setup.refuse_contradictions(args)
+    if args.image_root and not args.vision_model_name:
+        raise ValueError("--image_root needs an image encoder; name it with --vision_model_name")
+    if args.vision_model_name and not args.image_root:
+        raise ValueError("--vision_model_name needs --image_root; feature files hold what the encoder of stage 0 gave")
 
 
 def build_model(args, mixed_precision: str, first_input: Path):
@@ -228,7 +218,11 @@ def build_model(args, mixed_precision: str, first_input: Path):
         training=flags_of(args),
         git_revision=git_revision(),
     )
-    return SlideVLM(llm, settings, encoder), tokenizer
+    model = SlideVLM(llm, settings, encoder)
+    model.label_smoothing = args.label_smoothing
+    if not model.visual_parameters():
+        raise ValueError(f"nothing would learn with --projector {args.projector}; add --position_codes sincos")
+    return model, tokenizer
 
 
 if __name__ == "__main__":

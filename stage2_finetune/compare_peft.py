@@ -20,7 +20,7 @@ from jsonargparse.typing import PositiveInt
 
 from accelerator_setup import runs_on_cpu
 from command_line import DONE, INTERRUPTED, flags_of, make_parser, run
-from run_log import read_log
+from run_log import plain_numbers, read_log
 from slide_features import atomic_path
 from stage2_finetune.train import add_arguments
 
@@ -62,6 +62,7 @@ def main() -> int:
         run_dir = output / method
         if not (run_dir / "log.jsonl").exists():  # this method's turn had not come
             flags.pop("resume_from_checkpoint", None)
+        print(f"--llm_training {method}, in {run_dir}", file=sys.stderr, flush=True)
         seconds = train(flags | {"llm_training": method, "output_dir": str(run_dir)}, args.num_processes, output)
         logs[method] = read_log(run_dir / "log.jsonl")
         rows.append(summary(method, run_dir, logs[method], seconds))
@@ -160,6 +161,7 @@ def draw(logs: dict[str, list[dict]], picture: Path) -> None:
         else:
             axes.plot([], [], color=f"C{number}", label=f"{method}, training")
     axes.set(xlabel="seconds of training", ylabel="loss per supervised token", yscale="log")
+    plain_numbers(axes)
     axes.legend()
     temporary = picture.with_name("comparison.writing.png")
     figure.savefig(temporary, dpi=120)

@@ -8,9 +8,8 @@ inputs the image encoder: in full, through LoRA, or in epoch one only (as in Che
 docs/training.md says what each way costs and when to use it.
 """
 
-import sys
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 
 import torch
 
@@ -19,6 +18,7 @@ from accelerator_setup import (
     ZERO_FLAGS,
     add_optimizer_arguments,
     add_run_arguments,
+    end_run,
     learning_rates_now,
     make_accelerator,
     make_scheduler,
@@ -28,20 +28,15 @@ from accelerator_setup import (
     write_run_json,
 )
 from command_line import DONE, SOME_FAILED, chosen, flags_of, make_parser, run
-from encoder_lora import add_encoder_lora
 from evaluation.metrics.for_validation import METRICS
 from image_ablation import ABLATION_FLAGS, image_ablation
-from language_model import add_lora, unfreeze_llm
 from projector_average import averaged, begin_average, update_average
 from report_loss import optimizer_step
 from run_checkpoints import (
-    begin_run_dir,
+    RUN_FOLDER_FLAGS,
+    begin_or_resume,
     check_identity,
-    checkpoint_to_resume,
-    file_digest,
-    load_checkpoint,
-    read_run_state,
-    refuse_existing_run,
+    find_run,
     run_identity,
     save_checkpoint,
 )
@@ -58,18 +53,24 @@ from slide_reports import (
 )
 from slide_vlm import VISUAL_PARTS, VLMSettings
 from stage2_finetune.what_learns import (
+    ENCODER_LEARNING_FLAGS,
+    LLM_LEARNING_FLAGS,
     add_learning_arguments,
     encoder_learns,
     freeze_encoder,
+    let_encoder_learn,
+    let_llm_learn,
     open_stage1,
     refuse_contradictions,
+    stage1_digest,
 )
 from validation import (
     METRIC_FLAGS,
+    STOPPING_FLAGS,
     add_validation_arguments,
-    score_to_go_by,
-    stops_early,
-    validate,
+    epochs_to_go,
+    evaluate_epoch,
+    refuse_unmeasurable,
     written_reports,
 )
 
@@ -98,58 +99,42 @@ def add_arguments(parser) -> None:
 def main() -> int:
     args = parse_arguments()
     flags = flags_of(args)
-    run_dir = Path(args.output_dir)
-    refuse_existing_run(run_dir, overwrite=args.overwrite, resuming=args.resume_from_checkpoint is not None)
-    checkpoint = checkpoint_to_resume(run_dir, args.resume_from_checkpoint)
-    state = read_run_state(checkpoint)
+    run_dir, checkpoint, state = find_run(**chosen(args, RUN_FOLDER_FLAGS))
 
     # Data
     settings = VLMSettings.read(args.stage1_projector_path)
     refuse_contradictions(args, settings)
-    train_records, val_records, problems = read_training_records(
-        **chosen(args, RECORD_FLAGS), expected=making_of(settings)
-    )
-
+    made = making_of(settings)
+    train_records, val_records, problems = read_training_records(**chosen(args, RECORD_FLAGS), expected=made)
     accelerator = make_accelerator(
         output_dir=run_dir, find_unused_parameters=encoder_learns(args), **chosen(args, ZERO_FLAGS)
     )
+    refuse_unmeasurable(accelerator, val_records, **chosen(args, STOPPING_FLAGS))
 
     # Model
     model, tokenizer = open_stage1(args, settings, accelerator)
     model.requires_grad_(False)
-    if args.llm_training == "full":
-        unfreeze_llm(model.llm, args.unfreeze_last_layers)
-    if args.llm_training in ("lora", "qlora"):
-        lora = {"rank": args.lora_rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout}
-        model.llm = add_lora(model.llm, **lora, target_modules=args.lora_target_modules)
+    let_llm_learn(model, **chosen(args, LLM_LEARNING_FLAGS))
     if args.unfreeze_projection_layer:
         model.unfreeze_visual_parts()
-    if args.train_ve or args.train_ve_first_epoch:
-        model.unfreeze_encoder()
-    if args.encoder_lora_rank:
-        add_encoder_lora(model.encoder, rank=args.encoder_lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout)
+    let_encoder_learn(model, **chosen(args, ENCODER_LEARNING_FLAGS))
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    model.label_smoothing = args.label_smoothing
     train_batches, train_loader, val_loader = make_loaders(
         model, tokenizer, train_records, val_records, accelerator.num_processes, **chosen(args, LOADER_FLAGS)
     )
-    reports = written_reports(accelerator, val_records, tokenizer, METRICS, **chosen(args, METRIC_FLAGS))
+    reports = written_reports(val_records, tokenizer, METRICS, **chosen(args, METRIC_FLAGS))
 
     # Optimizer
     rates = dict.fromkeys(VISUAL_PARTS, args.projector_learning_rate) | {"encoder": args.encoder_learning_rate}
-    groups = parameter_groups(model, args.weight_decay, rates)
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, rates), lr=args.learning_rate)
     steps_per_epoch = train_batches.steps_per_epoch
     num_steps = args.num_epochs * steps_per_epoch
     scheduler = make_scheduler(optimizer, num_steps, **chosen(args, SCHEDULE_FLAGS))
 
     # Resume
-    stage1 = {"stage1_projector": file_digest(Path(args.stage1_projector_path) / "projector" / "model.safetensors")}
-    identity = run_identity(
-        flags, train_batches, digests(train_records, val_records), model.settings.fingerprints(), stage1
-    )
-    resuming = {"state": state, "identity": identity, "keep": args.keep_checkpoints}
+    models = model.settings.fingerprints() | stage1_digest(args.stage1_projector_path)
+    identity = run_identity(flags, train_batches, digests(train_records, val_records), models)
     check_identity(checkpoint, identity)
     if args.train_ve_first_epoch and state.step >= steps_per_epoch:
         freeze_encoder(model, optimizer)
@@ -157,19 +142,16 @@ def main() -> int:
     vlm = accelerator.unwrap_model(model)
     if args.projector_ema:
         begin_average(vlm)
-    begin_run_dir(accelerator, run_dir, overwrite=args.overwrite and checkpoint is None)
-    if checkpoint:
-        load_checkpoint(accelerator, run_dir, checkpoint, model, optimizer, scheduler)
+    begin_or_resume(accelerator, run_dir, checkpoint, model, optimizer, scheduler, overwrite=args.overwrite)
     log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     counts = {"train_records": len(train_records), "val_records": len(val_records), "optimizer_steps": num_steps}
-    learning = trainable_parameters(vlm)
-    write_run_json(accelerator, run_dir, flags, problems, **counts, trainable_parameters=learning)
+    write_run_json(accelerator, run_dir, flags, problems, **counts, trainable_parameters=trainable_parameters(vlm))
+    saved = {"state": state, "identity": identity, "keep": args.keep_checkpoints}
+    save = partial(save_checkpoint, accelerator, run_dir, model, optimizer, scheduler, **saved)
 
     # Train
     num_bad = 0
-    for epoch in range(state.step // steps_per_epoch, args.num_epochs):
-        if stops_early(state.evaluations_since_best, args.early_stopping_patience):
-            break
+    for epoch in epochs_to_go(state, steps_per_epoch, args.num_epochs, args.early_stopping_patience):
         model.train()
         train_batches.start_at(epoch, first_step=state.step - epoch * steps_per_epoch)
         for micro_batches in windows(train_loader, args.gradient_accumulation_steps):
@@ -178,19 +160,14 @@ def main() -> int:
             num_bad += result.num_bad
             log.step(state.step, state.step / steps_per_epoch, **learning_rates_now(optimizer), **asdict(result))
             scheduler.step()
-            if args.projector_ema:
-                update_average(vlm, args.projector_ema, state.step)
+            update_average(vlm, args.projector_ema, state.step)
             if state.step % args.save_steps == 0 and state.step % steps_per_epoch != 0:
-                save_checkpoint(accelerator, run_dir, model, optimizer, scheduler, **resuming)
+                save()
         if len(val_records):
-            with averaged(vlm):
-                scores = validate(accelerator, model, val_loader, reports)
-                log.evaluation(state.step, epoch + 1, **scores)
-                if state.note(score_to_go_by(scores, args.best_metric)):
-                    save_result(accelerator, model, run_dir / "best_model", tokenizer)
+            evaluate_epoch(accelerator, model, val_loader, reports, epoch + 1, state, log, tokenizer)
         if args.train_ve_first_epoch and epoch == 0:
             freeze_encoder(vlm, optimizer)
-        save_checkpoint(accelerator, run_dir, model, optimizer, scheduler, **resuming)
+        save()
     log.close_bar()
 
     # Save
@@ -198,10 +175,7 @@ def main() -> int:
         save_result(accelerator, model, run_dir / "final_model", tokenizer)
         ablation = image_ablation(accelerator, model, tokenizer, val_records, **chosen(args, ABLATION_FLAGS))
     log.end(state.step, image_ablation=ablation)
-    if accelerator.is_main_process:
-        print(f"{run_dir / 'final_model'}", file=sys.stdout)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end_run(accelerator, run_dir / "final_model")
     return SOME_FAILED if problems or num_bad else DONE
 
 

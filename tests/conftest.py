@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle thread
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,6 +151,21 @@ def environment() -> dict[str, str]:
 def heed_interrupts() -> None:
     """For a child that is to be interrupted: a background job of a shell ignores interrupts, and hands that down."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def run_on_two(*arguments: object) -> None:
+    """Run a script on two processes that know of each other, each a fork as of :func:`run_command`."""
+    from tests.forked_runs import free_port
+
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+    def start(rank: int) -> subprocess.CompletedProcess:
+        own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return run_forked([str(argument) for argument in arguments], environment() | own)
+
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(start, (0, 1)))
+    assert [each.returncode for each in done] == [0, 0], done[0].stderr + done[1].stderr
 
 
 def run_command(*arguments: object, processes: int | None = None, status: int = 0) -> subprocess.CompletedProcess:

@@ -62,6 +62,9 @@ def main() -> None:
     train(stage2_finetune.train.main, packed, "packed", "single", 1)
     halved = ["--batch_size", GLOBAL_BATCH // 4, "--gradient_accumulation_steps", 2]
     train(stage2_finetune.train.main, packed, "packed", "ddp", 1, *halved)
+    train(stage2_finetune.train.main, packed, "packed", "fsdp2", 1, *halved, "--ple_device", "cpu")
+    for layout in LAYOUTS:
+        train(stage2_finetune.train.main, [*lora, "--llm_training", "qlora"], "qlora", layout, 1)
     # What each layout reached after one epoch goes on in the others.
     for written_in, resumed_in in (("ddp", "fsdp2"), ("fsdp2", "single"), ("single", "ddp"), ("fsdp2", "fsdp2")):
         name = f"{written_in}_then"

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import openslide
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from PIL import Image
 
 from encoders import load_encoder
 from inference import app as app_command
+from inference import evidence
 from inference.answers import Answering
 from inference.app_routes import create_app
 from inference.decoding import Decoding
@@ -186,6 +188,22 @@ def test_a_listed_slide_that_becomes_a_link_out_is_no_longer_shown(served, folde
     (folder / "one.tiff").symlink_to(folder.parent / "secret.tiff")
     assert client.get(f"/api/slides/{key}").status_code == 404
     assert client.get(f"/api/slides/{key}/thumbnail.jpg").status_code == 404
+
+
+def test_a_slide_that_is_taken_away_while_it_is_asked_for_is_one_line(served, folder, monkeypatch):
+    client, _ = served
+    key, find = key_of(client), SlideFolder.find
+
+    def find_and_lose(self, key):
+        found = find(self, key)
+        found.path.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(SlideFolder, "find", find_and_lose)
+    answer = client.get(f"/api/slides/{key}")
+    assert answer.status_code == 404 and answer.json() == {"error": "no such slide in the folder"}
+    monkeypatch.undo()
+    assert client.get(f"/api/slides/{key}/outline").status_code == 404
 
 
 def test_a_slide_that_cannot_be_opened_is_one_line(served, folder):
@@ -441,6 +459,8 @@ def test_questions_and_files_that_are_refused(served):
     for body in ({"slide": key, "question": "x" * 2001}, {"slide": 5}, {}):
         answer = client.post("/api/jobs", json=body, headers=OURS)
         assert answer.status_code == 422 and isinstance(answer.json()["error"], str)
+    cut = client.post("/api/jobs", content='{"slide":', headers=OURS | {"Content-Type": "application/json"})
+    assert cut.status_code == 422 and cut.json() == {"error": "the request holds no JSON"}
     assert client.get("/api/jobs/unknown").status_code == 404
     job = ask(client, "a").json()["id"]
     assert client.get(f"/api/jobs/{job}/files/report.txt").status_code == 404
@@ -519,6 +539,20 @@ def test_report_question_evidence_and_files(folder, writer, monkeypatch):
     assert not app.state.queue.folder.exists()
 
 
+def test_a_question_that_is_cut_is_said(folder, writer, model_folder, monkeypatch, capsys):
+    from inference import generate
+
+    long = "Which organ, and which grade? " * 60
+    result = writer.write(Job("x", folder.parent / "job"), folder / "one.tiff", long)
+    assert result["unread_question_tokens"] > 100
+    told = writer.write(Job("x", folder.parent / "job2"), folder / "one.tiff", "Which organ?")
+    assert "unread_question_tokens" not in told
+    flags = ["--model", model_folder, "--slide", folder / "one.tiff", "--num_beams", 1, "--max_new_tokens", 3]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags), "--question", long])
+    assert generate.main() == 0
+    assert f"not its last {result['unread_question_tokens']}" in capsys.readouterr().err
+
+
 def test_the_report_is_that_of_generate(folder, writer, model_folder, monkeypatch, capsys):
     from inference import generate
 
@@ -593,3 +627,49 @@ def test_models_of_images_are_refused(folder, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["app.py", "--model", str(model), "--slides", str(folder), "--port", "0"])
     with pytest.raises(ValueError, match="trained on images"):
         app_command.main()
+
+
+def short_of_memory(errors):
+    """A function that fails as often as it has errors, and then never again."""
+
+    def fail(*args, **settings):
+        if errors:
+            raise errors.pop(0)
+
+    return fail
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has ..."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
+
+
+def test_a_lack_of_memory_is_one_line_and_the_next_report_is_written(folder, writer, monkeypatch):
+    fail, answer = short_of_memory(list(OUT_OF_MEMORY)), writer.answering.answer
+    monkeypatch.setattr(Answering, "answer", lambda self, *args: fail() or answer(*args))
+    app = create_app(SlideFolder(folder, 10**9), writer, {"model": "tiny"}, HOSTS)
+    with TestClient(app, base_url="http://localhost") as client:
+        jobs = [ask(client).json()["id"] for _ in range(len(OUT_OF_MEMORY) + 1)]
+        for job in jobs[:-1]:
+            error = wait_for(client, job, "done", "failed")["error"]
+            assert error.startswith("the memory of cpu did not suffice while writing the report;")
+            assert "--num_beams 1" in error and "alloc_cpu" not in error
+        assert wait_for(client, jobs[-1], "done", "failed")["result"]["report"]
+
+
+def test_a_report_is_not_lost_where_its_evidence_does_not_fit_the_memory(folder, writer, monkeypatch):
+    fail = short_of_memory(list(OUT_OF_MEMORY))
+    monkeypatch.setattr(evidence, "_integrated", lambda *args, found=evidence._integrated: fail() or found(*args))
+    for number in range(len(OUT_OF_MEMORY)):
+        result = writer.write(Job("x", folder.parent / f"job{number}"), folder / "one.tiff")
+        assert result["report"] and "memory did not suffice" in result["no_evidence"]
+        assert (folder.parent / f"job{number}" / "report.txt").read_text() == result["report"] + "\n"
+    assert "no_evidence" not in writer.write(Job("x", folder.parent / "job"), folder / "one.tiff")
+
+
+def test_other_faults_are_not_taken_for_a_lack_of_memory(folder, writer, monkeypatch):
+    monkeypatch.setattr(Answering, "answer", lambda *_: short_of_memory([RuntimeError("shapes do not match")])())
+    with pytest.raises(RuntimeError, match="shapes"):
+        writer.write(Job("x", folder.parent / "job"), folder / "one.tiff")

@@ -18,22 +18,38 @@ from tests.slides import DrawnSlide
 from tests.test_app import HOSTS, TILING
 from tests.test_inference import save_model
 
+GATE = threading.Event()  # reports are written while it is set
+GATE.set()
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
+class GatedWriter(ReportWriter):
+    def _write(self, job, path, question):
+        job.progress("Before the gate")
+        while not GATE.wait(0.01):
+            job.progress("Before the gate")
+        return super()._write(job, path, question)
+
+
 @pytest.fixture(scope="module")
-def address(corpus, tmp_path_factory):
-    """The page, served to a port of this machine, with a folder of three slides, one without tissue and one broken."""
+def root(tmp_path_factory):
+    """A folder of three slides, one without tissue and one broken."""
     root = tmp_path_factory.mktemp("slides")
     DrawnSlide(width=1100, height=900, num_levels=2).write(root / "one.tiff")
     DrawnSlide(width=700, height=600, num_levels=1, pieces=()).write(root / "blank.tiff")
     (root / "broken.tiff").write_bytes((root / "one.tiff").read_bytes()[:900])
+    return root
+
+
+@pytest.fixture(scope="module")
+def address(corpus, root, tmp_path_factory):
+    """The page, served to a port of this machine."""
     encoder = load_encoder(str(corpus.encoder))
     about = {"encoder": str(corpus.encoder), "encoder_fingerprint": encoder.fingerprint(), "tiling": TILING}
     folder = save_model(tmp_path_factory.mktemp("m") / "final_model", corpus, patch_width=encoder.width, **about)
     model, tokenizer = load_vlm(folder)
     answering = Answering(Decoding(num_beams=1, max_new_tokens=12))
-    writer = ReportWriter(model, tokenizer, encoder, answering=answering, num_workers=1)
+    writer = GatedWriter(model, tokenizer, encoder, answering=answering, num_workers=1)
     shown = {"model": "tiny", "llm": "tiny", "encoder": "tiny", "tile_size": 64, "mpp": 2.0}
     app = create_app(SlideFolder(root, 3_000_000), writer, shown, HOSTS)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
@@ -67,8 +83,9 @@ def page(address):
 
 
 def complain(page, message) -> None:
-    """Keep what the browser calls an error, but for refused requests: the broken slide has no thumbnail."""
-    if message.type == "error" and not message.text.startswith("Failed to load resource"):
+    """Keep what the browser calls an error, but for refused requests: slides are broken, or taken away."""
+    refused = ("Failed to load resource", "Tile %s failed to load")
+    if message.type == "error" and not message.text.startswith(refused):
         page.complaints.append(message.text)
 
 
@@ -120,7 +137,8 @@ def test_a_slide_opens_zooms_and_shows_tissue_and_tiles(page):
     assert painted(page) == 0
     for name in ("Tissue", "Tiles"):
         page.get_by_role("button", name=name, exact=True).click()
-    until(page, "document.getElementById('show-tiles').title.includes('tiles')")
+    until(page, "document.getElementById('legend').innerText.includes('% of the slide')")
+    assert " tiles" in page.locator("#legend").inner_text()
     both = painted(page)
     page.get_by_role("button", name="Tissue", exact=True).click()
     assert both > painted(page) > 0
@@ -137,9 +155,10 @@ def test_a_report_is_written_and_a_click_on_a_line_shows_its_evidence(page):
     assert painted(page) > 1000 and page.locator("#legend").is_visible()
     page.locator(".tiles button img").first.wait_for()
     assert page.evaluate("document.querySelector('.tiles img').complete")
-    before = page.locator("#scale-text").inner_text()
+    width = "document.querySelector('#scale i').style.width"
+    before = page.evaluate(width)
     page.locator(".tiles button").first.click()
-    until(page, f"document.getElementById('scale-text').textContent !== {before!r}")
+    until(page, f"{width} !== {before!r}")
     page.get_by_role("button", name="Evidence", exact=True).click()
     assert painted(page) == 0
     page.get_by_role("button", name="Evidence", exact=True).click()
@@ -183,6 +202,87 @@ def test_a_slide_is_added_and_opened(page, tmp_path):
     until(page, "document.getElementById('slide-name').textContent === 'added.tiff'")
     assert page.locator(".slide").count() == 4
     assert page.locator("[aria-current=true]").inner_text().startswith("added.tiff")
+
+
+def test_a_report_goes_on_while_others_wait_and_the_page_is_left(page, address):
+    GATE.clear()
+    page.get_by_role("button", name="Write the report").click()
+    page.locator(".card progress").wait_for()
+    other = page.context.browser.new_context().new_page()
+    other.goto(address)
+    pick(other, "one.tiff")
+    assert other.locator(".card").count() == 0, "another browser has reports of its own"
+    other.get_by_role("button", name="Write the report").click()
+    until(other, "document.querySelector('.card')?.innerText.includes('1 other before you')")
+    page.reload()
+    until(page, "document.querySelector('.card .row')?.innerText.includes('Before the gate')")
+    assert page.get_by_role("button", name="Write the report").is_hidden(), "not a second time"
+    pick(page, "one.tiff")
+    until(page, "document.querySelectorAll('.lines').length === 2")  # its report and the answer are still there
+    assert "writing" in page.get_by_role("button", name="added.tiff").inner_text()
+    GATE.set()
+    until(page, "document.querySelector('[title=\"added.tiff\"]').innerText.includes('reported')")
+    pick(page, "added.tiff")
+    page.locator(".lines button").first.wait_for()
+    assert page.locator(".lines").count() == 1
+    other.locator(".lines button").first.wait_for()
+    other.context.close()
+
+
+def test_a_report_is_given_up(page):
+    pick(page, "blank.tiff")
+    page.locator("#cards").get_by_role("button", name="Close").click()  # what went wrong with it before
+    GATE.clear()
+    page.get_by_role("button", name="Write the report").click()
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name="Write the report").wait_for()
+    assert page.locator(".card").count() == 0
+    GATE.set()
+
+
+def test_a_model_of_whole_slides_shows_its_report_without_evidence(page, monkeypatch):
+    monkeypatch.setattr(ReportWriter, "no_evidence", "This model reads the slide as a whole.")
+    pick(page, "one.tiff")
+    page.fill("#question", "Which grade?")
+    page.get_by_role("button", name="Ask").click()
+    until(page, "document.querySelectorAll('.lines').length === 3")
+    last = page.locator(".card").last
+    assert last.locator(".lines > p").count() > 0 == last.locator(".lines button").count()
+    assert last.locator(".downloads a").all_inner_texts() == ["Answer"]
+
+
+def test_a_slide_that_is_taken_away_is_said(page, root):
+    for name in ("gone.tiff", "gone later.tiff"):
+        shutil.copy(root / "one.tiff", root / name)
+    page.reload()
+    page.get_by_role("button", name="gone.tiff").wait_for()
+    (root / "gone.tiff").unlink()
+    pick(page, "gone.tiff")
+    until(page, "document.getElementById('view-message').innerText.includes('no such slide')")
+    until(page, "document.querySelector('[title=\"gone.tiff\"]') === null")
+    pick(page, "gone later.tiff")
+    until(page, "document.getElementById('view-message').innerText === ''")  # a part of it is shown
+    (root / "gone later.tiff").unlink()
+    for _ in range(4):
+        page.get_by_role("button", name="Zoom in").click()
+    until(page, "document.getElementById('view-message').innerText.includes('no such slide')")
+    until(page, "document.querySelector('[title=\"gone later.tiff\"]') === null")
+
+
+def test_the_keyboard_goes_through_the_list_with_one_stop(page):
+    page.locator("#search").focus()
+    page.keyboard.press("Tab")
+    names = page.locator(".slide b").all_inner_texts()
+    focused = "document.activeElement.title"
+    assert page.evaluate(focused) == names[0] and page.locator('.slide[tabindex="0"]').count() == 1
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate(focused) == names[1]
+    page.keyboard.press("End")
+    assert page.evaluate(focused) == names[-1]
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "file"
+    pick(page, "added.tiff")
+    page.locator("#scale").wait_for()
 
 
 def test_small_screens_and_reloads(page):

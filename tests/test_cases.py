@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encoders import load_encoder
-from inference.decoding import generate_answers
 from projectors import REDUCERS
 from slide_features import SlideFeatures, read_slide_features, write_slide_features
 from slide_reports import (
@@ -27,7 +26,7 @@ from slide_reports import (
 from slide_reports.batches import make_loader
 from slide_vlm import IGNORED_LABEL, IMAGE_MARKER, expand_image_markers
 from tests.conftest import run_command
-from tests.tiny_models import PATCH_WIDTH, REPORTS, make_model, make_tokenizer
+from tests.tiny_models import PATCH_WIDTH, REPORTS, generate_answers, make_model, make_tokenizer
 
 SIZES = ((30,), (20, 10), (3, 40, 1))  # tiles of the slides of three cases
 

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from inference import predict
 from stage0_encoder import compare_encoders, comparison_steps, train_classifier
 from stage0_encoder.compare_encoders import checked_entries
 from stage0_encoder.comparison_steps import JOURNAL, StepFailed, do_steps, encoder_of, plan_steps, words_of
-from stage0_encoder.comparison_table import write_tables
+from stage0_encoder.comparison_table import draw, write_tables
 from stage1_projector import train as stage1
 from stage2_finetune import train as stage2
 from tests.conftest import ROOT, environment
@@ -133,6 +134,25 @@ def test_the_table_ranks_and_says_what_failed(tmp_path):
     with (tmp_path / "comparison.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["bleu_4_low_95"] == "0.1" and rows[1]["bleu_4"] == ""
+
+
+def test_the_figure_ranks_and_shows_what_is_not_known(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr("evaluation.figures.Figure.savefig", lambda figure, path, **_: drawn.append(figure))
+    monkeypatch.setattr("stage0_encoder.comparison_table.atomic_path", lambda path: nullcontext(path))
+    results = {
+        "low": {"bleu_4": 0.2, "intervals_95": {"bleu_4": [0.1, 0.3]}, "baselines": {"constant": {"bleu_4": 0.05}}},
+        "high": {"bleu_4": 0.5, "intervals_95": {"bleu_4": [0.45, 0.6]}},
+    }
+    rows = [{"name": "low", "seconds": 90, "encoder_parameters": None}]
+    rows.append({"name": "high", "seconds": 30, "encoder_parameters": 85_800_000})
+    draw(results, rows, ["bleu_4"], tmp_path / "comparison.png")
+    scores, minutes, parameters = drawn[0].axes
+    assert [label.get_text() for label in scores.get_yticklabels()] == ["high", "low"]
+    assert [text.get_text() for text in scores.texts] == ["0.50", "0.20"]
+    assert [list(line.get_xdata()) for line in scores.lines if len(line.get_xdata()) == 2] == [[0.45, 0.6], [0.1, 0.3]]
+    assert [text.get_text().strip() for text in minutes.texts] == ["0.5", "1.5"]
+    assert [text.get_text().strip() for text in parameters.texts] == ["85.8", "not known"]
 
 
 def test_encoders_are_compared_on_images_and_a_failure_does_not_end_it(corpus, tmp_path, monkeypatch, capsys):

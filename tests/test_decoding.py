@@ -10,19 +10,18 @@ from transformers import GenerationConfig
 
 from inference.choice import GumbelNoise
 from inference.constraints import AllowedReports, Grammar, nearest
+from inference.cpu_products import product, use_onednn
 from inference.decoding import (
     Decoding,
-    answer_samples,
     decode,
     decode_samples,
     extend_prefix,
-    generate_answers,
     read_prefixes,
     text_of,
 )
 from language_model import add_lora
 from slide_reports import collate
-from tests.tiny_models import REPORTS, make_batch, make_model, make_sample
+from tests.tiny_models import REPORTS, generate_answers, make_batch, make_model, make_sample
 
 
 def plain_log_probs(model, batch, answer: list[int]) -> torch.Tensor:
@@ -221,8 +220,10 @@ def test_reducer_that_heeds_the_question_shares_nothing():
         sample["question_ids"] = tokenizer(question, add_special_tokens=False)["input_ids"]
     prefixes = read_prefixes(model, samples)
     assert prefixes[0] is not prefixes[1]
-    both = answer_samples(model, tokenizer, samples, num_beams=1, max_new_tokens=6)
-    assert both == [answer_samples(model, tokenizer, [s], num_beams=1, max_new_tokens=6)[0] for s in samples]
+    greedy = Decoding(num_beams=1, max_new_tokens=6)
+    both = decode_samples(model, tokenizer, samples, decoding=greedy)
+    alone = [decode_samples(model, tokenizer, [sample], decoding=greedy)[0] for sample in samples]
+    assert [a.token_ids for (a,) in both] == [a.token_ids for (a,) in alone]
 
 
 @pytest.mark.parametrize("family", ["gemma3n", "llama"])
@@ -249,6 +250,53 @@ def test_model_whose_attention_is_not_pytorchs_reads_whole_prompts():
     plain = decode_samples(model, tokenizer, samples, decoding=Decoding(num_beams=3, max_new_tokens=6))
     assert [a.token_ids for (a,) in plain] == [a.token_ids for (a,) in shared]
     assert [a.log_probs for (a,) in plain] == [pytest.approx(a.log_probs, abs=1e-4) for (a,) in shared]
+
+
+# Products on a CPU
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_onednn_are_those_of_plain_layers(bias):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(24, 7, bias=bias)
+    rows = torch.randn(2, 5, 24)
+    expected = layer(rows)
+    use_onednn(layer)
+    assert torch.allclose(layer(rows), expected, atol=1e-5)
+    with torch.inference_mode():
+        assert torch.allclose(layer(rows), expected, atol=1e-5)
+        assert layer(rows[:0]).shape == (0, 5, 7)
+        matrices = torch.randn(1, 1, 24, 9)
+        found = product(rows[None, :1], matrices.transpose(2, 3))
+        assert torch.allclose(found, rows[None, :1] @ matrices, atol=1e-5), "a transposed matrix"
+        assert layer.bfloat16()(rows.bfloat16()).dtype == torch.bfloat16
+    layer.float()(rows.requires_grad_()).sum().backward()
+    assert rows.grad.abs().sum() > 0, "gradients go through, as evidence needs them"
+
+
+def test_compiled_layers_are_left_to_the_compiler():
+    """It refuses this operation of oneDNN where weights may change."""
+    layer, called = torch.nn.Linear(8, 8), []
+    use_onednn(layer)
+
+    def look(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with torch.inference_mode():
+        torch.compile(layer, backend=look)(torch.ones(2, 8))
+    assert called and not any("mkldnn" in name for name in called)
+
+
+def test_answers_by_onednn_are_those_of_plain_layers():
+    model, tokenizer = make_model("gemma3n", num_visual_tokens=24)
+    model.llm = add_lora(model.llm, rank=4, alpha=64, dropout=0.0).eval()
+    samples = samples_about(tokenizer, (20, 5), QUESTIONS[:2])
+    plain = decode_samples(model, tokenizer, samples, decoding=Decoding(num_beams=3, max_new_tokens=6))
+    use_onednn(model.llm)
+    found = decode_samples(model, tokenizer, samples, decoding=Decoding(num_beams=3, max_new_tokens=6))
+    assert [a.token_ids for (a,) in found] == [a.token_ids for (a,) in plain]
+    assert [a.log_probs for (a,) in found] == [pytest.approx(a.log_probs, abs=1e-4) for (a,) in plain]
 
 
 # Draws

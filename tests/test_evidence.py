@@ -15,7 +15,14 @@ from PIL import Image
 
 from inference import evidence as ev
 from inference import generate, judge_evidence, judging
-from inference.evidence_files import tiled_slide, tiled_slide_of_features, top_tiles, write_evidence
+from inference.evidence_files import (
+    draw_legend,
+    in_words,
+    tiled_slide,
+    tiled_slide_of_features,
+    top_tiles,
+    write_evidence,
+)
 from slide_features import SlideCoords, write_slide_features
 from stage0_tiling.slide import Slide
 from tests.conftest import run_command
@@ -190,7 +197,6 @@ def test_measures_are_their_plain_definitions():
     assert judging.top_tile(np.array([0.0, 2.0, 2.0])) == 1
     assert judge_evidence.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert judging.area(np.ones(11)) == pytest.approx(1)
-    assert top_tiles(np.array([0.5, -1, 0.7, 0.0])) == [2, 0]
 
 
 def test_deletion_begins_with_the_slide_and_ends_with_one_tile():
@@ -267,6 +273,40 @@ def test_files_of_a_slide(slide, tmp_path):
     (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="something else"):
         write_evidence(tmp_path / "thesis", found, [where], {})
+
+
+def evidence_of(*slides: list[float]) -> ev.Evidence:
+    """Evidence of one line that was made up."""
+    whole = ev.ReportLine("Lung", 0, 4, -1.0, 1)
+    coords = [np.stack([np.arange(len(values)) * 256, np.zeros(len(values), int)], 1) for values in slides]
+    maps = [np.array([values, values], np.float32) for values in slides]
+    return ev.Evidence("Lung", whole, [whole], coords, {ev.INTEGRATED: maps})
+
+
+def test_top_tiles_are_ranked_over_the_slides_of_a_case(slide, tmp_path):
+    assert top_tiles(evidence_of([0.5, -1, 0.7, 0.0]), 0) == [(1, 0, 2), (2, 0, 0)]
+    case_of_two = evidence_of([0.5, -1, 0.04], [0.9, 0.6])
+    assert top_tiles(case_of_two, 1) == [(1, 1, 0), (2, 1, 1), (3, 0, 0)], "0.04 is next to nothing"
+    where = tiled_slide(slide, {"tile_size": 64, "mpp": 2.0})
+    write_evidence(tmp_path / "e", case_of_two, [where, where], {})
+    line = json.loads((tmp_path / "e" / "evidence.json").read_text())["lines"][1]
+    assert [(top["rank"], top["slide_id"]) for top in line["top_tiles"]] == [(1, "one (2)"), (2, "one (2)"), (3, "one")]
+    assert all((tmp_path / "e" / top["picture"]).is_file() for top in line["top_tiles"])
+    assert (line["strongest_evidence"], line["evidence_of_all_tiles"]) == pytest.approx((1, 1.04))
+    features = json.loads((tmp_path / "e" / "one" / "evidence.geojson").read_text())["features"]
+    marked = [f["properties"]["name"] for f in features if f["properties"]["objectType"] == "annotation"]
+    assert marked == ["report, tile 3", "line 1, tile 3"]
+
+
+def test_the_weight_of_the_colours_is_said():
+    assert in_words(0.0044, 0.0125).startswith("All tiles together: 1.01 times as probable as with the slide's mean")
+    assert [in_words(1, total).split()[3] for total in (-0.7, 3, 7.0, -6)] == ["0.50", "20", "1,097", "0.002"]
+    assert "0.0044 in log-probability" in in_words(0.0044, 0.0125) and "e^-300" in in_words(5, -300.2)
+    wide, narrow = (draw_legend(width, LINES, in_words(1, 2)) for width in (1400, 30))
+    assert wide.shape == (66, 1400, 3) and narrow.shape == (66, 30, 3)
+    assert (wide[35:] < 100).any(), "the weight stands below the words"
+    greek, boxes = (draw_legend(600, text, "") for text in ("β ü ≥ µ", "\ue000 \ue001 \ue002 \ue003"))
+    assert not np.array_equal(greek, boxes), "letters that reports have are no boxes"
 
 
 def test_pictures_show_the_pyramid_and_never_label_or_macro(slide, tmp_path, monkeypatch):
@@ -373,10 +413,30 @@ def test_judge_prints_a_table_and_lists_what_it_could_not_judge(outlined, model_
     for entry in judged["table"]:
         assert entry["pointing_slides"] == 2 and entry["chance"] == pytest.approx(0.25)  # 2 of 8
         assert entry["deletion_curve"][0] == pytest.approx(entry["insertion_curve"][-1], rel=1e-4)
-        assert done.stdout.count(entry["map"]) == 2
-    assert "1 without a lesion, or nothing but lesion" in done.stdout
+        assert done.stdout.partition("pointing: ")[0].count(entry["map"]) == 2
+    assert "1 without a lesion, or nothing but lesion" in done.stdout and "which the one random map" in done.stdout
+    assert "report: integrated_gradients points at the lesion" in done.stdout
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size[0] > 600
+
+
+def test_what_the_figures_say_is_not_more_than_they_show():
+    def said(hits: int, blind: int, wins: int, slides: int = 40) -> str:
+        pointing = {"pointing_slides": slides, "interval": judge_evidence.wilson(hits, slides), "chance": 0.18}
+        maps = {ev.INTEGRATED: pointing, "unlike_the_rest": {"pointing": blind / slides}}
+        lines = [
+            {ev.INTEGRATED: {"deletion": -1.0}, "random": {"deletion": 0.0 if number < wins else -2.0}}
+            for number in range(slides)
+        ]
+        return "; ".join(judge_evidence.readings(maps, lines))
+
+    assert "above chance;" in said(32, 8, 38) and "proves nothing" not in said(32, 8, 38)
+    assert "costs more" in said(32, 8, 38) and "38 of 40 slides" in said(32, 8, 38)
+    assert "as often or more: this alone proves nothing" in said(32, 33, 38)
+    assert "within the error of chance" in said(9, 33, 20)
+    assert "below chance" in said(0, 0, 20) and "does not reliably cost more" in said(32, 8, 22)
+    nothing = {ev.INTEGRATED: {"pointing_slides": 0}, "unlike_the_rest": {}}
+    assert len(judge_evidence.readings(nothing, [{name: {"deletion": 0.0} for name in (ev.INTEGRATED, "random")}])) == 1
 
 
 @pytest.mark.parametrize(

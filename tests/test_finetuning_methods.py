@@ -5,11 +5,13 @@ import importlib
 import json
 import os
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from hypothesis import given, settings, strategies
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -21,12 +23,12 @@ from encoder_lora import add_encoder_lora, merged_encoder
 from encoders import load_encoder
 from four_bit import KEPT_LINEAR, FourBit, dequantize, quantize
 from image_ablation import image_ablation, other_records
-from inference.decoding import generate_answers
 from language_model import add_lora, fingerprint, load_llm, unfreeze_llm
 from projector_average import averaged, begin_average, update_average
 from run_checkpoints import RunState
+from run_log import draw_curves
 from slide_reports import RecordBatches, ReportDataset, make_loader, read_records
-from slide_vlm import load_vlm
+from slide_vlm import VLMSettings, load_vlm
 from stage2_finetune.merge_check import (
     MergeCheck,
     example_prompts,
@@ -35,9 +37,10 @@ from stage2_finetune.merge_check import (
     mean_divergence,
     round_as_merged,
 )
+from stage2_finetune.what_learns import open_stage1, refuse_another_split
 from tests.conftest import run_command
-from tests.tiny_models import make_batch, make_llm, make_model
-from validation import greedy_answers, stops_early
+from tests.tiny_models import generate_answers, make_batch, make_llm, make_model
+from validation import epochs_to_go, greedy_answers, stops_early
 
 STAGE1, STAGE2 = "stage1_projector.train", "stage2_finetune.train"
 
@@ -289,6 +292,60 @@ def test_merge_command_and_generate_from_what_it_made(corpus, stage1, tmp_path, 
 
 
 # What learns
+
+
+def test_encoder_lora_is_refused_where_weights_are_sharded():
+    args = SimpleNamespace(encoder_lora_rank=4, train_ve_first_epoch=False)
+    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    with pytest.raises(ValueError, match="--encoder_lora_rank 4: adapters are merged .* use DDP"):
+        open_stage1(args, None, sharded)
+
+
+def test_stage_2_holds_out_whom_stage_1_held_out(capsys):
+    def divide(had: dict, **flags: object) -> str:
+        args = dict.fromkeys(("fold", "splits", "val_json", "val_fraction", "seed", "group_pattern"))
+        args |= {"train_json": "a.json", "stage1_projector_path": "one/final_model"}
+        had = args | had
+        settings = VLMSettings(llm_name="tiny", patch_width=2, training=had)
+        refuse_another_split(SimpleNamespace(**(args | flags)), settings)
+        return capsys.readouterr().err
+
+    assert divide({"fold": 1, "seed": 0}, fold=1, seed=0) == divide({"seed": 0}, train_json="b.json", seed=1) == ""
+    with pytest.raises(ValueError, match="--fold 1: one/final_model was trained with --fold 0, on patients that"):
+        divide({"fold": 0}, fold=1, train_json="b.json")
+    for flags in ({"seed": 1}, {"fold": 0}, {"val_fraction": 0.2}):
+        told = divide({"seed": 0, "val_fraction": 0.1}, **({"seed": 0, "val_fraction": 0.1} | flags))
+        assert told.startswith(f"warning: stage 1 divided these records with --{next(iter(flags))} ")
+        assert told.count("\n") == 1
+
+
+def test_a_run_that_stops_early_says_so(capsys):
+    state, epochs = RunState(), []
+    for epoch in epochs_to_go(state, 5, 9, 2):
+        epochs.append(epoch)
+        state.step += 5
+        state.note(-abs(epoch - 1))  # the second is the best
+    told = "stopped after 4 of 9 epochs: none of the last 2 was better than epoch 2, whose model is best_model"
+    assert epochs == [0, 1, 2, 3] and told in capsys.readouterr().err
+    assert list(epochs_to_go(state, 5, 9, 2)) == [] and told in capsys.readouterr().err  # resumed
+    assert list(epochs_to_go(state, 5, 9, 0)) == [4, 5, 6, 7, 8] and not capsys.readouterr().err
+
+
+def test_curves_show_the_metric_and_plain_numbers(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    rates = {"lr": 1e-3, "lr_projector": 1e-2}
+    lines = [{"step": step, "loss": 6.0 - step / 10, "supervised_tokens_per_s": 1, **rates} for step in range(1, 7)]
+    for step, loss, rouge in ((2, 5.9, 0.1), (4, 5.7, 0.3), (6, 5.8, 0.2)):
+        lines.append({"step": step, "val_loss": loss, "val_rouge_l": rouge, "val_median_rank": 7.0})
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    losses, rates, metrics = figures[0].axes
+    words = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in (losses, rates, metrics)]
+    assert words == [["training", "validation", "lowest, 5.7"], ["all else", "projector"], ["rouge_l", "highest, 0.3"]]
+    assert "10" not in losses.yaxis.get_minor_formatter()(5.8) and list(tmp_path.glob("curves*.png"))
 
 
 def test_last_layers_alone_learn():

@@ -75,7 +75,8 @@ def test_generate_prints_the_same_report_alone_on_stdout(corpus, model, predicti
     assert run_command(GENERATE, *flags).stdout == expected["report"] + "\n"
     details = json.loads(run_command(GENERATE, *flags, "--json", "--question", "Which organ?").stdout)
     probabilities = {"mean_token_probability", "min_token_probability", "probability", "num_tokens", "tokens"}
-    assert set(details) == {"id", "report", "question", "beam_score", "num_patches", "seconds"} | probabilities
+    about = {"id", "report", "question", "beam_score", "num_patches", "seconds", "cut_off"}
+    assert set(details) == about | probabilities
     assert details["question"] == "Which organ?"
 
 
@@ -108,7 +109,7 @@ def test_missing_features_are_listed_and_the_rest_answered(corpus, model, tmp_pa
     rows = json.loads((tmp_path / "p.json").read_text())
     assert [row["id"] for row in rows] == [record["id"] for record in records[:3]]
     probabilities = {"mean_token_probability", "min_token_probability", "probability"}
-    assert set(rows[0]) == {"id", "report", "question", "beam_score", "seconds"} | probabilities
+    assert set(rows[0]) == {"id", "report", "question", "beam_score", "seconds", "cut_off"} | probabilities
     assert "failed: PIT_09_00001_01.tiff" in done.stderr
     assert "3 of 4" in done.stderr
 

@@ -118,6 +118,24 @@ def test_allowed_reports_and_snapping(run_here, corpus, model, features):
         run_here("generate", *flags, "--allowed_reports", corpus.reports, "--grammar", corpus.reports)
 
 
+def test_a_grammar_that_is_not_there_is_refused_before_anything_is_loaded(run_here, monkeypatch, model, features):
+    monkeypatch.setattr("inference.loading.load_vlm", None)
+    with pytest.raises(FileNotFoundError, match=r"^--grammar g\.lark: no such file$"):
+        run_here("generate", "--model", model, "--features", features, "--grammar", "g.lark")
+
+
+def test_json_of_a_schema_comes_whole_and_an_answer_that_was_cut_off_is_marked(run_here, model, features, tmp_path):
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"grade": {"enum": [1, 2]}}, "required": ["grade"]}
+    grammar = write(tmp_path / "g.json", schema | {"additionalProperties": False})
+    flags = ["--model", model, "--features", features, "--grammar", grammar, "--num_beams", 2]
+    whole = run_here("generate", *flags, "--max_new_tokens", 40)  # a random model would put blanks for ever
+    assert json.loads(whole.stdout)["grade"] in (1, 2) and "cut off" not in whole.stderr
+    cut = run_here("generate", *flags, "--max_new_tokens", 2)
+    assert "cut off after 2 tokens; more with --max_new_tokens" in cut.stderr
+    assert json.loads(run_here("generate", *flags, "--max_new_tokens", 2, "--json").stdout)["cut_off"] is True
+
+
 def test_decoding_is_inherited_from_vlm_json_and_flags_override(run_here, corpus, tmp_path, features):
     from tests.tiny_models import PATCH_WIDTH
 
@@ -199,6 +217,68 @@ def test_a_batch_that_fails_is_tried_in_halves_and_costs_only_its_worst(run_here
     monkeypatch.undo()
     assert run_here("predict", *flags, *SHORT, "--output", tmp_path / "p.json").status == 0
     assert json.loads((tmp_path / "p.json").read_text()) == expected
+
+
+OUT_OF_MEMORY = [
+    ("torch", "OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has"),
+    ("builtins", "RuntimeError", "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+    ("builtins", "MemoryError", ""),
+]
+
+
+def run_short_of_memory(monkeypatch, error, most_rows):
+    """Let linear layers on a CPU fail at more than so many rows."""
+    from inference import cpu_products
+
+    module, name, said = error
+    linear = cpu_products.linear
+
+    def fail(rows, *more):
+        if len(rows) > most_rows:
+            raise getattr(__import__(module), name)(said)
+        return linear(rows, *more)
+
+    monkeypatch.setattr(cpu_products, "linear", fail)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=[name for _, name, _ in OUT_OF_MEMORY])
+def test_want_of_memory_is_told_in_a_line_with_a_mend(run_here, monkeypatch, model, features, error):
+    run_short_of_memory(monkeypatch, error, most_rows=1)  # reads the case, but has no room for two beams
+    flags = ["--model", model, "--features", features, *SHORT]
+    for more, stdin in ((["--chat"], "Which organ?\n"), ([], "")):
+        with pytest.raises(ValueError, match=r"^out of memory.*fewer --num_beams than 2,.*--load_in nf4") as refused:
+            run_here("generate", *flags, *more, stdin=stdin)
+        assert "\n" not in str(refused.value) and "GPU 0" not in str(refused.value)
+
+
+def test_a_model_too_large_is_told_in_a_line_with_a_mend(run_here, monkeypatch, model, features):
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr("inference.loading.load_vlm", fail)
+    with pytest.raises(ValueError, match="^out of memory; load the model lighter, with --load_in nf4"):
+        run_here("generate", "--model", model, "--features", features)
+
+
+def test_other_errors_of_a_forward_pass_are_not_called_want_of_memory(run_here, monkeypatch, model, features):
+    run_short_of_memory(monkeypatch, ("builtins", "RuntimeError", "shapes do not match"), most_rows=1)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run_here("generate", "--model", model, "--features", features, *SHORT)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=[name for _, name, _ in OUT_OF_MEMORY])
+def test_want_of_memory_in_a_batch_halves_it_or_costs_its_records_only(
+    run_here, monkeypatch, corpus, model, tmp_path, error
+):
+    records = json.loads(corpus.reports.read_text())[:3]
+    flags = ["--model", model, "--test_json", write(tmp_path / "t.json", records), "--features_dir", corpus.features]
+    run_here("predict", *flags, *SHORT, "--output", tmp_path / "all.json")
+    run_short_of_memory(monkeypatch, error, most_rows=2)  # the beams of one record
+    assert run_here("predict", *flags, *SHORT, "--output", tmp_path / "p.json").status == 0
+    assert json.loads((tmp_path / "p.json").read_text()) == json.loads((tmp_path / "all.json").read_text())
+    run_short_of_memory(monkeypatch, error, most_rows=0)
+    done = run_here("predict", *flags, *SHORT, "--output", tmp_path / "none.json")
+    assert done.status == 1 and done.stderr.count("fewer --num_beams than 2") == 3
 
 
 def test_of_beams_that_spell_one_text_the_best_is_listed(model):
@@ -314,3 +394,28 @@ def test_feed_forward_blocks_are_compiled_on_request(run_here, monkeypatch, mode
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **kwargs: compiled.append(type(module).__name__))
     run_here("generate", "--model", model, "--features", features, *SHORT, "--compile")
     assert compiled == ["Gemma3nTextMLP"] * 4
+
+
+def test_linear_layers_on_a_cpu_compute_by_onednn(model):
+    import torch
+
+    from inference.loading import open_model
+
+    args = SimpleNamespace(model=str(model), device="cpu", dtype=None, llm_name=None, vision_model_name=None)
+    vlm, _ = open_model(args)
+    layers = [layer for layer in vlm.llm.modules() if type(layer) is torch.nn.Linear]
+    assert layers and all(layer.forward.__func__.__module__ == "inference.cpu_products" for layer in layers)
+
+
+def test_a_hub_model_without_network_is_told_what_folder_would_do(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    from inference.loading import model_folder
+
+    def fail(*args, **kwargs):
+        raise errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ConnectionError, match=r"^the weights of model org/name are not .*that holds vlm\.json$"):
+        model_folder("org/name")

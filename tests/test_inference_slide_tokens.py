@@ -5,9 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from fastapi.testclient import TestClient
 
 from inference import app, generate
+from inference.app_routes import create_app
 from inference.job_queue import Job
+from inference.slide_folder import SlideFolder
 from inference.slide_tokens import load_encoders
 from longnet import LongNet
 from slide_encoders import save_slide_encoder
@@ -17,6 +20,7 @@ from slide_vlm import VLMSettings
 from stage0_tiling import encode, encode_slides
 from stage0_tiling.encoding import encode_slide
 from tests.slides import DrawnSlide
+from tests.test_app import HOSTS, ask, key_of, wait_for
 from tests.test_inference import save_model
 
 
@@ -101,6 +105,29 @@ def test_tokens_of_the_whole_slide_are_no_evidence(corpus, out, tmp_path, monkey
     monkeypatch.setattr("sys.argv", ["generate.py", *map(str, flags)])
     with pytest.raises(ValueError, match="tokens of the whole slide"):
         generate.main()
-    monkeypatch.setattr("sys.argv", ["app.py", "--model", str(folder), "--slides", str(out)])
-    with pytest.raises(ValueError, match="tokens of the whole slide"):
-        app.open_writer(app.parse_arguments(), VLMSettings.read(folder))
+
+
+def test_the_page_works_for_tokens_of_the_whole_slide_and_says_why_it_has_no_evidence(
+    corpus, out, tmp_path, monkeypatch, capsys
+):
+    stored = out / "slide_features_longnet" / "one.h5"
+    folder = save_model(tmp_path / "final_model", corpus, **describe_features(stored))
+    decoding = ["--max_new_tokens", 6, "--num_beams", 1]
+    words = ["app.py", "--model", folder, "--slides", out, *decoding]
+    monkeypatch.setattr("sys.argv", [str(word) for word in words])
+    writer = app.open_writer(app.parse_arguments(), VLMSettings.read(folder))
+    with TestClient(create_app(SlideFolder(out, 10**9), writer, {}, HOSTS), base_url="http://localhost") as client:
+        outline = client.get(f"/api/slides/{key_of(client)}/outline").json()
+        jobs = [ask(client, question).json()["id"] for question in (None, "Which organ?")]
+        report, answer = (wait_for(client, job, "done", "failed")["result"] for job in jobs)
+        files = {name: client.get(f"/api/jobs/{jobs[0]}/files/{name}") for name in ("report.txt", "evidence.json")}
+    assert report["num_tiles"] == len(outline["tiles"]) > 4
+    assert "slide as a whole" in report["no_evidence"] == writer.no_evidence == answer["no_evidence"]
+    assert "".join(line["text"] for line in report["lines"][1:]).split() == report["report"].split()
+    assert files["report.txt"].text == report["report"] + "\n" and files["evidence.json"].status_code == 404
+    assert answer["question"] == "Which organ?" and answer["report"]
+    monkeypatch.setattr(
+        "sys.argv", [str(w) for w in ["generate.py", "--model", folder, "--features", stored, *decoding]]
+    )
+    assert generate.main() == 0
+    assert capsys.readouterr().out == report["report"] + "\n"

@@ -101,7 +101,7 @@ def test_a_configuration_of_deepspeed_may_not_bring_what_we_choose_or_cannot_sav
     "flags, message",
     [
         ({"llm_training": "qlora"}, "4-bit weights"),
-        ({"encoder_lora_rank": 4}, "sharded weights"),
+        ({"encoder_lora_rank": 4}, "a shard of it"),
         ({"train_ve_first_epoch": True}, "use DDP"),
     ],
 )

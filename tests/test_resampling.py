@@ -166,8 +166,15 @@ def test_survival_against_plain_definitions() -> None:
     assert nothing["concordance_index"] is None and nothing["log_rank_p"] is None
 
 
+def test_a_picture_is_the_same_each_time() -> None:
+    from evaluation.figures import mistakes_figure, picture
+
+    first, second = (picture(mistakes_figure({"wrong organ": 2, "wrong Gleason": 1}, 3)) for _ in range(2))
+    assert first == second and b"<svg" in first
+
+
 def test_processes_and_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from evaluation import rows
+    from evaluation import parallel, rows
     from evaluation.fields import parse as parsing
     from evaluation.fields import parse_all
     from evaluation.text_metrics import TextModels, score_pairs
@@ -175,6 +182,7 @@ def test_processes_and_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) ->
     texts = [f"Lung, biopsy;\n  {i}. Adenocarcinoma, tumor volume: {i}%" for i in range(23)]
     guesses = texts[5:] + texts[:5]
     whole = score_pairs(guesses, texts, TextModels()).corpus()
+    monkeypatch.setattr(parallel, "FEWEST_ITEMS", 10)
     monkeypatch.setattr(rows, "PAIRS_AT_A_TIME", 7)
     monkeypatch.setattr(parsing, "TEXTS_AT_A_TIME", 5)
     sliced = rows._score_all({"predictions": rows.Row(guesses, texts, {})}, TextModels())["predictions"].corpus()

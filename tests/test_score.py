@@ -14,6 +14,7 @@ import pytest
 from evaluation import compare, plots, score
 from evaluation.metrics.meteor.formula import WITH_SYNONYMS, WITHOUT_SYNONYMS, open_wordnet
 from evaluation.page import marked_differences
+from evaluation.report_files import read_reports, shown
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -90,6 +91,17 @@ def test_odd_input_is_counted_and_scores_zero(tmp_path: Path, capsys: pytest.Cap
     assert "3 predictions are not text" in page
 
 
+def test_odd_files_of_reports_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "reports.json"
+    path.write_text('\ufeff{"b": "second", "a": "first", "b": "again", "c": "half \\ud800"}', encoding="utf-8")
+    reports = read_reports(path, part="test")
+    assert reports.texts == {"b": "second", "a": "first", "c": ""} and list(reports.texts) == ["b", "a", "c"]
+    assert reports.problems == {"duplicates": ["b"], "not_text": ["c"], "empty": []}
+    with pytest.raises(FileNotFoundError, match="a folder; name the JSON file"):
+        read_reports(tmp_path, part="test")
+    assert shown(["a", "b\n", " c"]) == "a, 'b\\n', ' c'"
+
+
 @pytest.mark.parametrize(
     ("predictions", "message"),
     [
@@ -98,7 +110,11 @@ def test_odd_input_is_counted_and_scores_zero(tmp_path: Path, capsys: pytest.Cap
         ([{"id": "a"}], "record 0"),
         ([{"id": ["a"], "report": "x"}], "give a string"),
         ([{"id": "other", "report": "x"}], "not one id"),
+        ([{"id": "other", "report": "x"}], r"\(other against a, b\)"),
         ({"train": [], "val": []}, "without a 'test' part"),
+        ([{"id": " ", "report": "x"}], "give a string"),
+        ('[{"id": "\\ud800", "report": "x"}]', "give a string"),
+        ('[{"id": "a", "report": "x", "report": "y"}]', "'report' twice; keep one"),
     ],
 )
 def test_malformed_files_are_refused(tmp_path: Path, predictions: object, message: str) -> None:
@@ -206,11 +222,19 @@ def test_the_page_is_self_contained_and_escapes(tmp_path: Path) -> None:
     assert "http" not in page.replace("http-equiv", "") and 'src="data:' in page and str(tmp_path) not in page
     thumbnail = b64decode(page.split('src="data:image/jpeg;base64,')[1].split('"')[0])
     assert thumbnail[:2] == b"\xff\xd8" and page.count("data:image/jpeg") == 1
+    (tmp_path / "evidence" / "a").mkdir(parents=True)  # as generate.py --evidence writes it
+    Image.new("RGB", (90, 60), "orange").save(tmp_path / "evidence" / "a" / "report.png")
+    flags = ["--stage0_dir", tmp_path / "stage0", "--evidence_dir", tmp_path / "evidence"]
+    run_score(tmp_path, predictions, REFERENCES, None, *flags)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert 'alt="slide of a"' in page and 'alt="evidence of a"' in page and page.count("data:image/jpeg") == 2
 
 
 def test_differences_are_marked_word_by_word() -> None:
     left, right = marked_differences("no tumor\n  in <lung>", "no carcinoma in <lung>")
     assert left == "no <del>tumor</del>\n  in &lt;lung&gt;" and right == "no <ins>carcinoma</ins> in &lt;lung&gt;"
+    left, right = marked_differences("a chronic  gastritis here", "a small cell\n carcinoma here")
+    assert left == "a <del>chronic  gastritis</del> here" and right == "a <ins>small cell\n carcinoma</ins> here"
     assert marked_differences("same", "same") == ("same", "same") and marked_differences("a", "") == (
         "<del>a</del>",
         "",

@@ -1,6 +1,8 @@
 """Annotation files, splits, prompts, batches."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import slide_reports
 from slide_features import write_slide_features
 from slide_reports import (
     Prompt,
@@ -319,3 +322,14 @@ def test_batches_are_padded_to_their_own_longest():
     assert batch["attention_mask"].sum(1).tolist() == [4, 2]
     assert batch["patch_mask"].sum(1).tolist() == [2, 5]
     assert batch["patch_tokens"].shape == (2, 5, 3) and batch["patch_tokens"].dtype == torch.float32
+
+
+def test_names_of_the_package_are_imported_when_asked_for():
+    heavy = "('torch', 'transformers', 'datasets')"
+    check = f"import sys, slide_reports.record; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert all(getattr(slide_reports, name) is not None for name in slide_reports.__all__)
+    assert {*slide_reports.__all__} <= {*dir(slide_reports)}
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = slide_reports.nothing

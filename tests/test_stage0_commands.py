@@ -21,6 +21,17 @@ from stage0_tiling.slide import Slide, SlideError
 from tests.conftest import ROOT, environment, heed_interrupts, run_command
 from tests.slides import DrawnSlide
 
+LOGGING = """
+import logging, sys
+from command_line import log_to_stderr
+for name, handler in (("aloud", logging.StreamHandler()), ("silent", logging.NullHandler())):
+    logging.getLogger(name).addHandler(handler)
+log_to_stderr(logging.getLogger("ours"))
+logging.getLogger("ours").info("progress")
+for name in ("aloud.part", "silent.part", "other"):
+    logging.getLogger(name).warning("said by %s", name)
+    logging.getLogger(name).info("chatter")
+"""
 COLUMNS = (
     "slide_id,path,status,format,width,height,levels,mpp,mpp_source,tissue_fraction,n_tiles,seconds,error,warning"
 ).split(",")
@@ -389,3 +400,11 @@ def test_overwrite_leaves_other_folders_of_features_alone(slides, encoder, tmp_p
     run_command("stage0_tiling/encode.py", *flags(slides / "good_0.tiff", tmp_path, encoder))
     run_command("stage0_tiling/encode.py", *flags(slides / "good_0.tiff", tmp_path, encoder, "--overwrite"))
     assert backup.read_bytes() == b"mine"
+
+
+def test_what_a_library_tells_itself_is_not_told_twice():
+    done = subprocess.run(
+        [sys.executable, "-c", LOGGING], capture_output=True, text=True, env=environment(), check=True
+    )
+    lines = ["INFO progress", "said by aloud.part", "WARNING said by silent.part", "WARNING said by other"]
+    assert done.stderr.splitlines() == lines

@@ -347,7 +347,7 @@ def test_stains_are_inherited_by_new_slides_and_never_mixed(slide, folders, tmp_
     settings.tiling = {"tile_size": 64, "mpp": 1.0}  # of a model that was trained before stains could be normalised
     assert with_inputs(records, making_of(settings))[1] == []
 
-    with pytest.raises(ValueError, match="made with --stain_normalizer macenko, not none.*--overwrite"):
+    with pytest.raises(ValueError, match="made with --stain_normalizer macenko, not without --stain_norm.*--overwrite"):
         encode(slide, tmp_path / "stained", folders[:1])
 
 

@@ -70,6 +70,28 @@ def test_a_broken_record_is_named(tmp_path):
         read_settings(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize("stored", ["{}", '{"mpp": 0.5}'])
+def test_a_record_without_settings_is_no_record(slides, tmp_path, stored):
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings" / "tiling.json").write_text(stored)
+    with pytest.raises(ValueError, match=r"tiling.json holds no settings: delete it|the record lacks tile_size: "):
+        run_tile(slides, tmp_path)
+    assert not (tmp_path / "coords").exists()
+
+
+def test_settings_are_told_as_flags():
+    had = {"tile_size": 256, "mpp": 0.5, "masks": True, "icc": False, "segmenter": None}
+    other = {"tile_size": 256, "mpp": 1.0, "masks": False, "icc": True, "segmenter": "grandqc"}
+    with pytest.raises(ValueError) as refusal:
+        folder_settings.check_same_tiling("s.svs", had, other, "mend")
+    assert str(refusal.value) == (
+        "s.svs tiled with --mpp 0.5, --masks and without --icc, --segmenter, "
+        "not --mpp 1.0, --icc, --segmenter grandqc and without --masks: mend"
+    )
+    with pytest.raises(ValueError, match="^s.svs tiled without --icc, not with --icc: mend$"):
+        folder_settings.check_same_tiling("s.svs", had, had | {"icc": True}, "mend")
+
+
 def test_of_two_runs_that_begin_together_on_an_empty_folder_one_is_refused(slides, tmp_path):
     entries, one, other = find_slides([str(slides)]), RunFolder(tmp_path), RunFolder(tmp_path)
     fine, coarse = TilingSettings(64, 0.5), TilingSettings(64, 1.0)

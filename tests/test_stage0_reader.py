@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -19,9 +20,11 @@ from encoders import load_encoder
 from stage0_tiling import encode as stage0_encode
 from stage0_tiling import tile as stage0_tile
 from stage0_tiling.encoding import encode_slide
+from stage0_tiling.memory import Lender
 from stage0_tiling.plan import TilingSettings, plan_tiles
 from stage0_tiling.slide import Slide, SlideError
 from stage0_tiling.tiff_codecs import JpegDecoder, TileError
+from stage0_tiling.tiff_levels import StoredTable
 from stage0_tiling.tile_cache import TileCache, bytes_for
 from tests.conftest import ROOT, make_encoder, run_command
 from tests.slides import DrawnSlide, write_pyramid
@@ -290,6 +293,52 @@ def test_the_cache_of_openslide_has_room_for_two_rows_and_a_half(plain, monkeypa
     with Slide(plain, "openslide") as slide:
         slide.read_region(0, 0, 512, 512, (256, 256))
         assert capacities == [int(2.5 * slide.width * 256 * 4)]
+
+
+def test_long_tables_are_read_when_a_tile_of_their_level_is_wanted(slide_path, monkeypatch):
+    monkeypatch.setattr("stage0_tiling.tile_cache.MIN_BYTES", 0)
+    boxes = [(0, 0, 512, 512, (256, 256)), (900, 600, 300, 200, (300, 200))]
+    with Slide(slide_path, "tiff") as slide:
+        expected = [slide.read_region(*box) for box in boxes]
+        whole = slide.read_whole(397, 297)
+        tables = [(level.offsets, level.counts) for level in slide._tiff._levels]
+    monkeypatch.setattr("stage0_tiling.tiff_levels.MANY_TILES", 0)
+    monkeypatch.setattr("stage0_tiling.slide_opening.MANY_TILES", 0)
+    monkeypatch.setattr("stage0_tiling.tiled_tiff.MANY_TILES", 0)
+    with Slide(slide_path, "tiff") as slide:
+        for level, (offsets, counts) in zip(slide._tiff._levels, tables, strict=True):
+            assert isinstance(level.offset_table, StoredTable) and "offsets" not in level.__dict__
+            np.testing.assert_array_equal(level.offsets, offsets)
+            np.testing.assert_array_equal(level.counts, counts)
+            level.release()
+        np.testing.assert_array_equal(slide.read_whole(397, 297), whole)
+        for box, picture in zip(boxes, expected, strict=True):
+            np.testing.assert_array_equal(slide.read_region(*box), picture)
+
+
+def test_a_file_cut_short_under_a_long_table_is_a_slide_error(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr("stage0_tiling.tiff_levels.MANY_TILES", 0)
+    path = Path(shutil.copy(plain, tmp_path / "s.tiff"))
+    with Slide(path, "tiff") as slide:
+        os.truncate(path, 8)
+        with pytest.raises(SlideError, match="s.tiff cannot be read at .*shorter"):
+            slide.read_tiles(np.array([[256, 256]]), 256, 256, (256, 256))
+
+
+def test_memory_is_lent_again_once_no_view_of_it_is_left():
+    lend = Lender()
+    first = lend((4, 5, 3))
+    first[:] = 7
+    view = first[1:3]
+    address = first.ctypes.data
+    del first
+    second = lend((4, 5, 3))
+    assert second.ctypes.data != address, "a view still shows it"
+    second[:] = 0
+    assert (view == 7).all() and view.flags.writeable
+    del view
+    assert lend((3, 5, 3)).ctypes.data == address
+    assert lend((0, 5, 3)).shape == (0, 5, 3) and lend((300, 300, 3)).shape == (300, 300, 3)
 
 
 def damage(source: Path, path: Path, tile: int, how: str, level: int = 0) -> None:

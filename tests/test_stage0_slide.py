@@ -134,3 +134,10 @@ def test_label_and_macro_images_are_never_read(monkeypatch):
     monkeypatch.setattr(openslide.OpenSlide, "associated_images", property(lambda self: pytest.fail("read")))
     with Slide(SHARED / "slides" / "CMU-1-Small-Region.svs") as slide:
         assert len(plan_tiles(slide, TilingSettings()).coords) > 40
+
+
+@pytest.mark.parametrize("name", ["a.svs", "a.mrxs", "a.png"])
+def test_an_empty_file_is_told_as_such(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(SlideError, match=f"{name} is empty"):
+        Slide(tmp_path / name)

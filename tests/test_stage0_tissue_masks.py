@@ -161,7 +161,7 @@ def test_the_command_uses_masks_where_there_are_some(tmp_path, caplog):
     assert read_slide_coords(out / "coords" / "painted.h5").coords.tolist() == [[x, 0] for x in (0, 128, 256, 384)]
     assert f"found has no mask in {masks}; its tissue is found by otsu" in caplog.text
     assert "failed: torn: mask torn.json is no GeoJSON of polygons" in caplog.text
-    with pytest.raises(ValueError, match="tiled with --masks True, not --masks False"):
+    with pytest.raises(ValueError, match="tiled with --masks, not without --masks: choose another"):
         stage0_tile.main(common)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from stage0_tiling import strips, tissue_methods, white_balance
 from stage0_tiling.artefacts import find_on_thumbnail, tile_fractions
-from stage0_tiling.groups import drop_small, drop_unmarked, fill_small, grow
+from stage0_tiling.groups import close_gaps, disc, drop_small, drop_unmarked, fill_small, grow
 from stage0_tiling.tissue import Grid, TissueMask, sums_above_left
 from stage0_tiling.tissue_methods import METHODS, chroma_threshold, tissue_mask
 from stage0_tiling.white_balance import find_balance
@@ -134,6 +134,10 @@ def test_groups_that_cross_strips_are_counted_whole(example, least):
         grown = mask.copy()
         grow(grown, 3, least)
         np.testing.assert_array_equal(grown, plain_grow(mask, 3, least))
+        closed = mask.copy()
+        close_gaps(closed, 2)
+        plainly = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, disc(2))
+        np.testing.assert_array_equal(closed, plainly.astype(bool))
         rows, columns = rng.integers(0, mask.shape[0] + 1, 9), rng.integers(0, mask.shape[1] + 1, 7)
         table = cv2.integral(mask.astype(np.uint8))
         np.testing.assert_array_equal(sums_above_left(mask, rows, columns), table[np.ix_(rows, columns)])

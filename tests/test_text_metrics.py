@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evaluation.metrics import ngram_statistics
 from evaluation.metrics.bert_score_f1.formula import bert_score_pairs
-from evaluation.metrics.chrf.formula import chrf
+from evaluation.metrics.chrf.formula import chrf, chrf_counts
 from evaluation.metrics.cider_d.formula import cider_d, cider_pairs, document_frequency
-from evaluation.metrics.coco_bleu.formula import coco_bleu
+from evaluation.metrics.coco_bleu.formula import bleu_counts, coco_bleu
 from evaluation.metrics.coco_rouge.formula import coco_rouge_l, lcs_length
 from evaluation.metrics.embedding_cosine.formula import embedding_cosine
 from evaluation.metrics.exact_match.formula import exact_match
@@ -21,7 +22,7 @@ from evaluation.metrics.levenshtein.formula import levenshtein_ratio
 from evaluation.metrics.meteor.formula import meteor, open_wordnet
 from evaluation.metrics.reg_score.formula import case_rouge, four_gram_precision, reg_score, spacy_entities
 from evaluation.metrics.rouge_score_f1.formula import rouge_pairs
-from evaluation.metrics.sacre_bleu.formula import sacre_bleu, sacre_bleu_of
+from evaluation.metrics.sacre_bleu.formula import sacre_bleu, sacre_bleu_counts, sacre_bleu_of
 from evaluation.metrics.text_encoder import TextEncoder
 from evaluation.text_metrics import TextModels, score_pairs
 
@@ -130,6 +131,25 @@ def test_equals_the_libraries_on_odd_texts(pairs: list[tuple[str, str]]) -> None
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
     for row, (hypothesis, reference) in zip(rouge_pairs(hypotheses, references), pairs, strict=True):
         assert row == pytest.approx([part.fmeasure for part in scorer.score(reference, hypothesis).values()], abs=1e-12)
+
+
+@given(pairs=PAIRS, largest_id=st.sampled_from([100, 2**62]))
+@settings(derandomize=True, deadline=None, max_examples=60)
+def test_counts_equal_those_of_sacrebleu(pairs: list[tuple[str, str]], largest_id: int) -> None:
+    from sacrebleu.metrics import BLEU, CHRF
+
+    hypotheses, references = map(list, zip(*pairs, ("a b c d e", ""), ("", "é a"), ("a", "\ud800 a"), strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ngram_statistics, "LARGEST_ID", largest_id)  # small: numbers are packed anew at each order
+        patch.setattr(ngram_statistics, "PAIRS_AT_A_TIME", 3)
+        for counts, metric in [
+            (chrf_counts(hypotheses, references), CHRF()),
+            (bleu_counts(hypotheses, references), BLEU(tokenize="none", force=True)),
+            (sacre_bleu_counts(hypotheses, references), BLEU(force=True)),
+        ]:
+            assert counts.tolist() == metric._extract_corpus_statistics(hypotheses, [references])
+    alone = bleu_counts(["a b c d e"], [""])
+    assert alone.tolist() == BLEU(tokenize="none", force=True)._extract_corpus_statistics(["a b c d e"], [[""]])
 
 
 def test_published_examples() -> None:

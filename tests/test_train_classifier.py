@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,21 +17,22 @@ from safetensors.torch import load_file
 from sklearn.metrics import balanced_accuracy_score, f1_score
 from sklearn.utils.class_weight import compute_class_weight
 from timm.data import Mixup
-from timm.utils import ModelEmaV3
 
 from encoders import load_encoder
 from evaluation.fields import parse_report
+from run_checkpoints import RunState
 from slide_encoders import GatedAttention, load_slide_encoder
 from stage0_encoder import train_classifier
-from stage0_encoder.classification_scores import for_log, score_all
+from stage0_encoder.classification_scores import for_log, score_all, table
 from stage0_encoder.classifier import Classifier, balanced_weights, own_cnn, own_vit
 from stage0_encoder.classifier_data import collate, seeded
+from stage0_encoder.encoder_run import is_over
 from stage0_encoder.labels import UNLABELLED, label_of, read_label_table, read_labelled
 from stage0_encoder.tile_files import montage
 from stage0_encoder.waiting import TimedBatches
-from tests.conftest import run_command
+from tests.conftest import run_command, run_on_two
+from tests.labelled_pictures import COLORS, make_pictures
 
-COLORS = {"reddish": (200, 60, 60), "greenish": (60, 200, 60), "bluish": (60, 60, 200)}
 TRAIN = "stage0_encoder/train_classifier.py"
 TINY_VIT = ["--encoder", "vit", "--image_size", 16, "--vit_patch_size", 8, "--vit_width", 12, "--vit_depth", 1]
 
@@ -38,16 +40,7 @@ TINY_VIT = ["--encoder", "vit", "--image_size", 16, "--vit_patch_size", 8, "--vi
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     """24 pictures of three colours with a table of labels, two of each patient."""
-    root = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    rows = ["id,label,group"]
-    for number in range(24):
-        name = list(COLORS)[number // 2 % 3]
-        noisy = np.clip(np.array(COLORS[name]) + rng.integers(-30, 30, (20, 20, 3)), 0, 255).astype(np.uint8)
-        Image.fromarray(noisy).save(root / f"{number}.png")
-        rows.append(f"{number}.png,{name},patient{number // 2}")
-    (root / "labels.csv").write_text("\n".join(rows) + "\n")
-    return root
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def small_batch(num_labels: int = 2) -> dict[str, torch.Tensor]:
@@ -191,7 +184,7 @@ def test_a_frozen_encoder_stays_as_it_is_and_checkpoints_hold_what_learns():
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert set(classifier.learned_state()) == {"head.weight", "head.bias"}
     encoder.requires_grad_(True)
-    classifier.__dict__["average"] = ModelEmaV3(classifier, decay=0.9)
+    classifier.begin_average(0.9)
     learned = classifier.learned_state()
     assert "encoder.backbone.bn1.running_mean" in learned and "average.encoder.backbone.conv1.0.weight" in learned
     assert not any("average" in name for name, _ in classifier.named_parameters())
@@ -230,16 +223,36 @@ def test_scores_are_those_of_scikit_learn():
     assert for_log(scores)["val_balanced_accuracy"] == scores["organ"]["balanced_accuracy"]
 
 
+def test_the_table_shows_classes_that_occur_beside_chance():
+    labels = np.array([[0], [0], [1]])
+    probabilities = [np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.1, 0.9, 0.0]])]
+    lines = table(score_all(probabilities, labels, {"organ": ["a", "b", "c"]})).splitlines()
+    assert lines[1].split() == ["organ", "3", "0.7500", "0.5000", "0.6667"]
+    assert [line.split()[:2] for line in lines[2:4]] == [["a", "2"], ["b", "1"]]
+    assert lines[4].strip() == "(1 more class has no validation record)"
+
+
+def test_the_end_for_want_of_a_better_score_is_said(capsys):
+    accelerator, args = Mock(is_main_process=True), Mock(early_stopping_patience=2, best_metric="loss")
+    state = RunState()
+    for score, over in ((0.5, False), (0.4, False), (0.5, True)):
+        state.note(score)
+        assert is_over(accelerator, args, state) is over
+    assert capsys.readouterr().err == "\nstopped early: 2 epochs without a better loss\n"
+
+
 def test_waiting_is_a_share_of_the_time(monkeypatch):
     clock = iter([0.0, 0.0, 1.0, 4.0, 4.0, 7.0, 8.0])  # made, asked, got, step ends, asked, got, step ends
     monkeypatch.setattr("stage0_encoder.waiting.time.perf_counter", lambda: next(clock))
     timed = TimedBatches([1, 2])
     batches = iter(timed)
+    assert timed.told() == ""
     next(batches)
     assert timed.fraction_since_last() == 0.25
     next(batches)
     assert timed.fraction_since_last() == 0.75
     assert timed.fraction == 0.5
+    assert timed.told() == "waited for data in 50.0% of the time of training; more --num_workers may help"
 
 
 @pytest.fixture
@@ -274,6 +287,7 @@ def test_a_run_learns_colours_and_resumes_exactly(pictures, tmp_path):
         assert (whole / name).is_file(), name
     lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
     assert {"lr", "data_wait_fraction", "grad_norm"} <= lines[0].keys()
+    assert "supervised_tokens_per_s" not in lines[0]
     begun = tmp_path / "begun"
     shutil.copytree(whole, begun)
     shutil.rmtree(begun / "final_model")
@@ -281,6 +295,24 @@ def test_a_run_learns_colours_and_resumes_exactly(pictures, tmp_path):
     for name in ("model.safetensors", "classifier.safetensors"):
         again, expected = (load_file(run / "final_model" / name) for run in (begun, whole))
         assert all(torch.equal(again[key], value) for key, value in expected.items())
+
+
+def test_what_two_processes_evaluate_is_what_is_saved(pictures, tmp_path):
+    """Running statistics of batch normalisation are each process's own, those of the first are saved."""
+    flags = ["--train_json", pictures / "labels.csv", "--image_root", pictures, "--batch_size", 4, "--num_workers", 0]
+    flags += ["--encoder", "cnn", "--image_size", 32, "--cnn_width", 4, "--cnn_depths", 1, 1, 1, 1]
+    flags += ["--val_fraction", 0.5, "--num_epochs", 1, "--ema_decay", 0.5, "--learning_rate", 0.02]
+    run_on_two(TRAIN, *flags, "--output_dir", tmp_path / "run")
+    encoder = load_encoder(tmp_path / "run" / "best_model").eval()
+    head = load_file(tmp_path / "run" / "best_model" / "classifier.safetensors")
+    with (tmp_path / "run" / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        with torch.no_grad():
+            encoded = encoder.encode_tiles(encoder.transform(Image.open(pictures / row["id"]).convert("RGB"))[None])
+            logits = torch.nn.functional.linear(encoded, head["head.weight"], head["head.bias"])
+        assert logits.softmax(dim=1).max() == pytest.approx(float(row["label_probability"]), abs=2e-4), row["id"]
+    assert len(rows) == 12
 
 
 def test_a_named_encoder_is_tuned_with_lora_and_a_broken_picture_left_out(corpus, pictures, tmp_path):
@@ -307,7 +339,7 @@ def test_bags_give_a_slide_encoder(corpus, tmp_path, train_here):
     assert json.loads((tmp_path / "run" / "scores.json").read_text())["organ"]["balanced_accuracy"] > 0.6
 
 
-def test_montages_are_made_of_the_slides_tiles(tmp_path, train_here):
+def test_montages_are_made_of_the_slides_tiles(tmp_path, train_here, monkeypatch):
     from slide_features import write_slide_coords
     from tests.slides import write_pyramid
 
@@ -331,6 +363,11 @@ def test_montages_are_made_of_the_slides_tiles(tmp_path, train_here):
     tiles = np.load(next((tmp_path / "run" / "tiles").glob("s0-*.npy")))
     assert tiles.shape == (4, 32, 32, 3) and abs(tiles[0, 16, 16].astype(int) - COLORS["reddish"]).max() < 12
     assert load_encoder(tmp_path / "run" / "final_model").image_size == 16
+    monkeypatch.setattr(sys, "argv", [str(word) for word in (TRAIN, *words, "--output_dir", tmp_path / "other")])
+    with pytest.raises(FileNotFoundError, match="no encoder folder"):
+        sys.argv += ["--encoder", str(tmp_path / "missing")]
+        train_classifier.main()
+    assert not (tmp_path / "other" / "tiles").exists()  # which may take hours to read
 
 
 @pytest.mark.parametrize(

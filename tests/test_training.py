@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from command_line import run
-from run_checkpoints import check_identity, checkpoint_to_resume, checkpoints
+from run_checkpoints import check_identity, checkpoint_to_resume, checkpoints, find_run
+from run_log import RunLog
 from tests.conftest import ROOT, command, environment, run_command
 
 STAGE1, STAGE2 = "stage1_projector/train.py", "stage2_finetune/train.py"
@@ -75,6 +77,30 @@ def test_a_refused_overwrite_leaves_the_old_run(corpus, tmp_path):
     run_command(*flags, "--num_epochs", 1, "--batch_size", 30)
     run_command(*flags, "--overwrite", "--token_reducer", "unknown", status=2)
     assert (tmp_path / "run" / "final_model" / "vlm.json").exists() and log_lines(tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda folder, mode: folder != tmp_path)
+    with pytest.raises(ValueError, match=f"--output_dir .*: {tmp_path} cannot be written"):
+        find_run(output_dir=str(tmp_path / "a" / "run"), overwrite=False, resume_from_checkpoint=None)
+    (tmp_path / "run").mkdir()
+    monkeypatch.undo()
+    run_dir, checkpoint, state = find_run(
+        output_dir=str(tmp_path / "run"), overwrite=False, resume_from_checkpoint="latest"
+    )
+    assert (run_dir, checkpoint, state.step) == (tmp_path / "run", None, 0)
+
+
+def test_weights_and_biases_without_a_login_is_one_line(tmp_path, monkeypatch):
+    class NoLogin(Exception):
+        pass
+
+    def init_trackers(*_, **__):
+        raise NoLogin("no key")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(errors=SimpleNamespace(Error=NoLogin)))
+    with pytest.raises(ValueError, match="--wandb_project mine: no key .or set WANDB_MODE=offline"):
+        RunLog(SimpleNamespace(init_trackers=init_trackers), tmp_path, 0, 1, "mine", {})
 
 
 def test_two_processes_give_the_first_step_of_one(corpus, tmp_path):
@@ -196,6 +222,9 @@ def test_image_records_train_the_encoder_in_epoch_one_only(corpus, tmp_path):
     assert answer.stdout.endswith("\n")
 
 
+BLOWS_UP = {"--learning_rate": 1e30, "--max_grad_norm": 1e30, "--warmup_ratio": 0, "--num_workers": 0}
+
+
 @pytest.mark.parametrize(
     "stage, changes, message",
     [
@@ -206,6 +235,27 @@ def test_image_records_train_the_encoder_in_epoch_one_only(corpus, tmp_path):
         (1, {"--position_codes": "rope"}, "--position_codes 'rope' is unknown"),
         (1, {"--batch_size": 0}, "batch_size"),
         (1, {"--num_epochs": 0}, "num_epochs"),
+        (1, {"--save_steps": 0}, "--save_steps"),
+        (1, {"--save_steps": -3}, "--save_steps"),
+        (1, {"--label_smoothing": 1}, "--label_smoothing"),
+        (1, {"--seed": -1}, "--seed -1: give a number"),
+        (1, {"--lr_num_cycles": 3}, "--lr_num_cycles 3 needs --lr_scheduler_type"),
+        (1, {"--packing": None, "--random_batches": None}, "drop one"),
+        (1, {"--overwrite": None, "--resume_from_checkpoint": "latest"}, "give one of them"),
+        (
+            1,
+            {"--image_root": ".", "--vision_model_name": "vit"},
+            "--features_dir is for slides and --image_root for images",
+        ),
+        (1, {"--vision_model_name": "vit"}, "--vision_model_name needs --image_root"),
+        (1, {"--best_metric": "rouge_l", "--val_fraction": 0}, "--best_metric rouge_l needs validation records"),
+        (1, {"--early_stopping_patience": 2, "--val_fraction": 0}, "--early_stopping_patience needs validation"),
+        (1, {"--val_fraction": 1}, "no record is left to train on beside 22 for validation"),
+        (1, {"--output_dir": "/dev/null/run"}, "since /dev/null is a file"),
+        (1, BLOWS_UP | {"--batch_size": 4}, "the gradient norm is nan at a loss of nan, so no step was taken"),
+        (1, BLOWS_UP | {"--batch_size": 99}, "step 1: the validation loss is nan; lower --learning_rate"),
+        (2, {"--lora_dropout": 1.5}, "--lora_dropout"),
+        (2, {"--vision_model_name": "vit"}, "--vision_model_name needs --image_root"),
         (1, {"--resume_from_checkpoint": "nowhere/step_3"}, "no such checkpoint"),
         (2, {"--train_ve_first_epoch": None}, "--train_ve_first_epoch needs images"),
         (2, {"--llm_training": "frozen"}, "nothing would learn"),
@@ -224,7 +274,8 @@ def test_refusals_are_one_line(corpus, stage1, tmp_path, monkeypatch, capsys, st
     AcceleratorState._reset_state(reset_partial_state=True)
     stderr = capsys.readouterr().err
     assert left.value.code == 2
-    assert message in stderr and "Traceback" not in stderr
+    assert stderr.splitlines()[-1].startswith("error: ") and message in stderr.splitlines()[-1]
+    assert "usage:" not in stderr and "Traceback" not in stderr
     assert not (tmp_path / "run" / "final_model").exists()
 
 
@@ -233,8 +284,8 @@ def test_refusals_are_one_line(corpus, stage1, tmp_path, monkeypatch, capsys, st
     [
         ({"--batch_size": 2}, "batch_size was 4 and is 2"),
         ({"--seed": 7}, "seed was 0 and is 7"),
-        ({"--train_json": "shorter"}, "records was"),
-        ({"--features_dir": "made anew"}, "inputs was"),
+        ({"--train_json": "shorter"}, "the training records (by content) were others"),
+        ({"--features_dir": "made anew"}, "the feature files or images (by content) were others"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_not_resumed(corpus, stage1, tmp_path, monkeypatch, capsys, changes, message):
@@ -267,7 +318,7 @@ def test_only_another_division_of_the_same_batch_may_change(tmp_path):
     check_identity(tmp_path, had | {"batch_size": 2, "gradient_accumulation_steps": 2})
     with pytest.raises(ValueError, match="records_per_step was 8 and is 16.*processes"):
         check_identity(tmp_path, had | {"records_per_step": 16})
-    with pytest.raises(ValueError, match="val_records was 'a' and is 'b'"):
+    with pytest.raises(ValueError, match="the validation records .by content. were others; resume"):
         check_identity(tmp_path, had | {"val_records": "b"})
 
 

@@ -1,9 +1,14 @@
 """Tiny random models and records that take the code paths of the real ones."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 from transformers import (
+    BertConfig,
+    BertModel,
     Gemma3ForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
@@ -118,6 +123,16 @@ def make_llm(family: str = "gemma3n", seed: int = 0):
     return llm.eval()
 
 
+def make_text_model(folder: Path, dropout: float = 0.0) -> None:
+    """Save a BERT of two layers and its tokenizer."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    torch.manual_seed(0)
+    config = BertConfig(**sizes, **dropouts, vocab_size=328, max_position_embeddings=128, pad_token_id=0)
+    BertModel(config).save_pretrained(folder)
+    make_tokenizer(chat=False).save_pretrained(folder)
+
+
 def make_model(
     family: str = "gemma3n",
     token_reducer: str = "none",
@@ -163,3 +178,13 @@ def make_sample(tokenizer, answer: str, num_patches: int, seed: int = 0, questio
 def make_batch(tokenizer, sizes=(5, 8, 3), answers=None) -> dict[str, torch.Tensor]:
     answers = answers or REPORTS
     return collate([make_sample(tokenizer, answers[i % len(answers)], n, seed=i) for i, n in enumerate(sizes)])
+
+
+def generate_answers(model: SlideVLM, batch: dict[str, torch.Tensor], *, stop_ids: list[int], **decoding: Any) -> list:
+    """The best answer to each prompt of a batch as :class:`SlideVLM` takes it; ``decoding`` as of ``Decoding``."""
+    from inference.decoding import Decoding, decode, last_markers, read_batch
+
+    real, cut = batch["attention_mask"].bool(), last_markers(batch["input_ids"])
+    questions = [ids[row][end:].tolist() for ids, row, end in zip(batch["input_ids"], real, cut, strict=True)]
+    answers = decode(model, read_batch(model, batch), questions, stop_ids=stop_ids, decoding=Decoding(**decoding))
+    return [best for best, *_ in answers]

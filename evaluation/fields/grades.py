@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from evaluation.fields.hinted import Hinted
+
 ROMAN = {"i": 1, "ii": 2, "iii": 3, "iv": 4, "1": 1, "2": 2, "3": 3, "4": 4}
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _ABOUT = r"(?:\s*(?:is|of|:|=|about|approximately|approx\.?|estimated at|<|>|~|less than|more than))*\s*"
@@ -24,10 +26,11 @@ _GLEASON = re.compile(
     r"(?:(?:(\d{1,2})\s*[=:]?\s*\(?\s*)?(\d)\s*\+\s*(\d)(?:\s*=\s*(\d{1,2}))?|(\d{1,2})(?![\d.]*\s*%))",
     re.I,
 )
-_GRADE_GROUP = re.compile(
+_GRADE_GROUP = Hinted(
     r"(?:grade group|isup(?: grade)?(?: group)?|who grade group|prognostic grade group)(?: is| of"
     r"|:)?\s*(i{1,3}v?|iv|v|[1-5])\b",
-    re.I,
+    "grade group",
+    "isup",
 )
 _GROUP_NUMBERS = {"i": 1, "ii": 2, "iii": 3, "iv": 4, "v": 5} | {str(number): number for number in range(1, 6)}
 _VOLUME = [
@@ -38,18 +41,19 @@ _VOLUME = [
     re.compile(rf"{_NUMBER}\s*%\s*(?:of\s*(?:the )?(?:\w+ )?(?:tissue|core|cores|specimen|biopsy)\s*(?:is "
         rf"|are )?involved|tumor)", re.I),
 ]  # fmt: skip
-_PATTERN_4 = re.compile(rf"pattern\s*4{_ABOUT}{_NUMBER}\s*%|{_NUMBER}\s*%\s*(?:gleason )?pattern\s*4", re.I)
-_PATTERN_5 = re.compile(rf"pattern\s*5{_ABOUT}{_NUMBER}\s*%|{_NUMBER}\s*%\s*(?:gleason )?pattern\s*5", re.I)
-_DYSPLASIA = re.compile(
-    r"(low|high)[- ]grade (?:epithelial |glandular )?dysplasia|dysplasia,?\s*(low|high)[- ]grade", re.I
+_PATTERN_4 = Hinted(rf"pattern\s*4{_ABOUT}{_NUMBER}\s*%|{_NUMBER}\s*%\s*(?:gleason )?pattern\s*4", "pattern")
+_PATTERN_5 = Hinted(rf"pattern\s*5{_ABOUT}{_NUMBER}\s*%|{_NUMBER}\s*%\s*(?:gleason )?pattern\s*5", "pattern")
+_DYSPLASIA = Hinted(
+    r"(low|high)[- ]grade (?:epithelial |glandular )?dysplasia|dysplasia,?\s*(low|high)[- ]grade", "dysplasia"
 )
+_NO_DYSPLASIA = Hinted(r"\b(?:no|without|negative for) dysplasia", "dysplasia")
 _WHO_GRADE = re.compile(r"(low|high)[- ]grade(?! (?:dysplasia|squamous|prostatic|nuclear|intraepithelial))", re.I)
 _DIFFERENTIATION = re.compile(
     r"\b(well|moderate(?:ly)?|poor(?:ly)?|un)(?:[- ]to[- ](well|moderate(?:ly)?|poor(?:ly)?))?[- ]?differentiated\b",
     re.I,
 )
-_CIN = re.compile(r"\bcin\s*[- ]?\s*(iii|ii|i|[123])\b", re.I)
-_NEUROENDOCRINE = re.compile(r"neuroendocrine|carcinoid|\bnet\b", re.I)
+_CIN = Hinted(r"\bcin\s*[- ]?\s*(iii|ii|i|[123])\b", "cin")
+_NEUROENDOCRINE = Hinted(r"neuroendocrine|carcinoid|\bnet\b", "neuroendocrine", "carcinoid", "net")
 _NET_GRADE = re.compile(r"\bg\s?([123])\b|grade\s*(iii|ii|i|[123])\b", re.I)
 _NUCLEAR_GRADE = re.compile(
     r"nuclear grade\s*[:,]?\s*(low|intermediate|high)|(low|intermediate|high)[- ](?:nuclear[- ]grade|grade nuclei)",
@@ -61,10 +65,10 @@ _GROWTH_PATTERN = re.compile(
     r"|micropapillary|papillary))*) type\b",
     re.I,
 )
-_NECROSIS = re.compile(
+_NECROSIS = Hinted(
     r"necrosis\s*:\s*(absent|present|not identified|none)\s*(?:\(\s*([\w -]+)\))?"
     r"|(without|no|with|comedo|focal)[- ](?:evidence of |central |caseating |tumor )?necrosis",
-    re.I,
+    "necrosis",
 )
 _DEPTHS = {
     "muscle proper": r"muscle proper|muscularis propria|detrusor(?: muscle)?|proper muscle",
@@ -84,10 +88,14 @@ _INVASION = {
     )
     for depth, words in _DEPTHS.items()
 }
-_ANY_LAYER = re.compile("|".join(_DEPTHS.values()), re.I)
+_ANY_LAYER = Hinted(
+    "|".join(_DEPTHS.values()),
+    *("musc", "detrusor", "connective tissue", "lamina propria", "submucosa", "serosa"),
+    *("pericolic", "perivesical", "extraprostatic", "periprostatic"),
+)
 _DEPTH_ORDER = ("extraprostatic", "serosa", "subserosa", "muscle proper", "submucosa", "muscularis mucosae",
                 "subepithelial connective tissue")  # fmt: skip
-_MUSCLE = re.compile(_DEPTHS["muscle proper"], re.I)
+_MUSCLE = Hinted(_DEPTHS["muscle proper"], "musc", "detrusor")
 _SAMPLED = r"(?:includ|present|identif|contain|seen|sampled|represent)\w*"
 _MUSCLE_ABSENT = re.compile(
     rf"\b(?:no|without|lacks?|lacking|absence of)\s+(?:\w+\s+){{0,2}}(?:{_DEPTHS['muscle proper']})"
@@ -153,7 +161,7 @@ def dysplasia(text: str) -> str | None:
     """ "low" or "high"; "absent" where the text says so."""
     if found := _DYSPLASIA.search(text):
         return (found.group(1) or found.group(2)).lower()
-    return "absent" if re.search(r"\b(?:no|without|negative for) dysplasia", text, re.I) else None
+    return "absent" if _NO_DYSPLASIA.search(text) else None
 
 
 def who_grade(text: str) -> str | None:

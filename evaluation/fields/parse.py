@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from evaluation.fields import grades
+from evaluation.fields.hinted import Hinted
 from evaluation.fields.terms import (
     BEHAVIORS,
     DIAGNOSIS_STEM,
+    MALT_LYMPHOMA,
     NEGATION,
     NO_TUMOR,
     NOT_OF_THE_NAME,
@@ -72,18 +74,21 @@ class ReportFields:
 
 
 FIELD_NAMES = tuple(field.name for field in fields(ReportFields))
-_NOTE = re.compile(r"\n?\s*\b(?:note|comment|remark)s?\s*[):]", re.IGNORECASE)
+_NOTE = Hinted(r"\n?\s*\b(?:note|comment|remark)s?\s*[):]", "note", "comment", "remark")
 _NUMBERED = re.compile(r"(?:^|\n)\s*(?:#\s*)?(?:\d{1,2}|[A-D])[.:]\s+")
-_WITH = re.compile(r"\b(?:with|and with|showing)\b\s*(.*)$", re.IGNORECASE)
+_WITH = re.compile(r"(?<!consistent )(?<!compatible )\b(?:with|and with|showing)\b\s*(.*)$", re.IGNORECASE)
 _LIST_ITEM = re.compile(r"\s*\b\d\)\s*|\s*,\s*|\s+and\s+")
 _END_OF_NAME = re.compile(r",|\bwith(?:out)?\b|\barising\b|\(|\s-\s|:|;|\.(?:\s|$)", re.IGNORECASE)
 _NOT_A_FEATURE = re.compile(
-    r"involvement of (?!.*glandular)|dysplasia|necrosis|^tumor volume|^gleason|^grade|^$|nuclear grade|atypia$", re.I
+    r"involvement of (?!.*glandular)|dysplasia|necrosis|^tumor volume|^gleason|^grade|^$|nuclear grade", re.I
 )
 _FAVORED = re.compile(r"\bfavor(?:s|ing|ed)?\s+([a-z][\w -]*?)\s*(?=[,.;()\n]|$)", re.IGNORECASE)
-_PRIMARY = re.compile(
-    r"\bfrom (?:the )?([a-z][\w ]*?) primary|(?:primary|origin) (?:in|of) (?:the )?(\w+)|([\w]+) primary$", re.I
+_PRIMARY = Hinted(
+    r"\bfrom (?:the )?([a-z][\w ]*?) primary|(?:primary|origin) (?:in|of) (?:the )?(\w+)|([\w]+) primary$",
+    "primary",
+    "origin",
 )
+_MALT = re.compile(r"^(?:extranodal marginal zone (?:b cell )?lymphoma\b.*|malt lymphoma)$")
 _UROTHELIAL = re.compile(r"urothelial|papillary urothelial|transitional cell", re.IGNORECASE)
 
 
@@ -132,7 +137,8 @@ def parse_report(report: str) -> ReportFields:
 def parse_all(reports: Sequence[str]) -> dict[str, ReportFields]:
     """Fields of each distinct report, in several processes where there are many."""
     texts = list(dict.fromkeys(reports))
-    parts = map_in_processes(_parse_slice, texts, slices(len(texts), TEXTS_AT_A_TIME))
+    tasks = slices(len(texts), TEXTS_AT_A_TIME)
+    parts = map_in_processes(_parse_slice, texts, tasks, num_items=len(texts) // 2)  # a pair takes twice as long
     return dict(zip(texts, (fields for part in parts for fields in part), strict=True))
 
 
@@ -166,7 +172,7 @@ def _name(finding: str) -> str:
     name = _END_OF_NAME.split(line, maxsplit=1)[0].strip(" -.").lower()
     name = re.sub(r"^(?:well|moderately|poorly)[- ](?:to[- ]\w+[- ])?differentiated\s+", "", name)
     name = re.sub(r"\s+of (?:the )?(?:prostate|breast|lung|stomach|colon|bladder)$", "", name)
-    name = re.sub(r"^(extranodal marginal zone b cell lymphoma) of .*", r"\1", name)
+    name = _MALT.sub(MALT_LYMPHOMA, name)
     return SYNONYMS.get(name, name)
 
 

@@ -1,6 +1,9 @@
 """Words of pathology reports: spelling, organs, procedures, diagnoses and their behavior."""
 
 import re
+from functools import lru_cache
+
+from evaluation.fields.hinted import Hinted
 
 # Misspellings of REG 2025, and the two spellings of English; a mended text is what everything below reads.
 SPELLINGS = [
@@ -19,7 +22,11 @@ SPELLINGS = [
     (r"\bnoninvasive\b", "non-invasive"),
     (r"\bbiopsies\b", "biopsy"),
 ]
-_MISSPELLED = re.compile("|".join(f"({wrong})" for wrong, _ in SPELLINGS), re.IGNORECASE)
+_MISSPELLED = Hinted(
+    "|".join(f"({wrong})" for wrong, _ in SPELLINGS),
+    *("terstinal", "colmnar", "oherewise", "olonoscopic", "lintermediate", "serrated serrated", "tumour", "oesophag"),
+    *("favour", "micro-invasive", "signet", "b cell", "b-cell", "noninvasive", "biopsies"),
+)
 _MENDED = [right for _, right in SPELLINGS]
 _TYPOGRAPHY = str.maketrans({"\u2019": "'", "\u2013": "-", "\u2014": "-", "\u00a0": " "})
 
@@ -90,6 +97,8 @@ NO_TUMOR = re.compile(
 NEGATION = re.compile(
     r"\b(?:no|not|without|negative for|absence of|absent|free of|neither|nor|rule out|ruled out|denies|lacks?)\b", re.I
 )
+
+MALT_LYMPHOMA = "extranodal marginal zone lymphoma of mucosa associated lymphoid tissue"  # WHO 2022; by definition
 
 # Names that mean one diagnosis.
 SYNONYMS = {
@@ -189,6 +198,7 @@ def is_organ(name: str) -> bool:
     return canonical_organ(name) in ORGANS
 
 
+@lru_cache(maxsize=4096)
 def behavior_of(diagnosis: str, *, dysplasia: str | None = None) -> str | None:
     """Behavior of a diagnosis, one of BEHAVIORS, or None where no rule knows it.
 

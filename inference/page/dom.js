@@ -13,7 +13,7 @@ export function element(tag, properties = {}, ...children) {
   return made;
 }
 
-/** Ask the server; throws an Error with the server's one line where it refuses. */
+/** Ask the server; throws an Error with the server's one line and status where it refuses. */
 export async function ask(path, { method = "GET", body } = {}) {
   const headers = { "X-SlideScribe": "page" };
   if (body) headers["Content-Type"] = "application/json";
@@ -24,7 +24,10 @@ export async function ask(path, { method = "GET", body } = {}) {
     throw new Error("The server does not answer. Is it still running?");
   }
   const content = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Error(typeof content.error === "string" ? content.error : `Refused (${answer.status}).`);
+  if (!answer.ok) {
+    const said = typeof content.error === "string" ? content.error : `Refused (${answer.status}).`;
+    throw Object.assign(new Error(said), { status: answer.status });
+  }
   return content;
 }
 

@@ -1,16 +1,17 @@
 // The page: its list of slides, the slide in view, what is added, light and dark.
 
 import { $, ask, bytesInWords, element } from "./dom.js";
-import { request, showSlide } from "./report.js";
+import { request, showSlide, startReports, stateOf } from "./report.js";
 import { closeSlide, openSlide, setMarks, setShown } from "./viewer.js";
 
 let slides = [];
 let about = { upload_suffixes: [], max_upload: 0 };
 let asked = null; // key of the slide that was picked last
 
-function viewMessage(title, text = "", hasGlyph = false) {
+/** Words over the place of the slide, below a picture: "glyph", "spinner" or none. */
+function viewMessage(title, text = "", picture = null) {
   const parts = title ? [element("b", { textContent: title }), element("span", { textContent: text })] : [];
-  if (hasGlyph) parts.unshift(element("div", { className: "glyph" }));
+  if (picture) parts.unshift(element("div", { className: picture }));
   $("view-message").replaceChildren(...parts);
 }
 
@@ -31,17 +32,41 @@ function drawList() {
   $("slides").replaceChildren(...found.map(listed));
   if (!slides.length) $("slides").append(element("li", { className: "empty", textContent: "The folder holds no slides yet. Add one below." }));
   else if (!found.length) $("slides").append(element("li", { className: "empty", textContent: "No slide has this in its name." }));
+  letTabStopAt(document.querySelector(".slide[aria-current]") ?? document.querySelector(".slide"));
+}
+
+/** One stop of the tab key for the whole list, however long; arrow keys go through it. */
+function letTabStopAt(here) {
+  for (const button of document.querySelectorAll(".slide")) button.tabIndex = button === here ? 0 : -1;
 }
 
 function listed(slide) {
   const picture = element("img", { src: `/api/slides/${slide.key}/thumbnail.jpg`, alt: "", loading: "lazy" });
-  picture.onerror = () => picture.replaceWith(element("span", { className: "blank", textContent: "!" }));
-  const words = element("span", {}, element("b", { textContent: slide.name }), element("small", { textContent: bytesInWords(slide.num_bytes) }));
-  const button = element("button", { type: "button", className: "slide" }, picture, words);
+  picture.onerror = () => picture.replaceWith(element("span", { className: "blank", textContent: "!", "aria-hidden": "true" }));
+  const facts = element("small", { textContent: bytesInWords(slide.num_bytes) });
+  const words = element("span", {}, element("b", {}, ...breakable(slide.name)), facts);
+  const button = element("button", { type: "button", className: "slide", title: slide.name }, picture, words);
   button.dataset.key = slide.key;
   if (slide.key === asked) button.setAttribute("aria-current", "true");
   button.onclick = () => pick(slide);
+  markState(button, facts);
   return element("li", {}, button);
+}
+
+/** A file name that lines may break behind its marks, not amid a word. */
+function breakable(name) {
+  return name.split(/(?<=[_/-])/).flatMap((part) => [part, element("wbr")]);
+}
+
+const STATES = { working: "writing …", written: "reported" };
+
+/** Say in the list how far the report of a slide is. */
+function markState(button, facts = button.querySelector("small")) {
+  const state = stateOf(button.dataset.key) ?? "";
+  if ((facts.dataset.state ?? "") === state) return;
+  facts.dataset.state = state;
+  facts.querySelector("em")?.remove();
+  if (state) facts.append(element("em", { textContent: ` ${STATES[state]}` }));
 }
 
 async function pick(slide) {
@@ -49,6 +74,7 @@ async function pick(slide) {
   for (const button of document.querySelectorAll(".slide")) {
     if (button.dataset.key === asked) {
       button.setAttribute("aria-current", "true");
+      letTabStopAt(button);
       button.scrollIntoView({ block: "nearest", inline: "nearest" });
     } else button.removeAttribute("aria-current");
   }
@@ -58,21 +84,48 @@ async function pick(slide) {
   for (const name of ["tissue", "tiles"]) setLayer(name, false, true);
   $("slide-name").textContent = slide.name;
   $("slide-facts").textContent = "";
-  viewMessage("Opening the slide …");
+  viewMessage("Opening the slide", "", "spinner");
   try {
     const opened = await ask(`/api/slides/${slide.key}`);
     if (asked !== slide.key) return;
-    viewMessage("");
     const size = opened.mpp ? `${(opened.width * opened.mpp / 1000).toFixed(1)} × ${(opened.height * opened.mpp / 1000).toFixed(1)} mm` : "";
     const facts = [`${opened.width.toLocaleString("en")} × ${opened.height.toLocaleString("en")} px`, size,
       opened.mpp ? `${+opened.mpp.toFixed(3)} µm/px` : "no resolution stated"];
     $("slide-facts").textContent = facts.filter(Boolean).join("  ·  ");
-    openSlide(opened);
+    openSlide(opened, { onShown: () => viewMessage(""), onFailed: () => lookWhatFailed(slide) });
     showSlide(opened);
     for (const name of ["tissue", "tiles"]) setLayer(name, false, false);
   } catch (error) {
-    if (asked === slide.key) viewMessage("This slide cannot be shown", error.message);
+    sayItCannotBeShown(slide, error);
   }
+}
+
+function sayItCannotBeShown(slide, error) {
+  if (asked === slide.key) viewMessage("This slide cannot be shown", error.message);
+  if (error.status === 404) listSlides(); // it is no longer in the folder
+}
+
+/** A part of the slide could not be had: say so, or if it is the whole slide by now, why. */
+async function lookWhatFailed(slide) {
+  try {
+    await ask(`/api/slides/${slide.key}`);
+  } catch (error) {
+    return sayItCannotBeShown(slide, error);
+  }
+  if (asked !== slide.key) return;
+  viewMessage("");
+  $("slide-facts").textContent += "  ·  parts of it cannot be read";
+}
+
+function walkList(event) {
+  const buttons = [...document.querySelectorAll(".slide")];
+  const here = buttons.indexOf(document.activeElement);
+  const places = { ArrowDown: here + 1, ArrowRight: here + 1, ArrowUp: here - 1, ArrowLeft: here - 1, Home: 0, End: buttons.length - 1 };
+  const next = buttons[places[event.key]];
+  if (here < 0 || !next) return;
+  event.preventDefault();
+  letTabStopAt(next);
+  next.focus();
 }
 
 function setLayer(name, isShown, isDisabled = false) {
@@ -93,8 +146,6 @@ async function toggleOutline(name) {
     if (!outlines.has(key)) outlines.set(key, await ask(`/api/slides/${key}/outline`));
     if (asked !== key) return;
     setMarks("outline", outlines.get(key));
-    const { tiles, tissue_fraction } = outlines.get(key);
-    button.title = name === "tiles" ? `${tiles.length} tiles` : `${(100 * tissue_fraction).toFixed(1)} % of the slide`;
   } catch (error) {
     if (asked !== key) return;
     setLayer(name, false);
@@ -186,8 +237,9 @@ function startTheme() {
 async function start() {
   startTheme();
   startDrops();
-  viewMessage("Pick a slide", "or drop one anywhere on this page", true);
+  viewMessage("Pick a slide", "or drop one anywhere on this page", "glyph");
   $("search").oninput = drawList;
+  $("slides").onkeydown = walkList;
   $("write").onclick = () => request();
   for (const name of ["tissue", "tiles"]) $(`show-${name}`).onclick = () => toggleOutline(name);
   $("show-evidence").onclick = () => setLayer("evidence", $("show-evidence").getAttribute("aria-pressed") !== "true");
@@ -206,12 +258,17 @@ async function start() {
   };
   try {
     about = await ask("/api/about");
-    $("model").textContent = about.model;
-    $("model").title = `${about.llm}, ${about.encoder}, tiles of ${about.tile_size} px at ${about.mpp} µm/px`;
+    $("model").textContent = about.model.split("/").slice(-2).join("/");
+    $("model").title = `${about.model}: ${about.llm}, ${about.encoder}, tiles of ${about.tile_size} px at ${about.mpp} µm/px`;
+    $("show-evidence").hidden = Boolean(about.no_evidence);
     $("file").accept = about.upload_suffixes.join(",");
   } catch (error) {
     viewMessage("The page cannot be used", error.message);
   }
+  startReports((key) => {
+    const button = document.querySelector(`.slide[data-key="${key}"]`);
+    if (button) markState(button);
+  });
   await listSlides();
   const named = slides.find((slide) => `#${slide.key}` === location.hash);
   if (named) pick(named);

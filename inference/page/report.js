@@ -1,94 +1,198 @@
-// Reports and answers as cards: waiting, working, done, failed.
+// Reports and answers as cards: waiting, working, done, failed. What was asked in this tab is kept while the server has
+// it: another slide may be looked at meanwhile, and the page may be loaded again.
 
 import { $, ask, element, sleep } from "./dom.js";
 import { lookAt, setMarks, setShown } from "./viewer.js";
 
 const POLL_MS = 400;
+const HARDLY = 0.05; // a change of a line's probability by 5 % by all tiles together
+const KEPT = "slidescribe requests"; // in the tab's storage: [slide key, job id, question] of each
 let current = null; // the slide that cards are about
-const working = new Map(); // card -> job id
+let requests = []; // {key, id, question, job, error, card}
+let onChange = () => {};
+
+const isGoingOn = (one) => !one.error && (!one.job || ["waiting", "running"].includes(one.job.state));
+
+/** Take up what was asked before the page was loaded again; call `changed` when that of a slide changes. */
+export function startReports(changed) {
+  onChange = changed;
+  try {
+    for (const [key, id, question] of JSON.parse(sessionStorage.getItem(KEPT)) ?? []) requests.push({ key, id, question });
+  } catch {
+    requests = [];
+  }
+  for (const one of [...requests]) follow(one);
+}
+
+/** Of a slide: "working", "written" or null. */
+export function stateOf(key) {
+  const found = requests.filter((one) => one.key === key);
+  if (found.some(isGoingOn)) return "working";
+  return found.some((one) => one.job?.state === "done") ? "written" : null;
+}
 
 export function showSlide(slide) {
-  for (const id of working.values()) ask(`/api/jobs/${id}`, { method: "DELETE" }).catch(() => {});
-  working.clear();
   current = slide;
+  for (const one of requests) one.card = null;
   $("cards").replaceChildren();
-  $("write").hidden = false;
-  $("write").disabled = !slide;
   $("report-hint").hidden = Boolean(slide);
-  $("ask").hidden = true;
   $("show-evidence").disabled = true;
+  if (slide) for (const one of requests.filter((one) => one.key === slide.key)) draw(one);
+  showControls();
 }
 
 /** Write the report of the slide in view, or answer a question about it. */
 export async function request(question = null) {
-  const slide = current;
-  const card = element("article", { className: "card", "aria-live": "polite" });
-  $("cards").append(card);
-  $("write").hidden = true;
-  const title = question ?? "Report";
+  const one = { key: current.key, question };
+  requests.push(one);
+  await send(one);
+}
+
+async function send(one) {
+  one.error = one.job = one.id = null;
+  one.isGone = one.isGivenUp = false;
+  draw(one, true);
   try {
-    let job = await ask("/api/jobs", { method: "POST", body: { slide: slide.key, question } });
-    working.set(card, job.id);
-    while (["waiting", "running"].includes(job.state)) {
-      showProgress(card, title, job);
-      await sleep(POLL_MS);
-      if (!card.isConnected) return;
-      job = await ask(`/api/jobs/${job.id}`);
-    }
-    if (!card.isConnected) return;
-    if (job.state === "done") showResult(card, title, job, question === null);
-    else if (job.state === "failed") showFailure(card, title, job.error, question);
-    else remove(card, question);
+    one.job = await ask("/api/jobs", { method: "POST", body: { slide: one.key, question: one.question } });
+    one.id = one.job.id;
+    remember();
   } catch (error) {
-    if (card.isConnected) showFailure(card, title, error.message, question);
-  } finally {
-    working.delete(card);
+    one.error = error.message;
+    draw(one);
+    return;
+  }
+  await follow(one);
+}
+
+async function follow(one) {
+  one.error = null;
+  while (requests.includes(one)) {
+    try {
+      one.job = await ask(`/api/jobs/${one.id}`);
+    } catch (error) {
+      one.isGone = error.status === 404;
+      one.error = error.message;
+    }
+    if (one.job?.state === "cancelled" || (one.isGone && !one.card)) return forget(one);
+    draw(one);
+    if (!isGoingOn(one)) return;
+    await sleep(POLL_MS);
   }
 }
 
-function remove(card, question) {
-  card.remove();
-  if (question === null) $("write").hidden = false;
-  $("write").focus();
+function remember() {
+  sessionStorage.setItem(KEPT, JSON.stringify(requests.filter((one) => one.id).map((one) => [one.key, one.id, one.question])));
 }
 
-function showProgress(card, title, job) {
+function forget(one) {
+  const hadFocus = one.card?.contains(document.activeElement);
+  requests = requests.filter((other) => other !== one);
+  one.card?.remove();
+  remember();
+  onChange(one.key);
+  showControls();
+  if (hadFocus) ($("write").hidden ? $("question") : $("write")).focus();
+}
+
+/** The button for a report, until there is one; the form for questions, as soon as there is an answer. */
+function showControls() {
+  const here = current ? requests.filter((one) => one.key === current.key) : [];
+  $("write").disabled = !current;
+  $("write").hidden = here.some((one) => one.question === null);
+  $("ask").hidden = !here.some((one) => one.job?.state === "done");
+}
+
+function draw(one, isNew = false) {
+  onChange(one.key);
+  if (one.key !== current?.key) return;
+  if (!one.card) {
+    one.card = element("article", { className: "card" });
+    $("cards").append(one.card);
+  }
+  const title = one.question ?? "Report";
+  if (isGoingOn(one)) showProgress(one, title);
+  else if (one.job?.state === "done" && !one.error) showResult(one.card, title, one.job, one.question === null);
+  else showFailure(one, title);
+  showControls();
+  if (isNew || !isGoingOn(one)) one.card.scrollIntoView({ block: "nearest" });
+}
+
+function showProgress(one, title) {
+  const { card, job } = one;
+  card.className = "card";
   if (!card.querySelector("progress")) {
     const stop = element("button", { type: "button", textContent: "Cancel" });
     stop.onclick = () => {
-      stop.disabled = true;
-      ask(`/api/jobs/${job.id}`, { method: "DELETE" }).catch(() => {});
+      stop.disabled = one.isGivenUp = true;
+      ask(`/api/jobs/${one.id}`, { method: "DELETE" }).catch(() => {});
     };
-    const row = element("div", { className: "row" }, element("span"), stop);
-    card.replaceChildren(element("h3", { textContent: title }), element("progress"), row);
+    const bar = element("progress", { "aria-label": `Progress of: ${title}` });
+    const row = element("div", { className: "row" }, element("span", { role: "status" }), stop);
+    card.replaceChildren(element("h3", { textContent: title }), bar, row);
   }
-  const bar = card.querySelector("progress");
-  if (job.done) [bar.max, bar.value] = [job.total, job.done];
+  const [bar, where, stop] = ["progress", ".row span", "button"].map((name) => card.querySelector(name));
+  if (job?.done) [bar.max, bar.value] = [job.total, job.done];
   else bar.removeAttribute("value");
-  const others = job.before === 1 ? "1 other before you" : `${job.before} others before you`;
-  const told = job.state === "waiting" ? (job.before ? `Waiting, ${others}` : "Waiting") : job.step || "Starting";
-  const text = job.total ? `${told}, ${job.done} of ${job.total}` : told;
-  const where = card.querySelector(".row span");
+  stop.disabled = !one.id || one.isGivenUp;
+  const text = progressInWords(job);
   if (where.textContent !== text) where.textContent = text;
 }
 
-function showFailure(card, title, message, question) {
+function progressInWords(job) {
+  if (!job) return "Sending";
+  if (job.state !== "waiting") return (job.step || "Starting") + (job.total ? `, ${job.done} of ${job.total}` : "");
+  if (!job.before) return "Waiting";
+  return `Waiting, ${job.before === 1 ? "1 other" : `${job.before} others`} before you`;
+}
+
+function showFailure(one, title) {
   const again = element("button", { type: "button", textContent: "Try again" });
-  again.onclick = () => {
-    card.remove();
-    request(question);
-  };
-  card.className = "card bad";
-  card.setAttribute("role", "alert");
-  card.replaceChildren(element("h3", { textContent: title }), element("p", { textContent: message }), again);
+  // Where only the way to the server broke, the report may be there: look at it before another is asked for.
+  again.onclick = () => (one.id && one.error && !one.isGone ? follow(one) : send(one));
+  const close = element("button", { type: "button", textContent: "Close" });
+  close.onclick = () => forget(one);
+  const text = element("p", { textContent: one.error ?? one.job.error });
+  one.card.className = "card bad";
+  one.card.replaceChildren(
+    element("h3", { textContent: title }), element("div", { role: "alert" }, text),
+    element("div", { className: "buttons" }, again, close));
 }
 
 function showResult(card, title, job, isReport) {
   const { result } = job;
-  const lines = element("div", { className: "lines" });
-  const downloads = element("div", { className: "downloads" });
   const file = (name) => `/api/jobs/${job.id}/files/${name}`;
-  const overlay = link("Overlay (PNG)", file("report.png"), `${result.slides[0].slide_id}_report.png`);
+  const name = result.slides[0].slide_id;
+  const downloads = element("div", { className: "downloads" }, link(isReport ? "Report" : "Answer", file("report.txt"), `${name}.txt`));
+  const head = isReport ? [] : [element("h3", { className: "asked", textContent: title })]; // the panel is headed "Report" already
+  if (result.uncertain) head.push(element("p", { className: "uncertain", textContent: "Uncertain: have it read." }));
+  if (result.unread_question_tokens)
+    head.push(element("p", { className: "uncertain", textContent: "The question is too long: its end was not read." }));
+  let lines, hint;
+  if (result.no_evidence) {
+    lines = plainLines(result);
+    hint = result.no_evidence;
+  } else {
+    const overlay = link("Overlay (PNG)", file("report.png"), `${name}_report.png`);
+    lines = linesWithEvidence(result, file, overlay);
+    hint = "Pick a line to see which tiles the model took it from. That does not make it right.";
+    downloads.append(
+      link("GeoJSON", file("evidence.geojson"), `${name}.geojson`), overlay,
+      link("JSON", file("evidence.json"), `${name}_evidence.json`));
+  }
+  const hints = isReport ? [element("p", { className: "hint", textContent: hint })] : [];
+  const facts = element("p", { className: "facts", textContent: factsOf(result) });
+  card.className = "card";
+  card.replaceChildren(...head, ...hints, lines, element("footer", {}, downloads, facts));
+}
+
+function plainLines(result) {
+  const lines = element("div", { className: "lines" });
+  for (const line of result.lines.slice(1)) lines.append(element("p", { textContent: line.text }));
+  return lines;
+}
+
+function linesWithEvidence(result, file, overlay) {
+  const lines = element("div", { className: "lines" });
   const rows = result.lines.length > 2 ? [...result.lines.slice(1), result.lines[0]] : [result.lines[1]];
   for (const line of rows) {
     const isWhole = line === result.lines[0];
@@ -106,20 +210,11 @@ function showResult(card, title, job, isReport) {
     };
     lines.append(button);
   }
-  downloads.append(
-    link("Report", file("report.txt"), `${result.slides[0].slide_id}.txt`),
-    link("GeoJSON", file("evidence.geojson"), `${result.slides[0].slide_id}.geojson`), overlay,
-    link("JSON", file("evidence.json"), `${result.slides[0].slide_id}_evidence.json`));
-  const hint = element("p", { className: "hint", textContent: "Click on a line to see the tiles it rests on." });
-  const facts = element("div", { className: "row" }, element("span", { textContent: factsOf(result) }));
-  const head = isReport ? [] : [element("h3", { textContent: title })]; // the panel is headed "Report" already
-  if (result.uncertain) head.push(element("p", { className: "uncertain", textContent: "Uncertain: have it read." }));
-  card.replaceChildren(...head, lines, ...(isReport ? [hint] : []), facts, downloads);
-  $("ask").hidden = false;
+  return lines;
 }
 
 function factsOf(result) {
-  const read = result.slides[0].coords.length;
+  const read = result.slides[0].coords?.length ?? result.num_tiles;
   const tiles = read < result.num_tiles ? `${read} of ${result.num_tiles} tiles read` : `${read} tiles`;
   return `${tiles}, ${result.seconds} s`;
 }
@@ -130,6 +225,7 @@ function clearLines() {
   for (const pressed of document.querySelectorAll(".lines [aria-pressed=true]")) pressed.setAttribute("aria-pressed", "false");
   for (const tiles of document.querySelectorAll(".tiles")) tiles.remove();
   setMarks("evidence", null);
+  $("show-evidence").disabled = true;
 }
 
 function showEvidence(line, result) {
@@ -159,5 +255,14 @@ function tilesOf(line, result, file) {
     button.onclick = () => lookAt(tile.x, tile.y, slide.tile_width, slide.tile_height);
     box.append(button);
   }
+  box.append(element("p", { textContent: weightInWords(line.evidence_of_all_tiles) }));
   return box;
+}
+
+/** How much the colours stand for, which every line scales anew; `total` is a natural logarithm. */
+function weightInWords(total) {
+  if (Math.abs(total) < HARDLY) return "It hardly rests on single tiles: the slide's mean tile alone would make it as probable.";
+  const factor = Math.exp(Math.abs(total));
+  const times = factor > 1000 ? "more than 1,000" : factor.toPrecision(factor < 10 ? 2 : 3).replace(/\.0$/, "");
+  return `All tiles together make it ${times} times ${total > 0 ? "as" : "less"} probable ${total > 0 ? "as" : "than"} the slide's mean tile alone.`;
 }

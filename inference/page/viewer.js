@@ -7,26 +7,30 @@ const canvas = Object.assign(document.createElement("canvas"), { className: "mar
 const shown = { tissue: false, tiles: false, evidence: true };
 let viewer = null;
 let slide = null;
+let whenShown = null;
+let whenFailed = null;
 let marks = {}; // outline: tissue and tiles; evidence: values, coords, tile sizes, top tiles
 
-export function openSlide(opened) {
+/** Show a slide; call `onShown` when there is something to see of it, `onFailed` once if a part cannot be had. */
+export function openSlide(opened, { onShown, onFailed }) {
   slide = opened;
   marks = {};
   if (!viewer) start();
+  [whenShown, whenFailed] = [onShown, onFailed];
   viewer.open({
     width: slide.width, height: slide.height, tileSize: slide.tile_px, tileOverlap: 1,
     minLevel: 0, maxLevel: slide.max_level,
     getTileUrl: (level, x, y) => `/api/slides/${slide.key}/zoom/${level}/${x}_${y}.jpg`,
   });
-  for (const id of ["zoom-in", "zoom-out", "zoom-all"]) $(id).disabled = false;
+  $("zoom").hidden = false;
 }
 
 export function closeSlide() {
   viewer?.close();
   slide = null;
   marks = {};
-  $("scale").hidden = true;
-  for (const id of ["zoom-in", "zoom-out", "zoom-all"]) $(id).disabled = true;
+  whenShown = whenFailed = null;
+  $("scale").hidden = $("zoom").hidden = true;
   draw();
 }
 
@@ -61,8 +65,13 @@ function start() {
   viewer.addHandler("update-viewport", draw);
   viewer.addHandler("resize", draw);
   viewer.addHandler("open", draw);
+  viewer.addHandler("tile-drawn", () => {
+    whenShown?.();
+    whenShown = null;
+  });
   viewer.addHandler("tile-load-failed", () => {
-    $("viewer").dataset.failed = "true";
+    whenFailed?.();
+    whenFailed = null;
   });
   $("zoom-in").onclick = () => viewer.viewport.zoomBy(1.6).applyConstraints();
   $("zoom-out").onclick = () => viewer.viewport.zoomBy(1 / 1.6).applyConstraints();
@@ -77,7 +86,7 @@ function draw() {
   canvas.style.width = `${box.width}px`;
   canvas.style.height = `${box.height}px`;
   const item = viewer?.world.getItemAt(0);
-  $("legend").hidden = !(marks.evidence && shown.evidence);
+  drawLegend();
   if (!item || !slide) return;
   const corner = viewer.viewport.pixelFromPoint(item.imageToViewportCoordinates(0, 0), true);
   const far = viewer.viewport.pixelFromPoint(item.imageToViewportCoordinates(slide.width, 0), true);
@@ -90,19 +99,38 @@ function draw() {
   drawScale(scale);
 }
 
+function drawLegend() {
+  const { outline } = marks;
+  const keys = {
+    tissue: shown.tissue && outline && `tissue, ${(100 * outline.tissue_fraction).toFixed(1)} % of the slide`,
+    tiles: shown.tiles && outline && (outline.tiles.length === 1 ? "1 tile" : `${outline.tiles.length.toLocaleString("en")} tiles`),
+    evidence: shown.evidence && marks.evidence,
+  };
+  for (const [name, told] of Object.entries(keys)) {
+    $(`key-${name}`).hidden = !told;
+    if (typeof told === "string") $(`key-${name}`).querySelector("span").textContent = told;
+  }
+  $("legend").hidden = !slide || !Object.values(keys).some(Boolean);
+}
+
 function drawEvidence(pen, { values, coords, width, height, top }, pixel) {
   const strongest = Math.max(...values.map(Math.abs)) || 1;
   const colors = getComputedStyle(document.documentElement);
   const [speaksFor, against] = ["--for", "--against"].map((name) => colors.getPropertyValue(name));
+  pen.fillStyle = "rgb(255 255 255 / 35%)"; // the slide steps back, whose own colours are strong
+  pen.fillRect(0, 0, slide.width, slide.height);
+  pen.lineWidth = pixel;
+  pen.strokeStyle = "rgb(60 60 75 / 45%)";
   coords.forEach(([x, y], tile) => {
     pen.globalAlpha = 0.75 * Math.abs(values[tile]) / strongest;
     pen.fillStyle = values[tile] > 0 ? speaksFor : against;
     pen.fillRect(x, y, width, height);
+    pen.globalAlpha = 1;
+    pen.strokeRect(x, y, width, height);
   });
-  pen.globalAlpha = 1;
-  pen.lineWidth = 2 * pixel;
   pen.font = `600 ${14 * pixel}px system-ui, sans-serif`;
-  top.forEach(({ x, y, rank }) => {
+  for (const { x, y, rank } of top) {
+    pen.lineWidth = 2 * pixel;
     pen.strokeStyle = "#1d1d27";
     pen.strokeRect(x, y, width, height);
     pen.lineWidth = 3 * pixel;
@@ -110,19 +138,18 @@ function drawEvidence(pen, { values, coords, width, height, top }, pixel) {
     pen.strokeText(rank, x + 5 * pixel, y + 16 * pixel);
     pen.fillStyle = "#1d1d27";
     pen.fillText(rank, x + 5 * pixel, y + 16 * pixel);
-    pen.lineWidth = 2 * pixel;
-  });
+  }
 }
 
 function drawTiles(pen, { tiles, tile_width, tile_height }, pixel) {
   pen.lineWidth = pixel;
-  pen.strokeStyle = "rgb(30 80 220 / 75%)";
+  pen.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--tile");
   for (const [x, y] of tiles) pen.strokeRect(x, y, tile_width, tile_height);
 }
 
 function drawTissue(pen, { tissue }, pixel) {
   pen.lineWidth = 2 * pixel;
-  pen.strokeStyle = "rgb(0 140 0 / 90%)";
+  pen.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--tissue");
   pen.beginPath();
   for (const rings of tissue)
     for (const ring of rings) {

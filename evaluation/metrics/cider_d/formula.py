@@ -32,15 +32,14 @@ def cider_pairs(
     one text every n-gram is as common as can be and the score is 0.
     """
     frequency, log_documents = document_frequency(references) if documents is None else documents
+    weights = {gram: log_documents - math.log(count) for gram, count in frequency.items()}
+    unseen = log_documents
 
     @lru_cache(maxsize=4096)
     def vectors(text: str) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
         orders = _grams(text)
-        weighted = [
-            {gram: count * (log_documents - math.log(max(1, frequency[gram]))) for gram, count in grams.items()}
-            for grams in orders
-        ]
-        norms = [math.sqrt(sum(weight**2 for weight in order.values())) for order in weighted]
+        weighted = [{gram: count * weights.get(gram, unseen) for gram, count in grams.items()} for grams in orders]
+        norms = [math.sqrt(sum([weight**2 for weight in order.values()])) for order in weighted]
         return weighted, norms, orders[1].total()
 
     def pair(hypothesis: str, reference: str) -> float:
@@ -51,7 +50,8 @@ def cider_pairs(
             norm = our_norms[order] * their_norms[order]
             if norm:
                 other = theirs[order]
-                total += sum(min(w, other[g]) * other[g] for g, w in ours[order].items() if g in other) / norm
+                both = [(weight, other[gram]) for gram, weight in ours[order].items() if gram in other]
+                total += sum([min(weight, limit) * limit for weight, limit in both]) / norm
         return 10 * total / ORDER * math.exp(-((our_length - their_length) ** 2) / (2 * SIGMA**2))
 
     return np.array([pair(hypothesis, reference) for hypothesis, reference in zip(hypotheses, references, strict=True)])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evaluation.metrics.ngram_statistics import statistics_of
+from evaluation.metrics.ngram_statistics import bleu_statistics
 from evaluation.metrics.pairs import check_pairs
 
 # pycocoevalcap's constants: they keep a count of zero from making log(0), and published figures contain them.
@@ -19,8 +19,7 @@ def coco_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str,
     lengths are summed over the corpus before any ratio is taken; BLEU-n is the geometric mean of the first n precisions
     times the brevity penalty. An empty corpus raises ValueError.
 
-    Definition: Papineni et al. 2002, with the smoothing of https://github.com/salaniz/pycocoevalcap (bleu_scorer.py);
-    the counts come from sacrebleu.
+    Definition: Papineni et al. 2002, with the smoothing of https://github.com/salaniz/pycocoevalcap (bleu_scorer.py).
     """
     check_pairs("BLEU", hypotheses, references)
     scores = bleu_of(bleu_counts(hypotheses, references).sum(axis=0))
@@ -28,10 +27,8 @@ def coco_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str,
 
 
 def bleu_counts(hypotheses: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """Counts of each pair, (N, 10): see `statistics_of`."""
-    from sacrebleu.metrics import BLEU
-
-    return statistics_of(BLEU(tokenize="none", force=True), hypotheses, references)
+    """Counts of each pair, (N, 10): see `bleu_statistics`."""
+    return bleu_statistics(str.split, hypotheses, references)
 
 
 def bleu_of(counts: np.ndarray) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evaluation.metrics.ngram_statistics import statistics_of
+from evaluation.metrics.ngram_statistics import bleu_statistics
 from evaluation.metrics.pairs import check_pairs
 
 ORDER = 4
@@ -17,10 +17,11 @@ def sacre_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> float:
 
 
 def sacre_bleu_counts(hypotheses: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """Counts of each pair, (N, 10): see `statistics_of`."""
-    from sacrebleu.metrics import BLEU
+    """Counts of each pair, (N, 10): see `bleu_statistics`."""
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-    return statistics_of(BLEU(force=True), hypotheses, references)
+    tokenize = Tokenizer13a()
+    return bleu_statistics(lambda text: tokenize(text.rstrip()).split(), hypotheses, references)
 
 
 def sacre_bleu_of(counts: np.ndarray) -> np.ndarray:
