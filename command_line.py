@@ -22,6 +22,7 @@ DONE = 0
 SOME_FAILED = 1
 REFUSED = 2
 INTERRUPTED = 130
+KINDS = {"float": "a number", "int": "a whole number", "str": "a text", "bool": "true or false"}
 NOBODY_READS = 141  # as a shell says of a command that SIGPIPE ended
 
 
@@ -34,7 +35,8 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Leave with one line, in the place of jsonargparse's several below a screen of flags."""
         of_flag = re.sub(r'(Parser key|Key) "([\w.]+)":?', r"--\2:", " ".join(message.split()))
-        self.exit(REFUSED, f"error: {of_flag}; see --help\n")
+        plain = re.sub(r"a <class '(\w+)'>", lambda kind: KINDS.get(kind[1], kind[1]), of_flag)
+        self.exit(REFUSED, f"error: {plain}; see --help\n")
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
         # PositiveInt and the like are classes of their own, which optimizer states and JSON should not meet.

@@ -24,6 +24,7 @@ RECORD_FIELDS = {"id", "Id", "slide_id", "h5_path", "image", "images", "image_pa
 BLANKS = re.compile(r"\s*")
 LINE_ENDS = re.compile(r"\r\n|\n|\r")  # others, as U+2028, may stand within the texts of JSON
 FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt"}
+PACKED = {b"PK\x03\x04": "a workbook of Excel or another zip", b"\x1f\x8b": "packed by gzip"}
 TABLE_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -63,8 +64,13 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file, a byte order mark left out.
 
     Raises:
-        ValueError: it is in another encoding, or empty.
+        ValueError: it is in another encoding, packed, or empty.
     """
+    with path.open("rb") as file:
+        start = file.read(4)
+    packed = next((kind for magic, kind in PACKED.items() if start.startswith(magic)), None)
+    if packed:
+        raise ValueError(f"{path}: {packed}, not JSON, CSV or Parquet; unpack it, or export it as one of these")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -215,6 +221,8 @@ def _table_rows(path: Path, separator: str) -> Iterator[Row]:
         with _fields_of_any_size(), path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, delimiter=separator, strict=True)
             names = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+            if len(names) == 1 and ";" in names[0]:
+                raise ValueError(f"{path}: its columns are separated by semicolons; save it with commas")
             if len(set(names)) != len(names) or not any(names):
                 raise ValueError(f"{path}: its first line must name the columns, each once; found {names}")
             for index, values in enumerate(reader):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slide_features import FEATURE_SUFFIXES, read_slide_features
+from slide_features import FEATURE_SUFFIXES, read_slide_features, slide_id_of_features
 from slide_reports.edits import Edits
 from slide_reports.inputs import input_faults
 from slide_reports.record import Record
@@ -91,10 +91,12 @@ def find_wrong(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
     """What must not be trained on, found without opening an input."""
     yield from nothing_to_train_on(splits)
     yield from shared_patients(splits)
+    yield from shared_inputs(splits)
 
 
 def find_odd(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
-    """What is odd about texts, or left out for them, found in one pass over the records."""
+    """What is odd about texts, or left out for them, found in one pass over the records; and about their splits."""
+    yield from without_split(splits)
     texts = {split: _Texts.of(records) for split, records in splits.items()}
     for split, of_split in texts.items():
         yield from repeated_questions(of_split, split)
@@ -192,6 +194,40 @@ def shared_patients(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
             yield Finding(WRONG, "shared patients", what, len(shared))
 
 
+def shared_inputs(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
+    """Inputs in two splits under different patients, which `shared_patients` does not see."""
+    hashes = {split: _input_hashes(records) for split, records in splits.items()}
+    for first, second in _pairs(hashes):
+        both = set(np.intersect1d(hashes[first], hashes[second]).tolist())
+        if not both:
+            continue
+        told = set(column(splits[first], "group")) & set(column(splits[second], "group"))
+        of_second = ((paths, group) for paths, group in fields(splits[second], "inputs", "group") if group not in told)
+        if shared := sorted({path for paths, _ in of_second for path in paths if hash(path) in both}):
+            what = (
+                f"{_named(shared)} of {first} also in {second} under another patient; give all records of a slide or "
+                "image the same patient_id, or none of them one"
+            )
+            yield Finding(WRONG, "shared inputs", what, len(shared))
+
+
+def _input_hashes(records: Sequence[Record]) -> np.ndarray:
+    """Hashes of the paths of all inputs, int64 [N]: of a million records, as many numbers."""
+    return np.array(
+        array("q", (hash(path) for (paths,) in fields(records, "inputs") for path in paths)), dtype=np.int64
+    )
+
+
+def without_split(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
+    """Records of training that name no split, where others do."""
+    stated = column(splits["train"], "split")
+    unsaid = [position for position, split in enumerate(stated) if not split]
+    if 0 < len(unsaid) < len(stated):
+        ids = _named(column(select(splits["train"], unsaid[:NAMED]), "id"), len(unsaid))
+        what = f"train: {ids} name no split where others do; they are trained on, unless --splits says otherwise"
+        yield Finding(ODD, "without a split", what, len(unsaid))
+
+
 def repeated_texts(texts: dict[str, _Texts]) -> Iterator[Finding]:
     """Texts of one split that occur word for word in another: a model that learnt them by heart knows them."""
     answers = {split: of_split.first_answers for split, of_split in texts.items()}
@@ -221,9 +257,10 @@ def bad_inputs(ids: list[str], inputs: list[list[str]]) -> Iterator[Finding]:
 
 
 def extra_features(features_dir: Path, named: set[str]) -> Iterator[Finding]:
-    """Feature files that no record names."""
+    """Feature files of slides that no record names; one slide may have files of several formats."""
+    slides = {slide_id_of_features(path) for path in named if path.endswith(FEATURE_SUFFIXES)}
     files = (path for path in sorted(features_dir.iterdir()) if path.name.endswith(FEATURE_SUFFIXES))
-    extra = [path.name for path in files if str(path) not in named]
+    extra = [path.name for path in files if str(path) not in named and slide_id_of_features(path) not in slides]
     if extra:
         yield Finding(ODD, "extra features", f"{_named(extra)} in {features_dir} belong to no record", len(extra))
 

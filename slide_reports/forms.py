@@ -27,6 +27,7 @@ from slide_reports.annotation_files import Row, split_of
 from slide_reports.record import slide_id_of
 
 SURROGATES = re.compile("[\ud800-\udfff]")
+WHOLE_AS_FRACTION = re.compile(r"^(\d+)\.0$")  # what pandas makes of whole numbers where some are missing
 IMAGE_MARKER = re.compile(r"\s*<image>\s*")
 CHAIN_KEYS = ("chain-of-thought", "chain_of_thought")
 FEATURE_NAMES = (".h5", ".hdf5", ".pt", ".zarr", ".zarr.zip")
@@ -212,7 +213,7 @@ def _draft(
 ) -> Draft:
     if not record_id.strip():
         raise ValueError(f"{row.where} has an empty id; name the case")
-    group = next((str(value) for value in map(row.values.get, GROUP_FIELDS) if value not in (None, "")), "")
+    group = _group(row)
     split = row.split
     if stated := _text(row, "split", ""):
         try:
@@ -224,6 +225,19 @@ def _draft(
     if not text.isascii() and SURROGATES.search(text):
         raise ValueError(f"{row.where} ({_shown(record_id)}) holds half a character (\\ud800 to \\udfff); mend it")
     return Draft(record_id, names, kind, slide_id_of(case or record_id), cleaned, group, split)
+
+
+def _group(row: Row) -> str:
+    """The patient that a row names, empty where it names none. Tables write 7 as `7.0` and `7 ` now and then."""
+    for key in GROUP_FIELDS:
+        value = row.values.get(key)
+        if value is None or value != value:  # NaN is how tables say that there is none
+            continue
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ValueError(f"{row.where} has {_shown(repr(value))} under {key!r}; expected a name or a number")
+        if group := WHOLE_AS_FRACTION.sub(r"\1", str(value).strip()):
+            return group
+    return ""
 
 
 def _shown(text: str, length: int = 60) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 from slide_features import FEATURE_SUFFIXES
 from slide_reports.record import slide_id_of
 
+MAX_NAME = 255  # bytes of a name in a folder, on every file system in use
+
 
 class Folders:
     """Where the inputs of one annotation file lie. Folders are listed once, so that a million names are looked up fast.
@@ -67,6 +69,10 @@ class Folders:
         return None if found is None or listing[found] else root / found
 
     def _inside(self, where: str, root: Path, name: str) -> Path:
+        if any(len(os.fsencode(part)) > MAX_NAME for part in name.split("/")):
+            raise ValueError(
+                f"{where} names {name[:80]!r}…, longer than a file's name may be ({MAX_NAME} bytes); is it a text?"
+            )
         path = root / name
         if "\0" in name or path == root or not self._is_below(path, root):
             raise ValueError(

@@ -208,10 +208,10 @@ def read_training_records(
 ) -> tuple[Sequence[Record], Sequence[Record], list[str]]:
     """Training records, validation records, and a line for each record left out because something of it is missing.
 
-    Validation is ``val_json``, else the records whose split says ``val``, else patients split off. ``splits`` is a
-    table that ``slide_reports/split.py`` wrote, and stands for what the records say; of its folds ``fold`` is
-    validation and the others training. ``expected`` says how feature files must have been made, as for
-    :func:`with_inputs`, and ``reading`` is for :func:`read_records`.
+    Validation is ``val_json``, else the records whose split says ``val``, else patients split off; records without a
+    split among others with one are for training. ``splits`` is a table that ``slide_reports/split.py`` wrote, and
+    stands for what the records say; of its folds ``fold`` is validation and the others training. ``expected`` says how
+    feature files must have been made, as for :func:`with_inputs`, and ``reading`` is for :func:`read_records`.
 
     Raises:
         FileNotFoundError: an annotation file or folder is missing.
@@ -271,7 +271,7 @@ def read_splits_of_training(
     if val_json:
         train, val = _of_split(records, stated, "", "train"), read_records(val_json, **reading)
     elif any(stated):
-        train, val = _of_split(records, stated, "train"), _of_split(records, stated, "val")
+        train, val = _of_split(records, stated, "", "train"), _of_split(records, stated, "val")
     else:
         train, val = split_by_patient(records, val_fraction, seed)
     test = read_records(test_json, **reading) if test_json else _of_split(records, stated, "test")

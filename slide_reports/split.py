@@ -55,7 +55,7 @@ def main() -> int:
     records = read_records(args.train_json, group_pattern=args.group_pattern, exclude=args.exclude, locate_inputs=False)
     groups = column(records, "group")
     strata = find_strata(records, args.train_json, args.stratify) if args.stratify else None
-    earlier = read_splits(args.earlier) if args.earlier else None
+    earlier = read_splits(args.earlier, "--earlier") if args.earlier else None
     shares = dict(zip(("train", "val", "test"), args.shares, strict=True))
     assigned = assign_splits(groups, shares, args.seed, strata, earlier)
     folds = {group: fold_of(group, args.num_folds, args.seed) for group in assigned}

@@ -103,14 +103,16 @@ def write_splits(path: str | Path, assigned: dict[str, str], folds: dict[str, in
         writer.writerows([group, split, folds.get(group, "")] for group, split in sorted(assigned.items()))
 
 
-def read_splits(path: str | Path) -> dict[str, str]:
+def read_splits(path: str | Path, flag: str = "--splits") -> dict[str, str]:
     """Read the split of each patient from a table that `write_splits` wrote, or any CSV with `group` and `split`.
+
+    ``flag`` is the one that named it, for messages.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a column is missing, a split unknown, or a patient is in two; names the file and line.
     """
-    return {group: split for group, (split, _) in _read_table(path).items()}
+    return {group: split for group, (split, _) in _read_table(path, flag).items()}
 
 
 def read_fold(path: str | Path, fold: int) -> dict[str, str]:
@@ -143,32 +145,34 @@ def _as_number(text: str) -> tuple[int, str]:
     return (int(text) if text.isdecimal() else -1, text)
 
 
-def _read_table(path: str | Path) -> dict[str, tuple[str, str]]:
+def _read_table(path: str | Path, flag: str = "--splits") -> dict[str, tuple[str, str]]:
     """Split and fold of each patient; an empty fold where the table has none."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"--splits {path}: no such file; slide_reports/split.py makes it")
+        raise FileNotFoundError(f"{flag} {path}: no such file; slide_reports/split.py makes it")
     assigned: dict[str, tuple[str, str]] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
             reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             if not {"group", "split"} <= set(reader.fieldnames):
-                raise ValueError(f"--splits {path}: expected the columns group and split, found {reader.fieldnames}")
+                found = ", ".join(reader.fieldnames)[:80] or "none"
+                raise ValueError(f"{flag} {path}: expected the columns group and split, found {found}")
             for row in reader:
-                where = f"--splits {path}: line {reader.line_num}"
+                where = f"{flag} {path}: line {reader.line_num}"
                 try:
                     # programs that hold whole numbers as fractions write 1.0
                     found = split_of(row["split"]), (row.get("fold") or "").strip().removesuffix(".0")
                 except ValueError as error:
                     raise ValueError(f"{where}: {error}") from error
-                if (first := assigned.setdefault(row["group"], found)) != found:
+                group = (row["group"] or "").strip()  # as patients of records are
+                if (first := assigned.setdefault(group, found)) != found:
                     what = "splits" if first[0] != found[0] else "folds"
-                    raise ValueError(f"{where}: {row['group']} is in two {what}; keep one line of it")
+                    raise ValueError(f"{where}: {group or 'no group'} is in two {what}; keep one line of it")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--splits {path}: not in UTF-8 (byte {error.start}); save it as UTF-8") from error
+        raise ValueError(f"{flag} {path}: not in UTF-8 (byte {error.start}); save it as UTF-8") from error
     except csv.Error as error:
-        raise ValueError(f"--splits {path}: not a readable CSV ({error}); make it again") from error
+        raise ValueError(f"{flag} {path}: not a readable CSV ({error}); make it again") from error
     return assigned
 
 

@@ -152,12 +152,30 @@ def check_deletion(source: str, target: str) -> None:
 
 
 def check_apart(args: Any) -> None:
-    """Refuse to write into a local source, whose listing would then hold what this command wrote."""
-    source = local_folder(args.source)
-    for flag in ("target", "scratch_dir"):
-        folder = local_folder(getattr(args, flag))
-        if source and folder and folder.is_relative_to(source):
-            raise ValueError(f"--{flag} {folder} lies in --source {source}; give a folder outside of it")
+    """Refuse places that are no folders, or of which one would write into another's files."""
+    places = {}
+    for flag in ("source", "target", "scratch_dir"):
+        if not (url := getattr(args, flag)).strip():
+            raise ValueError(f"--{flag} is empty; name a folder{'' if flag == 'scratch_dir' else ' or URL'}")
+        places[flag] = local_folder(url)
+        if flag != "source" and places[flag] and (above := file_on_the_way(places[flag])):
+            raise NotADirectoryError(f"--{flag} {url}: {above} is a file; name a folder")
+    # a listing of the source would hold what this command wrote; the scratch folder has files of its own names
+    for inner, outer in (
+        ("target", "source"),
+        ("scratch_dir", "source"),
+        ("scratch_dir", "target"),
+        ("target", "scratch_dir"),
+    ):
+        folder, around = places[inner], places[outer]
+        if folder and around and folder.is_relative_to(around):
+            raise ValueError(f"--{inner} {folder} lies in --{outer} {around}; give a folder outside of it")
+
+
+def file_on_the_way(folder: Path) -> Path | None:
+    """The file that stands where a folder is to be made, if there is one."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return None if existing.is_dir() else existing
 
 
 def local_folder(url: str) -> Path | None:

@@ -8,6 +8,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
@@ -177,10 +178,22 @@ def test_a_file_bigger_than_the_disk_space_fails_alone(tmp_path, caplog):
     assert contents(tmp_path / "target") == sums
 
 
+def test_an_ftp_url_may_be_of_one_file_and_of_nothing(tmp_path):
+    make_collection(tmp_path / "source", 2, kilobytes=(1, 9))
+    path = next(path for path in sorted((tmp_path / "source").rglob("*")) if path.is_file())
+    with FlakyServer(tmp_path / "source") as server:
+        url = f"{server.url}/{quote(str(path.relative_to(tmp_path / 'source')))}"
+        assert call(url, tmp_path / "target", tmp_path / "scratch") == 0
+        assert (tmp_path / "target" / path.name).read_bytes() == path.read_bytes()
+        with pytest.raises(OSError, match="cannot be listed: the server has no /nowhere, or does not show it"):
+            call(f"{server.url}/nowhere", tmp_path / "other", tmp_path / "other scratch")
+
+
 def test_bad_flags_and_shared_scratch_folders_are_refused(tmp_path):
     make_collection(tmp_path / "source", 2, kilobytes=(1, 9))
     source, target, scratch = tmp_path / "source", tmp_path / "target", tmp_path / "scratch"
     (tmp_path / "empty").mkdir()
+    (tmp_path / "a_file").touch()
     for refused, words in (
         ((source, target, scratch, "--max_disk", "many"), "--max_disk 'many' is no size"),
         ((source, target, scratch, "--num_workers", 0), "--num_workers 0"),
@@ -189,7 +202,13 @@ def test_bad_flags_and_shared_scratch_folders_are_refused(tmp_path):
         ((tmp_path / "nowhere", target, scratch), "nowhere cannot be listed"),
         ((tmp_path / "empty", target, scratch), "holds no file"),
         ((source, "ftp://host/slides", scratch), "source only"),
-        (("gopher://host/slides", target, scratch), "gopher"),
+        (("gopher://host/slides", target, scratch), "gopher://host/slides: Protocol not known"),
+        (("", target, scratch), "--source is empty"),
+        ((source, " ", scratch), "--target is empty"),
+        ((source, tmp_path / "a_file", scratch), "a_file is a file; name a folder"),
+        ((source, target, tmp_path / "a_file" / "scratch"), "--scratch_dir"),
+        ((source, target, target), "lies in --target"),
+        ((source, scratch / "copy", scratch), "lies in --scratch_dir"),
     ):
         with pytest.raises((ValueError, OSError)) as caught:
             call(*refused)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from command_line import make_parser
 from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -117,3 +118,13 @@ def test_files_named_in_the_readme_exist():
         assert (ROOT / script).is_file(), script
     for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", readme):
         assert (ROOT / picture).is_file(), picture
+
+
+def test_a_flag_of_another_kind_is_refused_in_plain_words(capsys):
+    parser = make_parser(None)
+    parser.add_argument("--mpp", type=float, default=0.5)
+    parser.add_argument("--tile_size", type=int, default=256)
+    for flag, told in (("--mpp=nan", "--mpp: Expected a number."), ("--tile_size=2.5", "Expected a whole number.")):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args([flag])
+        assert told in (error := capsys.readouterr().err) and "<class" not in error

@@ -3,8 +3,11 @@
 import json
 import subprocess
 import sys
+from math import nan
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,6 +103,7 @@ def check(folder, *flags, status):
 
 
 def test_check_finds_nothing_in_a_good_corpus(corpus_of_8):
+    (corpus_of_8 / "f" / "PIT_01_00000_00.pt").touch()  # the same slide in another format
     done = check(corpus_of_8, status=0)
     assert "nothing found" in done.stdout and json.loads((corpus_of_8 / "found.json").read_text())["findings"] == []
 
@@ -284,6 +288,44 @@ def test_training_refuses_a_patient_of_its_test_split(corpus_of_8):
         )
 
 
+def test_training_refuses_a_slide_in_two_splits_under_two_patients(corpus_of_8):
+    folder, rows = corpus_of_8, json.loads((corpus_of_8 / "r.json").read_text())
+    flags = {"val_fraction": 0, "seed": 0, "features_dir": str(folder / "f")}
+    (folder / "val.json").write_text(json.dumps([rows[0] | {"patient_id": "somebody"}]))
+    with pytest.raises(ValueError, match=r"PIT_01_00000_00.h5 of train also in val under another patient; give all"):
+        read_training_records(str(folder / "r.json"), str(folder / "val.json"), **flags)
+    (folder / "val.json").write_text(json.dumps([{"id": "case", "slides": ["PIT_01_00001_01"], "report": "x"}]))
+    with pytest.raises(ValueError, match=r"PIT_01_00001_01.h5 of train also in val under another patient"):
+        read_training_records(str(folder / "r.json"), str(folder / "val.json"), **flags)
+
+
+def test_a_patient_is_one_however_a_table_writes_the_number(corpus_of_8):
+    rows = [{"id": f"s{i}", "report": "x", "patient_id": p} for i, p in enumerate(["7", "7 ", "7.0", 7, 7.0, "7.5"])]
+    (corpus_of_8 / "p.json").write_text(json.dumps([*rows, {"id": "s6", "report": "x", "patient_id": "007"}]))
+    groups = [record.group for record in read_records(corpus_of_8 / "p.json", locate_inputs=False)]
+    assert groups == ["7"] * 5 + ["7.5", "007"]
+    (corpus_of_8 / "p.json").write_text(json.dumps([rows[0] | {"patient_id": ["7"]}]))
+    with pytest.raises(ValueError, match=r"record 0 has \['7'\] under 'patient_id'; expected a name or a number"):
+        read_records(corpus_of_8 / "p.json", locate_inputs=False)
+    pq.write_table(
+        pa.table({"id": ["a", "b"], "report": ["x", "y"], "patient_id": [nan, 7.0]}), corpus_of_8 / "p.parquet"
+    )
+    assert [record.group for record in read_records(corpus_of_8 / "p.parquet", locate_inputs=False)] == ["a", "7"]
+    (corpus_of_8 / "s.csv").write_text("group,split\n7 ,val\n")
+    assert read_splits(corpus_of_8 / "s.csv") == {"7": "val"}
+
+
+def test_records_without_a_split_among_others_are_trained_on_and_told(corpus_of_8, capsys):
+    rows = json.loads((corpus_of_8 / "r.json").read_text())
+    for row in rows[4:]:
+        row["split"] = "train" if row in rows[4:6] else "val"
+    (corpus_of_8 / "r.json").write_text(json.dumps(rows))
+    reading = {"val_fraction": 0, "seed": 0, "features_dir": str(corpus_of_8 / "f")}
+    train, val, _ = read_training_records(str(corpus_of_8 / "r.json"), None, **reading)
+    assert (len(train), len(val)) == (6, 2)
+    assert f"{rows[3]['id']} name no split where others do; they are trained on" in capsys.readouterr().err
+
+
 def test_ids_of_no_record_are_told_of_both_files_together(corpus_of_8, capsys, monkeypatch):
     folder = corpus_of_8
     rows = json.loads((folder / "r.json").read_text())
@@ -324,8 +366,8 @@ def test_ids_of_no_record_are_told_of_both_files_together(corpus_of_8, capsys, m
 def test_broken_tables_of_splits(tmp_path, table, message):
     (tmp_path / "s.csv").write_text(table, encoding="latin-1")
     with pytest.raises(ValueError, match=message) as refused:
-        read_splits(tmp_path / "s.csv")
-    assert "s.csv: " in str(refused.value)
+        read_splits(tmp_path / "s.csv", "--earlier")
+    assert str(refused.value).startswith(f"--earlier {tmp_path / 's.csv'}: ")
 
 
 def test_a_finding_is_one_line_though_names_hold_line_ends(tmp_path):

@@ -52,7 +52,7 @@ def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """
     try:
         return fsspec.core.url_to_fs(url, use_listings_cache=False)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # a client that is not installed; a scheme that nobody knows
         raise ValueError(f"{public_url(url)}: {error}") from error
 
 
@@ -116,9 +116,14 @@ class FtpSource:
             timeout=TIMEOUT_SECONDS,
             skip_instance_cache=True,
         )
-        found = files.find(self._root, detail=True, on_error="raise")
-        if list(found) == [self._root]:  # the URL is of one file, which find() does not describe
-            found = {self._root: files.info(self._root)}
+        try:
+            found = files.find(self._root, detail=True, on_error="raise")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"the server has no {self._root}, or does not show it") from error
+        # The URL is of one file: find() does not describe it, and some servers list it as if it lay in itself
+        itself = f"{self._root}/{self._root.rpartition('/')[2]}"
+        if list(found) in ([self._root], [itself]) and (info := files.info(self._root))["type"] == "file":
+            found = {self._root: info}
             self._root = self._root.rpartition("/")[0] or "/"
         return _items(found, self._root.rstrip("/"))
 
