@@ -34,7 +34,7 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Leave with one line, in the place of jsonargparse's several below a screen of flags."""
         of_flag = re.sub(r'(Parser key|Key) "([\w.]+)":?', r"--\2:", " ".join(message.split()))
-        self.exit(REFUSED, f"error: {of_flag}; see --help\n")
+        self.exit(REFUSED, f"error: {_shortened(of_flag)}; see --help\n")
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
         # PositiveInt and the like are classes of their own, which optimizer states and JSON should not meet.
@@ -107,6 +107,11 @@ def run(main: Callable[[], int], *, to_go_on: str = "the same command goes on wh
         print(f"error: {_told(error)}", file=sys.stderr)
         status = REFUSED
     sys.exit(status)
+
+
+def _shortened(text: str, longest: int = 1000) -> str:
+    """A message without its middle where it quotes a whole file, as of a ``--config`` that is no YAML of flags."""
+    return text if len(text) <= longest else f"{text[: longest // 2]} […] {text[-longest // 2 :]}"
 
 
 def _is_untold(record: logging.LogRecord) -> bool:
