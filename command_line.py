@@ -12,6 +12,7 @@ import select
 import sys
 from argparse import Action
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -81,6 +82,21 @@ def flags_of(args: Namespace) -> dict[str, Any]:
 def chosen(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
     """Some of the flags, as keyword arguments."""
     return {name: getattr(args, name) for name in names}
+
+
+def check_output_file(output: str | Path | None, **inputs: str | Path | None) -> None:
+    """Refuse an ``--output`` that is a folder, or one of the files that a command reads, given by flag.
+
+    Raises:
+        ValueError: it is; before hours of work whose result could not be written, or would take the input's place.
+    """
+    if output is None or not Path(output).exists():
+        return
+    if Path(output).is_dir():
+        raise ValueError(f"--output {output} is a folder; name a file in it")
+    for flag, path in inputs.items():
+        if path is not None and Path(path).exists() and Path(path).samefile(output):
+            raise ValueError(f"--output {output} is the file given as {flag}, which would be lost; name another")
 
 
 def run(main: Callable[[], int], *, to_go_on: str = "the same command goes on where this one stopped") -> NoReturn:

@@ -496,3 +496,20 @@ def test_a_message_does_not_quote_a_whole_file(run_here, tmp_path, capsys):
         run_here("generate", "--config", file)
     message = capsys.readouterr().err
     assert message.startswith("error: Unexpected config: ") and len(message) < 1100
+
+
+def test_predictions_never_take_the_place_of_other_files(run_here, corpus, model, tmp_path):
+    records = write(tmp_path / "test.json", json.loads(corpus.reports.read_text())[:1])
+    other = write(tmp_path / "other.json", [1])
+    flags = ["--model", model, "--test_json", records, "--features_dir", corpus.features, *SHORT, "--output"]
+    before = records.read_bytes()
+    for output, more, reason in (
+        (records, ["--overwrite"], "is the file given as test_json"),
+        (tmp_path, [], "is a folder"),
+        (other, [], "is not of predict.py"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            run_here("predict", *flags, output, *more)
+    assert records.read_bytes() == before and other.read_text() == "[1]"
+    assert run_here("predict", *flags, other, "--overwrite").status == 0
+    assert "answered before" in run_here("predict", *flags, other).stderr
