@@ -22,7 +22,7 @@ from jsonargparse.typing import (
     restricted_number_type,
 )
 
-from deepspeed_zero import is_zero, precision, zero_plugin
+from deepspeed_zero import is_zero, load_whole, precision, whole_shape, zero_plugin
 
 # Processes wait for the slowest of them, which may be writing a large model; torch's default is 10 to 30 minutes.
 LONGEST_WAIT = timedelta(days=30)
@@ -193,6 +193,8 @@ def make_accelerator(
     )
     if zero is not None and not is_zero(accelerator):
         raise ValueError("DeepSpeed: accelerate starts it on GPUs only, and finds none; use another configuration")
+    if zero is not None:
+        load_whole()
     if accelerator.mixed_precision == "fp16":
         raise ValueError(
             "fp16 overflows in Gemma-3n, over full and over 4-bit weights; choose bf16 or no in --mixed_precision or "
@@ -330,9 +332,9 @@ def trainable_parameters(model: torch.nn.Module) -> dict[str, str]:
     """For each part of the model, ``trainable / all`` parameters."""
     counts = {}
     for name, part in model.named_children():
-        parameters = list(part.parameters())
-        learning = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        counts[name] = f"{learning:,} / {sum(parameter.numel() for parameter in parameters):,}"
+        sizes = [(whole_shape(parameter).numel(), parameter.requires_grad) for parameter in part.parameters()]
+        learning = sum(size for size, learns in sizes if learns)
+        counts[name] = f"{learning:,} / {sum(size for size, _ in sizes):,}"
     return counts
 
 

@@ -1,6 +1,7 @@
 """Exponential moving average of the projector (EMA), which is evaluated and saved in the place of the last weights.
 
-Kept in ``model.projector_average``, by parameter name, so that checkpoints hold it with what learns.
+Kept in ``model.projector_average``, by parameter name, so that checkpoints hold it with what learns; in shards with
+FSDP2, whole on every process otherwise.
 """
 
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from deepspeed_zero import gathered
 from slide_vlm import SlideVLM
 
 
@@ -20,7 +22,8 @@ def begin_average(model: SlideVLM) -> None:
     learned = model.visual_parameters()
     if not learned:
         raise ValueError("--projector_ema averages a projector that learns; add --unfreeze_projection_layer")
-    model.projector_average = {name: value.detach().clone() for name, value in learned.items()}
+    with gathered(learned.values()):
+        model.projector_average = {name: value.detach().clone() for name, value in learned.items()}
 
 
 @torch.no_grad()
@@ -33,8 +36,10 @@ def update_average(model: SlideVLM, decay: float, step: int) -> None:
     if model.projector_average is None:
         return
     decay = min(decay, (1 + step) / (10 + step))
-    for name, value in model.visual_parameters().items():
-        model.projector_average[name].lerp_(value.detach().to(model.projector_average[name].dtype), 1 - decay)
+    learned = model.visual_parameters()
+    with gathered(learned.values()):
+        for name, value in learned.items():
+            model.projector_average[name].lerp_(value.detach().to(model.projector_average[name].dtype), 1 - decay)
 
 
 @contextmanager
@@ -42,13 +47,14 @@ def averaged(model: SlideVLM) -> Iterator[None]:
     """Within, the projector has its averaged weights, where there is an average; after it, its own, bit for bit."""
     average = model.projector_average or {}
     learned = {name: value for name, value in model.visual_parameters().items() if name in average}
-    own = {name: value.detach().clone() for name, value in learned.items()}
-    with torch.no_grad():
+    own = {}
+    with gathered(learned.values(), to_change=True), torch.no_grad():
         for name, value in learned.items():
+            own[name] = value.detach().clone()
             value.copy_(average[name])
     try:
         yield
     finally:
-        with torch.no_grad():
+        with gathered(learned.values(), to_change=True), torch.no_grad():
             for name, value in learned.items():
                 value.copy_(own[name])

@@ -28,7 +28,7 @@ from accelerate.utils import set_seed
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from deepspeed_zero import precision
+from deepspeed_zero import is_zero, precision
 from sharded_weights import load_optimizer_state, load_weights, optimizer_state, whole_on_main
 
 # Flags that may differ when a run is resumed; all others decide what it learns.
@@ -86,6 +86,7 @@ def layout(accelerator: Accelerator) -> dict[str, Any]:
         "distributed_type": accelerator.distributed_type.value,
         "device": accelerator.device.type,
         "mixed_precision": precision(accelerator),
+        **({"zero_stage": accelerator.deepspeed_plugin.zero_stage} if is_zero(accelerator) else {}),
     }
 
 

@@ -1,6 +1,7 @@
 """Weights and optimizer state by parameter name, whole, however the processes hold them.
 
-One process and DDP hold every tensor whole; FSDP2 holds shards of each (``DTensor``).
+One process and DDP hold every tensor whole; FSDP2 holds shards of each (``DTensor``), ZeRO-3 too (parameters that are
+empty until they are gathered).
 What is read here is the same in all, so one layout's checkpoint opens in another, and a result is a plain model.
 """
 
@@ -13,11 +14,25 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from deepspeed_zero import is_zero, learning_groups, load_state_by_parameter, state_by_parameter
+from deepspeed_zero import (
+    gather_with,
+    gathered,
+    is_in_parts,
+    is_zero,
+    is_zero3,
+    learning_groups,
+    load_state_by_parameter,
+    part_weights,
+    state_by_parameter,
+    whole_shape,
+)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor as every process would hold it alone. Collective where it is sharded: call on every rank."""
+    if is_in_parts(tensor):
+        with gathered([tensor]):
+            return tensor.detach().clone()
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -29,11 +44,27 @@ def whole_on_main(accelerator: Accelerator, tensors: Iterable[tuple[str, Tensor]
     """
     gathered = {}
     for name, tensor in tensors:
-        if accelerator.is_main_process or isinstance(tensor, DTensor):
+        if accelerator.is_main_process or isinstance(tensor, DTensor) or is_in_parts(tensor):
             value = whole(tensor)
             if accelerator.is_main_process:
                 gathered[name] = value.to("cpu", copy=True).contiguous()
     return gathered
+
+
+def prepare(accelerator: Accelerator, model: nn.Module, *others: Any) -> tuple[Any, ...]:
+    """What ``accelerator.prepare`` gives for a ``SlideVLM`` and its optimizer and loaders. Collective: every rank.
+
+    Raises:
+        ValueError: with ZeRO-3 processes would wait for each other forever.
+    """
+    if is_zero3(accelerator):
+        model.refuse_uneven_calls()
+        part_weights(accelerator, model)
+    prepared = accelerator.prepare(model, *others)
+    if is_zero3(accelerator):
+        # The loss multiplies by the head's weights itself, chunk by chunk.
+        gather_with(model, model.base_llm.get_output_embeddings().parameters())
+    return prepared
 
 
 def save_result(accelerator: Accelerator, model: nn.Module, folder: Path, tokenizer: Any) -> None:
@@ -136,9 +167,9 @@ def load_weights(own: Mapping[str, Tensor], names: Iterable[str], read: Callable
         raise ValueError(f"other weights learned then ({name}); resume with the flags of that run")
     for name, tensor in own.items():
         value = read(name)
-        if value.shape != tensor.shape:
+        if value.shape != whole_shape(tensor):
             raise ValueError(
-                f"{name} was {tuple(value.shape)} and is {tuple(tensor.shape)}; resume with that run's flags"
+                f"{name} was {tuple(value.shape)} and is {tuple(whole_shape(tensor))}; resume with that run's flags"
             )
-        with torch.no_grad():
+        with gathered([tensor], to_change=True), torch.no_grad():
             tensor.copy_(sharded_like(value, tensor))

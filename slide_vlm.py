@@ -397,13 +397,29 @@ class SlideVLM(nn.Module):
         return self
 
     def learned_state(self) -> dict[str, Tensor]:
-        """Every weight that learns or has learned in this run, by name; with the optimizer, it makes a checkpoint."""
-        state = {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+        """Every weight that learns or has learned in this run, by name; with the optimizer, it makes a checkpoint.
+
+        Parameters themselves, since ZeRO-3 gathers no view of one.
+        """
+        state = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         if self.encoder_learned:
-            state |= {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}
+            state |= {f"encoder.{name}": value for name, value in self.encoder.state_dict(keep_vars=True).items()}
         if self.projector_average is not None:
             state |= {f"projector_average.{name}": value for name, value in self.projector_average.items()}
         return state
+
+    def refuse_uneven_calls(self) -> None:
+        """Raise ValueError where :meth:`forward` may call a module more often for one batch than for another."""
+        if self.settings.token_reducer == PROMPT_TOPK:
+            raise ValueError(
+                f"--token_reducer {PROMPT_TOPK} scores patches in portions, more of them for a larger slide, but with "
+                "ZeRO-3 processes must compute in step; use DDP or ZeRO-2"
+            )
+        if type(self.base_llm.get_output_embeddings()) is not nn.Linear:
+            raise ValueError(
+                "the adapted or quantised head computes in chunks, more of them for longer answers, but with ZeRO-3 "
+                "processes must compute in step; leave it out of --lora_target_modules, or use DDP or ZeRO-2"
+            )
 
     def visual_parameters(self) -> dict[str, Tensor]:
         """What of projector, reducer and position codes learns, by name."""
@@ -422,20 +438,27 @@ class SlideVLM(nn.Module):
             getattr(self, name).requires_grad_(True)
 
     def result_state(self) -> dict[str, Tensor]:
-        """Every weight that :meth:`save` writes, by name: the visual parts, and of LLM and encoder what learned."""
-        parts = {part: getattr(self, part).state_dict() for part in VISUAL_PARTS}
+        """Every weight that :meth:`save` writes, by name: the visual parts, and of LLM and encoder what learned.
+
+        Parameters themselves, as in :meth:`learned_state`.
+        """
+        parts = {part: getattr(self, part).state_dict(keep_vars=True) for part in VISUAL_PARTS}
         state = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
         learning = [name for name, parameter in self.llm.named_parameters() if parameter.requires_grad]
         if hasattr(self.llm, "peft_config"):
             adapter = {
-                name: value for name, value in self.llm.state_dict().items() if "lora_" in name or name in learning
+                name: value
+                for name, value in self.llm.state_dict(keep_vars=True).items()
+                if "lora_" in name or name in learning
             }
             state |= {f"llm.{name}": value for name, value in adapter.items()}
         elif learning or self.llm_learned:
             tied = set(self.llm.all_tied_weights_keys)
-            state |= {f"llm.{name}": value for name, value in self.llm.state_dict().items() if name not in tied}
+            state |= {
+                f"llm.{name}": value for name, value in self.llm.state_dict(keep_vars=True).items() if name not in tied
+            }
         if self.encoder_learned:
-            state |= {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}
+            state |= {f"encoder.{name}": value for name, value in self.encoder.state_dict(keep_vars=True).items()}
         return state
 
     def save(
@@ -456,6 +479,7 @@ class SlideVLM(nn.Module):
         """
         folder = Path(folder)
         weights = self.result_state() if weights is None else weights
+        weights = {name: value.detach() for name, value in weights.items()}
         temporary = folder.with_name(folder.name + ".writing")
         shutil.rmtree(temporary, ignore_errors=True)
         (temporary / "projector").mkdir(parents=True)

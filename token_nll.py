@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from deepspeed_zero import is_in_parts
+
 ROWS_PER_CHUNK = 128  # of logits in memory at one time: 134 MB in float32 at a vocabulary of 262,400
 
 
@@ -42,7 +44,10 @@ def token_nll(
         )
 
     def nll_of(hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = capped(_at_least_float32(head(hidden.to(_product_dtype(head, hidden)))), softcap)
+        hidden = hidden.to(_product_dtype(head, hidden))
+        # Processes have different numbers of chunks, and with ZeRO-3 must call the same modules equally often.
+        logits = F.linear(hidden, head.weight, head.bias) if is_in_parts(head.weight) else head(hidden)
+        logits = capped(_at_least_float32(logits), softcap)
         return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
 
     if len(targets_S) <= ROWS_PER_CHUNK:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from deepspeed_zero import autocast
+from deepspeed_zero import autocast, whole_to_generate
 from projector_average import averaged
 from report_loss import evaluation_loss
 from run_checkpoints import RunState
@@ -149,7 +149,9 @@ def validate(
     """``val_loss`` and, where asked, ``val_<metric>``. Collective: call on every rank. Leaves evaluation mode."""
     scores = {"val_loss": evaluation_loss(accelerator, model, val_loader)}
     if reports is not None:
-        pairs = gather_object(_write_reports(accelerator, accelerator.unwrap_model(model), reports))
+        with whole_to_generate(accelerator, model):
+            own_pairs = _write_reports(accelerator, accelerator.unwrap_model(model), reports)
+        pairs = gather_object(own_pairs)
         if not pairs:
             raise ValueError("no validation record's input can be read; see the messages above")
         scores[f"val_{reports.name}"] = reports.metric(*zip(*pairs, strict=True))

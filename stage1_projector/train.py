@@ -57,7 +57,7 @@ from run_checkpoints import (
     save_checkpoint,
 )
 from run_log import RunLog
-from sharded_weights import save_result
+from sharded_weights import prepare, save_result
 from slide_reports import (
     DEFAULT_QUESTIONS,
     LOADER_FLAGS,
@@ -144,7 +144,7 @@ def main() -> int:
     # Resume
     identity = run_identity(flags, train_batches, digests(train_records, val_records), model.settings.fingerprints())
     check_identity(checkpoint, identity)
-    model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
+    model, optimizer, train_loader, val_loader = prepare(accelerator, model, optimizer, train_loader, val_loader)
     vlm = accelerator.unwrap_model(model)
     if args.projector_ema:
         begin_average(vlm)

@@ -41,7 +41,7 @@ from run_checkpoints import (
     save_checkpoint,
 )
 from run_log import RunLog
-from sharded_weights import save_result
+from sharded_weights import prepare, save_result
 from slide_reports import (
     LOADER_FLAGS,
     RECORD_FLAGS,
@@ -138,7 +138,7 @@ def main() -> int:
     check_identity(checkpoint, identity)
     if args.train_ve_first_epoch and state.step >= steps_per_epoch:
         freeze_encoder(model, optimizer)
-    model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
+    model, optimizer, train_loader, val_loader = prepare(accelerator, model, optimizer, train_loader, val_loader)
     vlm = accelerator.unwrap_model(model)
     if args.projector_ema:
         begin_average(vlm)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 import accelerator_setup
 from accelerator_setup import BelowOne, forget_frozen, git_revision
 from command_line import flags_of
-from deepspeed_zero import is_zero, precision
+from deepspeed_zero import is_zero, is_zero3, precision
 from encoder_lora import add_encoder_lora
 from four_bit import FourBit
 from language_model import add_lora, unfreeze_llm
@@ -71,11 +71,13 @@ def open_stage1(args, settings: VLMSettings, accelerator: Accelerator) -> tuple[
     """
     if args.train_ve_first_epoch and is_zero(accelerator):
         raise ValueError("--train_ve_first_epoch: DeepSpeed's parts of the weights that learn are fixed; use DDP")
-    if args.encoder_lora_rank and accelerator.distributed_type == DistributedType.FSDP:
+    if args.encoder_lora_rank and (accelerator.distributed_type == DistributedType.FSDP or is_zero3(accelerator)):
         raise ValueError(
             f"--encoder_lora_rank {args.encoder_lora_rank}: adapters are merged into the encoder when it is saved, and "
             "a shard of it cannot be; use DDP (recipes/accelerate/ddp.yaml), or --train_ve"
         )
+    if args.llm_training == "qlora" and is_zero3(accelerator):
+        raise ValueError("--llm_training qlora: ZeRO-3 cannot cut 4-bit weights into parts; use DDP or ZeRO-2")
     is_bf16 = precision(accelerator) == "bf16" and args.llm_training != "full"
     dtype = torch.bfloat16 if is_bf16 else torch.float32
     is_four_bit = args.llm_training == "qlora"

@@ -8,15 +8,20 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
 from transformers.models.gemma3n import modeling_gemma3n
 
 from accelerator_setup import make_accelerator
+from language_model import add_lora
+from stage2_finetune.what_learns import open_stage1
 from tests.conftest import ROOT
+from tests.tiny_models import make_model
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))}
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}
@@ -51,7 +56,7 @@ def test_sharding_wraps_the_decoder_layers_of_gemma3n_and_loads_on_every_process
 @pytest.mark.parametrize(
     "variables, message",
     [
-        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "fsdp2.yaml"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "zero3.yaml"),
         (ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "set it to none"),
         ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: 2"),
         (
@@ -76,13 +81,47 @@ def test_deepspeed_is_refused_where_it_is_not_installed_or_not_for_this_command(
         make_accelerator(output_dir=tmp_path, seed=0, max_grad_norm=1.0)
 
 
-def test_a_configuration_of_deepspeed_may_not_bring_its_own_optimizer(tmp_path, monkeypatch):
-    own = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}
+@pytest.mark.parametrize(
+    "own, message",
+    [
+        ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}, "its own optimizer"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "zero_hpz_partition_size"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights"),
+    ],
+)
+def test_a_configuration_of_deepspeed_may_not_bring_what_we_choose_or_cannot_save(tmp_path, monkeypatch, own, message):
     (tmp_path / "zero.json").write_text(json.dumps(own))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "zero.json"))
-    with pytest.raises(ValueError, match="its own optimizer"):
+    with pytest.raises(ValueError, match=message):
         make_accelerator(output_dir=tmp_path, seed=0, max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"llm_training": "qlora"}, "4-bit weights"),
+        ({"encoder_lora_rank": 4}, "a shard of it"),
+        ({"train_ve_first_epoch": True}, "use DDP"),
+    ],
+)
+def test_zero3_refuses_what_it_cannot_part(flags, message):
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED, deepspeed_plugin=SimpleNamespace(zero_stage=3)
+    )
+    args = {"llm_training": "lora", "encoder_lora_rank": 0, "train_ve_first_epoch": False} | flags
+    with pytest.raises(ValueError, match=message):
+        open_stage1(SimpleNamespace(**args), None, accelerator)
+
+
+def test_zero3_refuses_models_that_would_not_compute_in_step():
+    model, _ = make_model("llama")
+    model.refuse_uneven_calls()
+    model.llm = add_lora(model.llm, rank=2, alpha=4, dropout=0, target_modules=["lm_head"])
+    with pytest.raises(ValueError, match="lora_target_modules"):
+        model.refuse_uneven_calls()
+    with pytest.raises(ValueError, match="portions"):
+        make_model(token_reducer="prompt_topk")[0].refuse_uneven_calls()
 
 
 def run_block(folder: Path, **variables: str) -> list[list[str]]:
