@@ -12,6 +12,7 @@ import select
 import sys
 from argparse import Action
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -36,7 +37,7 @@ class _Parser(ArgumentParser):
         """Leave with one line, in the place of jsonargparse's several below a screen of flags."""
         of_flag = re.sub(r'(Parser key|Key) "([\w.]+)":?', r"--\2:", " ".join(message.split()))
         plain = re.sub(r"a <class '(\w+)'>", lambda kind: KINDS.get(kind[1], kind[1]), of_flag)
-        self.exit(REFUSED, f"error: {plain}; see --help\n")
+        self.exit(REFUSED, f"error: {_shortened(plain)}; see --help\n")
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
         # PositiveInt and the like are classes of their own, which optimizer states and JSON should not meet.
@@ -85,6 +86,21 @@ def chosen(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
+def check_output_file(output: str | Path | None, **inputs: str | Path | None) -> None:
+    """Refuse an ``--output`` that is a folder, or one of the files that a command reads, given by flag.
+
+    Raises:
+        ValueError: it is; before hours of work whose result could not be written, or would take the input's place.
+    """
+    if output is None or not Path(output).exists():
+        return
+    if Path(output).is_dir():
+        raise ValueError(f"--output {output} is a folder; name a file in it")
+    for flag, path in inputs.items():
+        if path is not None and Path(path).exists() and Path(path).samefile(output):
+            raise ValueError(f"--output {output} is the file given as {flag}, which would be lost; name another")
+
+
 def run(main: Callable[[], int], *, to_go_on: str = "the same command goes on where this one stopped") -> NoReturn:
     """Run ``main`` and leave with its exit status, turning refusals into one line on stderr.
 
@@ -109,6 +125,11 @@ def run(main: Callable[[], int], *, to_go_on: str = "the same command goes on wh
         print(f"error: {_told(error)}", file=sys.stderr)
         status = REFUSED
     sys.exit(status)
+
+
+def _shortened(text: str, longest: int = 1000) -> str:
+    """A message without its middle where it quotes a whole file, as of a ``--config`` that is no YAML of flags."""
+    return text if len(text) <= longest else f"{text[: longest // 2]} […] {text[-longest // 2 :]}"
 
 
 def _is_untold(record: logging.LogRecord) -> bool:

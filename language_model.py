@@ -62,8 +62,8 @@ def absolute_if_folder(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def load_tokenizer(name: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a hub name or folder.
+def load_tokenizer(name: str | Path, *, revision: str | None = None, mend: str = ELSEWHERE) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a hub name or folder; ``mend`` is what the user is told to do where that fails.
 
     Raises:
         ValueError: there is none.
@@ -71,7 +71,12 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> PreTrain
     try:
         return AutoTokenizer.from_pretrained(str(name), revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{name}: no tokenizer to open there ({first_line(error)}); {ELSEWHERE}") from error
+        raise ValueError(f"{name}: no tokenizer to open there ({why_not_opened(name, error)}); {mend}") from error
+
+
+def why_not_opened(name: str | Path, error: Exception) -> str:
+    """The library's reason; it takes a folder that is not there for a misspelt name on the hub."""
+    return "no such folder" if Path(name).is_absolute() and not Path(name).exists() else first_line(error)
 
 
 def first_line(error: Exception) -> str:
@@ -109,7 +114,9 @@ def load_llm(
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: no language model to open there ({first_line(error)}); {ELSEWHERE}") from error
+        raise ValueError(
+            f"{name}: no language model to open there ({why_not_opened(name, error)}); {ELSEWHERE}"
+        ) from error
     text_config = config.get_text_config()
     for scale in ("logit_scale", "logits_scaling"):
         if getattr(text_config, scale, None) not in (None, 1, 1.0):

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from encoder_lora import merged_encoder
 from encoders import ImageEncoder, load_encoder
 from four_bit import FourBit, dequantize, quantize
-from language_model import fingerprint, llm_width, load_llm, load_tokenizer, shares_keys_and_values
+from language_model import fingerprint, first_line, llm_width, load_llm, load_tokenizer, shares_keys_and_values
 from packing import PADDING, PackedRows, pack
 from projectors import (
     PROMPT_TOPK,
@@ -82,7 +83,7 @@ class VLMSettings:
 
         Raises:
             FileNotFoundError: the folder is not the result of a training stage.
-            ValueError: the file was written by a later version, or lacks a field.
+            ValueError: the file was written by a later version, lacks a field, or holds another kind of value in one.
         """
         path = Path(folder) / "vlm.json"
         if not path.is_file():
@@ -98,9 +99,27 @@ class VLMSettings:
                 f"{path}: format {values['format_version']} is newer than {FORMAT_VERSION}; update SlideScribe"
             )
         try:
-            return cls(**{key: value for key, value in values.items() if key in {f.name for f in fields(cls)}})
+            settings = cls(**{key: value for key, value in values.items() if key in {f.name for f in fields(cls)}})
         except TypeError as error:
             raise ValueError(f"{path}: {error}; the file is incomplete") from error
+        settings._check_kinds(path)
+        return settings
+
+    def _check_kinds(self, path: Path) -> None:
+        from slide_reports.prompt import Prompt  # which imports this module
+
+        mend = "mend it, or copy the folder anew"
+        for name, hint in get_type_hints(type(self)).items():
+            kinds = [get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else [hint])]
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (*kinds, int) if float in kinds else tuple(kinds)):
+                wanted = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+                raise ValueError(f"{path}: {name} is {value!r:.80}, where {wanted} belongs; {mend}")
+        if self.prompt:
+            try:
+                Prompt(**self.prompt)
+            except TypeError as error:
+                raise ValueError(f"{path}: prompt: {error}; {mend}") from error
 
     def fingerprints(self) -> dict[str, str | None]:
         """Of the language model and the image encoder."""
@@ -624,7 +643,7 @@ def load_vlm(
     """
     folder = Path(folder)
     settings = VLMSettings.read(folder)
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer", mend="copy the folder of the model anew")
     if (folder / "language_model").is_dir():
         settings.llm_name, settings.llm_revision = str(folder / "language_model"), None
         llm = load_llm(settings.llm_name, dtype=dtype, ple_device=ple_device)
@@ -640,9 +659,7 @@ def load_vlm(
         if dequantized:
             dequantize(llm)
     if (folder / "adapter").is_dir():
-        from peft import PeftModel
-
-        llm = PeftModel.from_pretrained(llm, folder / "adapter")
+        llm = open_adapter(llm, folder / "adapter")
     encoder = None
     if settings.input_kind == "images":
         own = folder / "encoder"
@@ -655,6 +672,28 @@ def load_vlm(
     model = SlideVLM(llm, settings, encoder)
     model.load_projector(folder)
     return model.to(device).eval(), tokenizer
+
+
+def open_adapter(llm: PreTrainedModel, folder: Path) -> nn.Module:
+    """A language model with the LoRA adapter in a folder of peft's layout.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none that fits.
+    """
+    from peft import PeftModel
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: not found; copy the folder of the model anew")
+    try:
+        return PeftModel.from_pretrained(llm, folder)
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+            raise  # want of memory, for one
+        raise ValueError(
+            f"{folder}: no adapter that fits ({type(error).__name__}: {first_line(error)}); "
+            "copy the folder of the model anew"
+        ) from error
 
 
 def check_fingerprint(llm: PreTrainedModel, settings: VLMSettings) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from command_line import DONE, SOME_FAILED, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_file, chosen, make_parser, run
 
 COLUMNS = ("a", "b", "difference", "low", "high", "p", "p_holm", "cohens_dz", "superiority")
 
@@ -43,6 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = parse_args(argv)
+    check_output_file(args.output, **chosen(args, ("a", "b", "references")))
 
     # Data
     from evaluation.report_files import WHAT_WAS_DONE, pair_reports, read_reports, shown

@@ -80,12 +80,23 @@ def check_decoding_arguments(args) -> None:
     """
     if args.grammar and not Path(args.grammar).is_file():
         raise FileNotFoundError(f"--grammar {args.grammar}: no such file")
+    if not args.do_sample and (args.temperature, args.top_p) != (1.0, 1.0):
+        raise ValueError("--temperature and --top_p are of draws; add --do_sample")
     if args.allowed_reports and args.grammar:
         raise ValueError("give --allowed_reports or --grammar, not both")
 
 
 def decoding_flags(args, saved: dict) -> dict:
-    """Settings of decoding: flags, else what the model saved, else defaults."""
+    """Settings of decoding: flags, else what the model saved, else defaults.
+
+    Raises:
+        ValueError: the model saved what is no number, or none that can be used.
+    """
+    for name in SAVED:
+        value, whole = saved.get(name, 1), name != "length_penalty"
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or (whole and value < 1):
+            wanted = "a whole number above 0" if whole else "a number"
+            raise ValueError(f"{args.model}/vlm.json: decoding: {name} is {value!r}, where {wanted} belongs")
     given = {name: getattr(args, name) for name in SAVED if getattr(args, name) is not None}
     more = {name: getattr(args, name) for name in ("do_sample", "temperature", "top_p", "seed", "num_return")}
     known = {name: saved[name] for name in SAVED if name in saved}

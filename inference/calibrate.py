@@ -19,7 +19,7 @@ from pathlib import Path
 
 from jsonargparse.typing import OpenUnitInterval
 
-from command_line import DONE, SOME_FAILED, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_file, chosen, make_parser, run
 from inference.arguments import MEASURES
 
 
@@ -47,6 +47,7 @@ def parse_arguments():
 
 def main() -> int:
     args = parse_arguments()
+    check_output_file(args.output, **chosen(args, ("predictions", "references")))
 
     from slide_features import atomic_path
     from slide_vlm import VLMSettings

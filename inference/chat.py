@@ -1,6 +1,5 @@
 """A dialogue about one case in the terminal: what was said stays in the cache, and each question is read behind it."""
 
-import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from command_line import DONE
 from inference.answers import Answering, make_sample
 from inference.decoding import decode, extend_prefix, last_markers, read_prefixes, text_of
+from inference.loading import room_for_text
 from projectors import PROMPT_TOPK
 from slide_reports import Prompt
 from slide_vlm import SlideVLM
@@ -54,12 +54,6 @@ def chat(
         ending = tokenizer(prompt.after_answer, add_special_tokens=False)["input_ids"]
         prefix = extend_prefix(model, prefix, [*asked, *answer.token_ids, *ending])
     return DONE
-
-
-def room_for_text(model: SlideVLM) -> float:
-    """Positions that the language model has, visual tokens, questions and answers together."""
-    config = model.base_llm.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def _questions(first: list[str]) -> Iterator[str]:

@@ -55,6 +55,8 @@ def parse_arguments():
     args = parser.parse_args()
     if sum(value is not None for value in (args.slide, args.features, args.image)) != 1:
         raise ValueError("give exactly one of --slide, --features and --image")
+    if args.chat and (args.json or args.num_return > 1 or args.snap_to):
+        raise ValueError("--chat shows one answer as it is written; leave out --json, --num_return and --snap_to")
     return args
 
 

@@ -1,5 +1,6 @@
 """Opening a model for inference: where it is, its precision, threads and compilation."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -66,6 +67,11 @@ def open_model(args, device: str | torch.device | None = None) -> tuple[SlideVLM
         encoder_name=args.vision_model_name,
         ple_device=getattr(args, "ple_device", "model"),
     )
+    room, wanted = room_for_text(model), getattr(args, "max_new_tokens", None) or 0
+    if wanted >= room:
+        raise ValueError(
+            f"--max_new_tokens {wanted}: the language model reads {room} tokens, prompt and answer together"
+        )
     if load_in:
         from inference.quantized import quantize_llm
 
@@ -76,6 +82,12 @@ def open_model(args, device: str | torch.device | None = None) -> tuple[SlideVLM
     if getattr(args, "compile", False):
         compile_feed_forward(model)
     return model, tokenizer
+
+
+def room_for_text(model: SlideVLM) -> float:
+    """Positions that the language model has, visual tokens, questions and answers together."""
+    config = model.base_llm.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def set_threads(threads: int | None) -> None:

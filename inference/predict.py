@@ -20,7 +20,7 @@ from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
 from accelerator_setup import LONGEST_WAIT, runs_on_cpu
-from command_line import DONE, SOME_FAILED, GatherValues, make_parser, run
+from command_line import DONE, SOME_FAILED, GatherValues, check_output_file, chosen, make_parser, run
 from inference.answers import Answering
 from inference.arguments import SAVED, add_decoding_arguments, check_decoding_arguments
 from inference.case_batches import CaseBatch, batches_of, read_ahead, records_of_slides, records_to_answer
@@ -32,6 +32,7 @@ from inference.progress import (
     open_journal,
     prepare_progress,
     read_progress,
+    refuse_foreign_file,
     run_description,
     run_file,
 )
@@ -92,6 +93,7 @@ def main() -> int:
     with state.local_main_process_first():
         args.model = model_folder(args.model)
     output = Path(args.output)
+    check_output_file(output, **chosen(args, ("test_json", "allowed_reports", "grammar", "snap_to")))
     progress_dir = output.with_name(output.name + ".progress")
 
     # Records
@@ -105,6 +107,8 @@ def main() -> int:
         records, slides = records_to_answer(args.test_json, args.features_dir, args.image_root), {}
     FORMATS[args.format].check(records)
     description = run_description(args, settings.decoding, list(slides.values()))
+    if not args.overwrite:
+        refuse_foreign_file(output, progress_dir)
     is_complete = not args.overwrite and answers_everything(output, progress_dir, description)
     state.wait_for_everyone()
     if is_complete:

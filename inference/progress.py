@@ -43,6 +43,12 @@ def run_file(output: Path) -> Path:
     return output.with_name(output.name + ".run.json")
 
 
+def refuse_foreign_file(output: Path, progress_dir: Path) -> None:
+    """Raise ValueError if ``output`` is a file that no prediction wrote: the references, under another name."""
+    if output.is_file() and not run_file(output).is_file() and not progress_dir.exists():
+        raise ValueError(f"--output {output} exists and is not of predict.py; name another, or add --overwrite")
+
+
 def answers_everything(output: Path, progress_dir: Path, description: dict) -> bool:
     """Whether ``output`` is the finished work of the same model, records and flags.
 

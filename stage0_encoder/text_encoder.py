@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from language_model import first_line, load_tokenizer
+from language_model import load_tokenizer, why_not_opened
 
 POOLINGS = ("auto", "pooler", "cls", "mean", "eos")
 ELSEWHERE = "give a transformers text model, by hub name or folder, with --text_model"
@@ -140,7 +140,7 @@ def load_text_encoder(name: str | Path, pooling: str = "auto") -> TextEncoder:
             str(name), config=text_config, output_loading_info=True, trust_remote_code=False, dtype=torch.float32
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{name}: no text model to open there ({first_line(error)}); {ELSEWHERE}") from error
+        raise ValueError(f"{name}: no text model to open there ({why_not_opened(name, error)}); {ELSEWHERE}") from error
     tokenizer = load_tokenizer(name)
     missing = sorted(info["missing_keys"])
     of_body = [key for key in missing if "pooler" not in key]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -419,3 +420,96 @@ def test_a_hub_model_without_network_is_told_what_folder_would_do(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(ConnectionError, match=r"^the weights of model org/name are not .*that holds vlm\.json$"):
         model_folder("org/name")
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["--temperature", 0.5], "add --do_sample"),
+        (["--top_p", 0.9], "add --do_sample"),
+        (["--chat", "--json"], "leave out --json"),
+        (["--chat", "--num_return", 2], "leave out --json"),
+        (["--max_new_tokens", 100_000], "reads 512 tokens"),
+    ],
+)
+def test_flags_that_would_do_nothing_or_never_end_are_refused(run_here, model, features, flags, reason):
+    with pytest.raises(ValueError, match=reason):
+        run_here("generate", "--model", model, "--features", features, *flags)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"patch_width": "12"}, "patch_width is '12', where int belongs"),
+        ({"tiling": None}, "tiling is None, where dict belongs"),
+        ({"output_rms": True}, "output_rms is True, where float belongs"),
+        ({"llm_four_bit": 4}, "llm_four_bit is 4, where dict or null belongs"),
+        ({"prompt": {"before": ""}}, "prompt: .*'before'"),
+        ({"decoding": [1]}, "decoding is .1., where dict belongs"),
+        ({"decoding": {"num_beams": "3"}}, "num_beams is '3', where a whole number above 0 belongs"),
+        ({"decoding": {"max_new_tokens": 0}}, "max_new_tokens is 0, where a whole number above 0 belongs"),
+        ({"decoding": {"length_penalty": None}}, "length_penalty is None, where a number belongs"),
+    ],
+)
+def test_a_wrong_value_in_vlm_json_is_named(run_here, model, features, tmp_path, change, reason):
+    shutil.copytree(model, tmp_path / "model")
+    file = tmp_path / "model" / "vlm.json"
+    write(file, json.loads(file.read_text()) | change)
+    with pytest.raises(ValueError, match=f"vlm.json: .*{reason}"):
+        run_here("generate", "--model", tmp_path / "model", "--features", features)
+
+
+def test_an_adapter_that_is_no_more_whole_is_named(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    from slide_vlm import open_adapter
+    from tests.tiny_models import make_llm
+
+    folder = tmp_path / "adapter"
+    get_peft_model(make_llm("llama"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    whole, settings = weights.read_bytes(), json.loads(config.read_text())
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=f"{folder}: no adapter that fits .*copy the folder"):
+        open_adapter(make_llm("llama"), folder)
+    weights.write_bytes(whole)
+    for wrong in ({}, settings | {"r": 3}):
+        write(config, wrong)
+        with pytest.raises(ValueError, match=f"{folder}: no adapter that fits"):
+            open_adapter(make_llm("llama"), folder)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors: not found"):
+        open_adapter(make_llm("llama"), folder)
+
+
+def test_a_folder_that_is_not_there_is_called_so(tmp_path):
+    from language_model import load_llm, load_tokenizer
+
+    for opened in (load_llm, load_tokenizer):
+        with pytest.raises(ValueError, match=r"\(no such folder\); give a folder or hub name"):
+            opened(str(tmp_path / "moved"))
+
+
+def test_a_message_does_not_quote_a_whole_file(run_here, tmp_path, capsys):
+    file = write(tmp_path / "no_flags.yaml", ["a report"] * 10_000)
+    with pytest.raises(SystemExit):
+        run_here("generate", "--config", file)
+    message = capsys.readouterr().err
+    assert message.startswith("error: Unexpected config: ") and len(message) < 1100
+
+
+def test_predictions_never_take_the_place_of_other_files(run_here, corpus, model, tmp_path):
+    records = write(tmp_path / "test.json", json.loads(corpus.reports.read_text())[:1])
+    other = write(tmp_path / "other.json", [1])
+    flags = ["--model", model, "--test_json", records, "--features_dir", corpus.features, *SHORT, "--output"]
+    before = records.read_bytes()
+    for output, more, reason in (
+        (records, ["--overwrite"], "is the file given as test_json"),
+        (tmp_path, [], "is a folder"),
+        (other, [], "is not of predict.py"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            run_here("predict", *flags, output, *more)
+    assert records.read_bytes() == before and other.read_text() == "[1]"
+    assert run_here("predict", *flags, other, "--overwrite").status == 0
+    assert "answered before" in run_here("predict", *flags, other).stderr
