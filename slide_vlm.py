@@ -42,6 +42,8 @@ from projectors import (
 )
 from token_nll import capped, token_nll
 
+PROMPT_PARTS = {"before_image", "after_image", "after_answer"}  # of `slide_reports.Prompt`
+LATER_PROMPT_PARTS = {"next_question", "between_images"}  # which models of earlier versions lack
 FORMAT_VERSION = 1
 IGNORED_LABEL = -100
 IMAGE_MARKER = -200  # stands in a batch's input_ids for a whole slide or image; no tokenizer gives a negative id
@@ -106,8 +108,6 @@ class VLMSettings:
         return settings
 
     def _check_kinds(self, path: Path) -> None:
-        from slide_reports.prompt import Prompt  # which imports this module
-
         mend = "mend it, or copy the folder anew"
         for name, hint in get_type_hints(type(self)).items():
             kinds = [get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else [hint])]
@@ -115,11 +115,11 @@ class VLMSettings:
             if isinstance(value, bool) or not isinstance(value, (*kinds, int) if float in kinds else tuple(kinds)):
                 wanted = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
                 raise ValueError(f"{path}: {name} is {value!r:.80}, where {wanted} belongs; {mend}")
-        if self.prompt:
-            try:
-                Prompt(**self.prompt)
-            except TypeError as error:
-                raise ValueError(f"{path}: prompt: {error}; {mend}") from error
+        odd = sorted(self.prompt.keys() - {*PROMPT_PARTS, *LATER_PROMPT_PARTS})
+        odd += sorted(PROMPT_PARTS - self.prompt.keys()) if self.prompt else []
+        odd += [name for name, text in self.prompt.items() if not isinstance(text, str)]
+        if odd:
+            raise ValueError(f"{path}: prompt: {odd[0]!r} is missing, unknown or no text; {mend}")
 
     def fingerprints(self) -> dict[str, str | None]:
         """Of the language model and the image encoder."""

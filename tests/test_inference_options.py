@@ -5,11 +5,14 @@ import json
 import shutil
 import sys
 import threading
+from dataclasses import MISSING, fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from slide_reports import Prompt
+from slide_vlm import LATER_PROMPT_PARTS, PROMPT_PARTS
 from tests.test_inference import save_model
 from tests.tiny_models import REPORTS
 
@@ -435,6 +438,12 @@ def test_a_hub_model_without_network_is_told_what_folder_would_do(monkeypatch):
 def test_flags_that_would_do_nothing_or_never_end_are_refused(run_here, model, features, flags, reason):
     with pytest.raises(ValueError, match=reason):
         run_here("generate", "--model", model, "--features", features, *flags)
+
+
+def test_the_parts_of_a_prompt_are_known_to_the_settings():
+    required = {part.name for part in fields(Prompt) if part.default is MISSING}
+    assert required == PROMPT_PARTS
+    assert {part.name for part in fields(Prompt)} - required == LATER_PROMPT_PARTS
 
 
 @pytest.mark.parametrize(
