@@ -57,16 +57,8 @@ def add_run_arguments(parser) -> None:
     group.add_argument("--tensorboard", action="store_true", help="log to <output_dir>/tensorboard")
 
 
-def add_optimizer_arguments(parser, *, learning_rate: float, num_epochs: int) -> None:
-    """Flags of optimizer and schedule, with a stage's own defaults."""
-    group = parser.add_argument_group("Optimization")
-    group.add_argument("--batch_size", type=PositiveInt, default=8, help="records per process and forward pass")
-    group.add_argument(
-        "--gradient_accumulation_steps", type=PositiveInt, default=1, help="forward passes per optimizer step"
-    )
-    group.add_argument("--learning_rate", type=PositiveFloat, default=learning_rate, help="peak of the schedule")
-    group.add_argument("--num_epochs", type=PositiveInt, default=num_epochs, help="passes over the training records")
-    group.add_argument("--weight_decay", type=NonNegativeFloat, default=0.0, help="of AdamW; never on biases and norms")
+def add_schedule_arguments(group) -> None:
+    """Flags of how the learning rate rises and falls, the same wherever something is trained with AdamW."""
     group.add_argument(
         "--warmup_ratio",
         type=ClosedUnitInterval,
@@ -82,6 +74,19 @@ def add_optimizer_arguments(parser, *, learning_rate: float, num_epochs: int) ->
     group.add_argument(
         "--lr_num_cycles", type=PositiveInt, default=1, help="times that cosine_with_restarts falls from the peak to 0"
     )
+
+
+def add_optimizer_arguments(parser, *, learning_rate: float, num_epochs: int) -> None:
+    """Flags of optimizer and schedule, with a stage's own defaults."""
+    group = parser.add_argument_group("Optimization")
+    group.add_argument("--batch_size", type=PositiveInt, default=8, help="records per process and forward pass")
+    group.add_argument(
+        "--gradient_accumulation_steps", type=PositiveInt, default=1, help="forward passes per optimizer step"
+    )
+    group.add_argument("--learning_rate", type=PositiveFloat, default=learning_rate, help="peak of the schedule")
+    group.add_argument("--num_epochs", type=PositiveInt, default=num_epochs, help="passes over the training records")
+    group.add_argument("--weight_decay", type=NonNegativeFloat, default=0.0, help="of AdamW; never on biases and norms")
+    add_schedule_arguments(group)
     group.add_argument(
         "--label_smoothing", type=BelowOne, default=0.0, help="of the training loss; validation has none"
     )

@@ -1,6 +1,8 @@
 """Flags of train_contrastive.py beside those of records, encoders and the run."""
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from accelerator_setup import add_schedule_arguments
 
 # May differ when a run is resumed: places of models, whose fingerprints are compared, what is only evaluated, and
 # chunks, which change rounding and dropout alone.
@@ -31,18 +33,7 @@ def add_step_arguments(parser) -> None:
     )
     group.add_argument("--num_epochs", type=PositiveInt, default=10, help="passes over the training records")
     group.add_argument("--weight_decay", type=NonNegativeFloat, default=0.1, help="of AdamW; never on biases and norms")
-    group.add_argument(
-        "--warmup_ratio", type=ClosedUnitInterval, default=0.03, help="share of steps in which the learning rate rises"
-    )
-    group.add_argument(
-        "--lr_scheduler_type",
-        choices=["cosine", "cosine_with_restarts", "constant_with_warmup", "linear"],
-        default="cosine",
-        help="after the warm-up",
-    )
-    group.add_argument(
-        "--lr_num_cycles", type=PositiveInt, default=1, help="times that cosine_with_restarts falls from the peak to 0"
-    )
+    add_schedule_arguments(group)
     group.add_argument("--max_grad_norm", type=PositiveFloat, default=1.0, help="global norm to clip gradients to")
 
 
