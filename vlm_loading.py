@@ -18,7 +18,7 @@ def load_vlm(
     folder: str | Path,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     llm_name: str | None = None,
     encoder_name: str | None = None,
     four_bit: FourBit | None = None,
@@ -33,7 +33,7 @@ def load_vlm(
     Args:
         folder: result of stage 1 or 2.
         device: where to put the model.
-        dtype: of the language model; projector and encoder stay in float32.
+        dtype: of the language model, None for that of its files; projector and encoder stay in float32.
         llm_name: where the base language model is now, when it moved since training.
         encoder_name: likewise for the image encoder.
         four_bit: hold the language model in this form from now on.

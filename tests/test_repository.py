@@ -30,6 +30,7 @@ FLOORS = [
         "sharded_weights",
         "token_nll",
         "vlm_settings",
+        "weight_reading",
     },
     {
         "projectors",
