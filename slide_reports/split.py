@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import DONE, make_parser, run
+from command_line import DONE, check_output_file, make_parser, run
 from slide_reports.annotation_files import read_rows
 from slide_reports.forms import read_drafts
 from slide_reports.record import Record
@@ -44,8 +44,7 @@ def parse_arguments():
 
 def main() -> int:
     args = parse_arguments()
-    if Path(args.output).is_dir():
-        raise IsADirectoryError(f"--output {args.output} is a folder; name a file, such as splits.csv in it")
+    check_output_file(args.output, train_json=args.train_json)
     if args.num_folds < 1:
         raise ValueError(f"--num_folds {args.num_folds}: at least 1 is needed")
     try:

@@ -19,10 +19,9 @@ import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from command_line import DONE, SOME_FAILED, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_folder, make_parser, run
 from slide_features import FEATURE_SUFFIXES, read_slide_features, slide_id_of_features
 from stage0_tiling.claims import Claims
-from stage0_tiling.flags import check_folder
 from stage0_tiling.folder_settings import check_same_features, read_settings, record_settings
 from stage0_tiling.run_table import MAX_DEATHS
 from stage0_tiling.slide_run import LONGEST_RUN, ProcessDied, start_logging, terminating_as_interrupt
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_logging()
 
     # Data
-    check_folder("--output_dir", args.output_dir)
+    check_output_folder(args.output_dir)
     paths = find_features(args.features_dir)
 
     # Model

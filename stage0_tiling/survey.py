@@ -20,9 +20,8 @@ from pathlib import Path
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from command_line import DONE, SOME_FAILED, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_folder, make_parser, run
 from slide_features import atomic_path
-from stage0_tiling.flags import check_folder
 from stage0_tiling.slide_files import SURVEY_FOLDER
 from stage0_tiling.slide_list import SlideEntry, check_mpp, find_slides
 from stage0_tiling.slide_run import start_logging
@@ -169,7 +168,7 @@ def _what_was_seen(entry: SlideEntry, settings: dict) -> dict:
 
 
 def _check(args) -> None:
-    check_folder("--output_dir", args.output_dir)
+    check_output_folder(args.output_dir)
     if args.num_workers < 0:
         raise ValueError(f"--num_workers {args.num_workers}: expected 0 or more threads")
     for flag in ("feature_width", "tiles_per_second"):
