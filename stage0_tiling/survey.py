@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_charts(folder / "survey.png", rows)
     pages = write_contact_sheets(folder, rows)
     print(summary_of(rows, args.feature_width, args.tiles_per_second))
-    logger.info("see %s, survey.png and %d pages of thumbnails beside it", folder / "survey.csv", pages)
+    count = f"{pages} page{'s' * (pages != 1)}"
+    logger.info("see %s, and beside it survey.png and %s of thumbnails", folder / "survey.csv", count)
     return SOME_FAILED if any(row.failed for row in rows) else DONE
 
 

@@ -4,15 +4,16 @@ import shutil
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from stage0_tiling import survey, tile
+from stage0_tiling.lettering import label_font
 from stage0_tiling.pixel_size import SlideError
 from stage0_tiling.plan import TilingSettings, plan_tiles
 from stage0_tiling.slide import Slide
 from stage0_tiling.slide_list import SlideEntry, find_slides
 from stage0_tiling.slide_survey import BLURRED_BELOW, SurveyRow, detail_over_contrast, survey_slide
-from stage0_tiling.survey_pictures import write_charts, write_contact_sheets
+from stage0_tiling.survey_pictures import THUMBNAIL_PX, _shorten, write_charts, write_contact_sheets
 from stage0_tiling.survey_summary import summary_of
 from tests.conftest import ROOT, run_command
 from tests.dicom_slides import write_dicom_slide
@@ -197,3 +198,14 @@ def test_real_slides_are_sharp_and_their_labels_are_never_read(monkeypatch):
     assert row.has_icc
     with pytest.raises(SlideError, match="unreadable.svs"):
         survey_slide(SlideEntry("u", SHARED / "bad_slides" / "unreadable.svs"), min_tissue=0.1)
+
+
+def test_names_below_thumbnails_are_legible_and_fit():
+    font, draw = label_font(14), ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    blank = bytes(font.getmask("\U0010fffe"))  # what is drawn for a letter that the font has not
+    assert all(bytes(font.getmask(letter)) != blank for letter in "üïéßøłŽЖωµ…²≥")
+    for name in ("W" * 100, "i" * 200, "Ж1" * 60):
+        shown = _shorten(draw, name, 14)
+        assert THUMBNAIL_PX - 20 < draw.textlength(shown, font) <= THUMBNAIL_PX
+        assert shown[:5] == name[:5] and shown[-5:] == name[-5:]
+    assert _shorten(draw, "PIT_06_00633_01", 14) == "PIT_06_00633_01"
