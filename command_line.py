@@ -5,6 +5,7 @@ file); 130 interrupted; 141 whoever read stdout left early, as ``| head`` does. 
 the traceback behind a one-line refusal.
 """
 
+import errno
 import logging
 import os
 import re
@@ -182,7 +183,13 @@ def _is_untold(record: logging.LogRecord) -> bool:
 
 
 def _told(error: Exception) -> str:
-    """The message of an error; PyTorch's of one in a process that reads batches is a traceback that ends with it."""
+    """The message of an error; PyTorch's of one in a process that reads batches is a traceback that ends with it.
+
+    That of a full disk is the system's, and names no mend.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" of {error.filename}" if error.filename else ""
+        return f"no space left on the disk{where}; free some, then run again"
     text = str(error)
     head, traceback, rest = text.partition("\nOriginal Traceback (most recent call last):\n")
     if not (traceback and head.startswith("Caught ")):

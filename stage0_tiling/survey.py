@@ -22,6 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from command_line import DONE, SOME_FAILED, check_output_folder, make_parser, run
 from slide_features import atomic_path
+from stage0_tiling.full_disk import DiskFull, ending_on_full_disk, is_full
 from stage0_tiling.slide_files import SURVEY_FOLDER
 from stage0_tiling.slide_list import SlideEntry, check_mpp, find_slides
 from stage0_tiling.slide_run import start_logging
@@ -71,13 +72,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.info("%d slides, %d of them to look at", len(entries), len(todo))
 
     # Look
-    found = {slide_id: row for slide_id, row in known.items() if row} | _look(todo, folder, settings, args.num_workers)
+    try:
+        with ending_on_full_disk(folder):
+            found = {slide_id: row for slide_id, row in known.items() if row}
+            found |= _look(todo, folder, settings, args.num_workers)
+            rows = name_copies([found[entry.slide_id] for entry in entries])
+            write_table(folder / "survey.csv", rows, args.feature_width)
+            write_charts(folder / "survey.png", rows)
+            pages = write_contact_sheets(folder, rows)
+    except DiskFull as error:
+        logger.error("%s", error)
+        return SOME_FAILED
 
     # Tell
-    rows = name_copies([found[entry.slide_id] for entry in entries])
-    write_table(folder / "survey.csv", rows, args.feature_width)
-    write_charts(folder / "survey.png", rows)
-    pages = write_contact_sheets(folder, rows)
     print(summary_of(rows, args.feature_width, args.tiles_per_second))
     count = f"{pages} page{'s' * (pages != 1)}"
     logger.info("see %s, and beside it survey.png and %s of thumbnails", folder / "survey.csv", count)
@@ -140,6 +147,8 @@ def _look_at(entry: SlideEntry, folder: Path, settings: dict) -> SurveyRow:
         row, tissue = survey_slide(entry, **settings)
         write_thumbnail(thumbnail, tissue)
     except Exception as error:
+        if is_full(error):  # which is nothing about the slide
+            raise
         message = (str(error) or type(error).__name__).splitlines()[0]
         logger.error("%s failed: %s", entry.slide_id, message)
         logger.debug("%s", entry.path, exc_info=True)

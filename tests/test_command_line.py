@@ -1,10 +1,11 @@
 """What all commands refuse before they work: folders and files that could not be written afterwards."""
 
+import errno
 import os
 
 import pytest
 
-from command_line import check_output_file, check_output_folder
+from command_line import check_output_file, check_output_folder, run
 from tests.conftest import run_command
 
 STAGE0 = ("--slides", "SLIDE")
@@ -63,3 +64,13 @@ def test_names_that_no_folder_can_have_are_told(tmp_path):
     with pytest.raises(NotADirectoryError, match="--output .*/file/p.json: .*/file is a file"):
         check_output_file(tmp_path / "file" / "p.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+@pytest.mark.parametrize(("name", "where"), [((), ""), (("out/x.csv",), " of out/x.csv")])
+def test_a_full_disk_is_told_with_its_mend(name, where, capsys):
+    def main():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *name)
+
+    with pytest.raises(SystemExit, match="2"):
+        run(main)
+    assert capsys.readouterr().err == f"error: no space left on the disk{where}; free some, then run again\n"

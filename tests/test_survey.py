@@ -1,4 +1,6 @@
 import csv
+import errno
+import os
 import shutil
 
 import cv2
@@ -80,6 +82,19 @@ def test_a_collection_in_a_table_in_pictures_and_in_words(collection, tmp_path):
     assert Image.open(tmp_path / "survey.png").size == (1560, 912)
     sheet = Image.open(tmp_path / "survey_thumbnails_01.jpg")
     assert sheet.size[0] == 5 * 336 + 16 and "icc_profile" not in sheet.info
+
+
+@pytest.mark.parametrize("writer", ["write_thumbnail", "write_charts"])
+def test_a_full_disk_ends_the_survey_and_is_no_fault_of_a_slide(collection, tmp_path, monkeypatch, caplog, writer):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(survey, writer, full)
+        assert run_survey(collection / "good.tiff", tmp_path) == 1
+    assert caplog.messages[-1] == f"no space left in {tmp_path}; free some, then run again"
+    assert "good failed" not in caplog.text
+    assert run_survey(collection / "good.tiff", tmp_path) == 0 and table(tmp_path)["good"]["problems"] == ""
 
 
 def test_a_second_run_looks_only_at_what_is_new_or_changed(collection, tmp_path, monkeypatch):
