@@ -185,11 +185,13 @@ def _is_untold(record: logging.LogRecord) -> bool:
 def _told(error: Exception) -> str:
     """The message of an error; PyTorch's of one in a process that reads batches is a traceback that ends with it.
 
-    That of a full disk is the system's, and names no mend.
+    Those of a full disk and of missing access are the system's, and name no mend.
     """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" of {error.filename}" if error.filename else ""
         return f"no space left on the disk{where}; free some, then run again"
+    if isinstance(error, PermissionError) and error.filename:
+        return f"{error.filename}: {error.strerror}; get access to it, or name another"
     text = str(error)
     head, traceback, rest = text.partition("\nOriginal Traceback (most recent call last):\n")
     if not (traceback and head.startswith("Caught ")):

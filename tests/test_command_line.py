@@ -66,11 +66,22 @@ def test_names_that_no_folder_can_have_are_told(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
-@pytest.mark.parametrize(("name", "where"), [((), ""), (("out/x.csv",), " of out/x.csv")])
-def test_a_full_disk_is_told_with_its_mend(name, where, capsys):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ((errno.ENOSPC, "full"), "no space left on the disk; free some, then run again"),
+        ((errno.EDQUOT, "full", "out/x.csv"), "no space left on the disk of out/x.csv; free some, then run again"),
+        (
+            (errno.EACCES, "Permission denied", "a/b.json"),
+            "a/b.json: Permission denied; get access to it, or name another",
+        ),
+        (("--flag x: ours",), "--flag x: ours"),
+    ],
+)
+def test_what_the_system_refuses_is_told_with_its_mend(error, told, capsys):
     def main():
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *name)
+        raise OSError(*error)
 
     with pytest.raises(SystemExit, match="2"):
         run(main)
-    assert capsys.readouterr().err == f"error: no space left on the disk{where}; free some, then run again\n"
+    assert capsys.readouterr().err == f"error: {told}\n"
