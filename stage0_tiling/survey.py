@@ -130,7 +130,7 @@ def _look(entries: list[SlideEntry], folder: Path, settings: dict, num_workers: 
     try:
         jobs = [executor.submit(_look_at, entry, folder, settings) for entry in entries]
         bar = tqdm(as_completed(jobs), total=len(jobs), unit="slide", desc="looking", disable=not jobs)
-        with logging_redirect_tqdm():
+        with bar, logging_redirect_tqdm():
             rows = [job.result() for job in bar]
     finally:
         executor.shutdown(cancel_futures=True)

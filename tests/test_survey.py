@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from stage0_tiling import survey, tile
 from stage0_tiling.lettering import label_font
@@ -94,6 +95,7 @@ def test_a_full_disk_ends_the_survey_and_is_no_fault_of_a_slide(collection, tmp_
         assert run_survey(collection / "good.tiff", tmp_path) == 1
     assert caplog.messages[-1] == f"no space left in {tmp_path}; free some, then run again"
     assert "good failed" not in caplog.text
+    assert not [bar for bar in getattr(tqdm, "_instances", ()) if bar.desc == "looking"], "a bar is left standing"
     assert run_survey(collection / "good.tiff", tmp_path) == 0 and table(tmp_path)["good"]["problems"] == ""
 
 
