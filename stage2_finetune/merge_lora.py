@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from jsonargparse.typing import PositiveInt
 
-from command_line import DONE, make_parser, run
+from command_line import DONE, check_output_folder, make_parser, run
 from language_model import load_llm_config, stored_dtype
 from slide_vlm import SlideVLM
 from stage2_finetune.merge_check import (
@@ -66,6 +66,7 @@ def main() -> int:
         raise ValueError(f"--output_dir {output} is the model itself; name another folder")
     if output.exists() and not args.overwrite:
         raise ValueError(f"--output_dir {output} exists; name another folder, or add --overwrite")
+    check_output_folder(output.parent if output.is_dir() else output)
     where = {"device": args.device, "llm_name": args.llm_name, "encoder_name": args.vision_model_name}
 
     # Unmerged

@@ -36,6 +36,7 @@ FLOORS = [
         "projectors",
         "encoder_lora",
         "encoders",
+        "image_encoder",
         "four_bit",
         "slide_encoders",
         "language_model",
