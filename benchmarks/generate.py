@@ -38,6 +38,7 @@ from transformers import (
 
 from inference.cpu_products import use_onednn
 from inference.decoding import Decoding, decode, read_batch
+from inference.loading import DTYPES
 from language_model import choose_placeholder, text_embedding_rms
 from slide_vlm import IMAGE_MARKER, SlideVLM
 from vlm_settings import VLMSettings
@@ -57,11 +58,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument("--threads", type=int, default=None, help="of PyTorch (default: its own choice)")
     parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of the language model (default: fp32)")
     parser.add_argument("--json", type=Path, default=None, help="file to write all figures to")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     model, stock_model = (make_model(args.family, args.num_visual_tokens).to(args.device) for _ in range(2))
+    for each in (model, stock_model):
+        each.llm.to(DTYPES[args.dtype])
     if args.device == "cpu":
         use_onednn(model.llm)  # as `inference.loading` does
     ways = make_ways(model, stock_model, args)
@@ -80,7 +84,7 @@ def main() -> None:
         ratios["together / stock one by one"] = args.questions * stock / medians["together"]
     parameters = sum(parameter.numel() for parameter in model.llm.parameters())
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
-    print(f"{args.family}, {parameters / 1e6:.0f} M weights, {threads} threads, load {load:.1f}")
+    print(f"{args.family}, {parameters / 1e6:.0f} M weights in {args.dtype}, {threads} threads, load {load:.1f}")
     for name, value in medians.items():
         print(f"{name:24} {value:8.2f} s")
     for name, value in ratios.items():
