@@ -183,6 +183,10 @@ def test_a_report_is_written_and_a_click_on_a_line_shows_its_evidence(page):
     page.get_by_role("button", name="Evidence", exact=True).click()
     line.press("Enter")  # by keyboard, and off again
     assert painted(page) == 0 and page.locator(".tiles").count() == 0
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name="Copy").click()
+    page.get_by_role("button", name="Copied").wait_for()
+    assert line.inner_text().strip() in page.evaluate("navigator.clipboard.readText()")
     for name, suffix in (("Report", ".txt"), ("GeoJSON", ".geojson"), ("Overlay (PNG)", ".png")):
         with page.expect_download() as download:
             page.get_by_role("link", name=name, exact=True).click()

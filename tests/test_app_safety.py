@@ -12,7 +12,9 @@ import threading
 import time
 
 import numpy as np
+import openslide
 import pytest
+import tifffile
 from PIL import Image
 
 from inference import deep_zoom, slide_folder
@@ -20,7 +22,7 @@ from inference.app_routes import LONGEST_BODY, create_app
 from inference.deep_zoom import OpenSlides
 from inference.slide_folder import NotAccepted, SlideFolder
 from stage0_tiling.slide import Slide, SlideError
-from tests.slides import DrawnSlide
+from tests.slides import DrawnSlide, write_pyramid
 from tests.test_app import HOSTS, OURS, PatientWriter, folder, key_of, served, slide  # noqa: F401
 from tests.test_app import TestClient as Client
 
@@ -48,6 +50,33 @@ def test_pipes_are_no_slides(served, folder):
     os.mkdir(folder / "folder.svs")
     names = {one["name"] for one in client.get("/api/slides").json()}
     assert "one.tiff" in names and names.isdisjoint({"pipe.svs", "to_pipe.svs", "folder.svs"})
+
+
+def test_no_label_or_macro_image_of_an_svs_is_ever_served(served, folder):
+    client, _ = served
+    picture = np.full((600, 800, 3), (150, 90, 160), np.uint8)
+    write_pyramid(folder / "labelled.svs", picture, 0.5, num_levels=2, aperio=True)
+    with tifffile.TiffWriter(folder / "labelled.svs", append=True) as file:
+        for name, kind in (("label", 1), ("macro", 9)):
+            red = np.full((96, 128, 3), (250, 10, 10), np.uint8)
+            file.write(
+                red,
+                photometric="rgb",
+                description=f"Aperio Image Library\r\n{name} 128x96",
+                metadata=None,
+                subfiletype=kind,
+            )
+    with openslide.open_slide(folder / "labelled.svs") as opened:
+        assert {"label", "macro"} <= {*opened.associated_images}
+    key = key_of(client, "labelled.svs")
+    about = client.get(f"/api/slides/{key}").json()
+    assert (about["width"], about["height"]) == (800, 600)
+    places = [(level, x, y) for level in range(about["max_level"] + 1) for x in range(4) for y in range(3)]
+    answers = [client.get(f"/api/slides/{key}/zoom/{level}/{x}_{y}.jpg") for level, x, y in places]
+    answers.append(client.get(f"/api/slides/{key}/thumbnail.jpg"))
+    pictures = [np.asarray(Image.open(io.BytesIO(a.content))).astype(int) for a in answers if a.status_code == 200]
+    assert len(pictures) > about["max_level"] + 12
+    assert max((p[..., 0] - p[..., 1]).max() for p in pictures) < 100  # of the label's red, 240
 
 
 def test_a_slow_slide_does_not_hold_up_another(folder, monkeypatch):
