@@ -130,7 +130,7 @@ def test_list_and_empty_state(page):
     assert page.get_by_role("button", name="Write the report").is_disabled()
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     page.fill("#search", "nothing of this name")
-    assert "No slide" in page.locator("#slides").inner_text()
+    assert "No slide" in page.locator("#slides").text_content()
     page.fill("#search", "")
 
 
@@ -224,7 +224,7 @@ def test_a_slide_is_added_and_opened(page, tmp_path):
     page.set_input_files("#file", tmp_path / "added.tiff")
     until(page, "document.getElementById('slide-name').textContent === 'added.tiff'")
     assert page.locator(".slide").count() == 4
-    assert page.locator("[aria-current=true]").inner_text().startswith("added.tiff")
+    assert page.locator(".slide[aria-current=true] b").text_content().startswith("added.tiff")
 
 
 def test_several_slides_are_added_one_after_another(page, root, tmp_path):
@@ -259,9 +259,9 @@ def test_a_report_goes_on_while_others_wait_and_the_page_is_left(page, address):
     assert page.get_by_role("button", name="Write the report").is_hidden(), "not a second time"
     pick(page, "one.tiff")
     until(page, "document.querySelectorAll('.lines').length === 2")  # its report and the answer are still there
-    assert "writing" in page.get_by_role("button", name="added.tiff").inner_text()
+    assert "writing" in page.get_by_role("button", name="added.tiff").text_content()
     GATE.set()
-    until(page, "document.querySelector('[title=\"added.tiff\"]').innerText.includes('reported')")
+    until(page, "document.querySelector('[title=\"added.tiff\"]').textContent.includes('reported')")
     pick(page, "added.tiff")
     page.locator(".lines button").first.wait_for()
     assert page.locator(".lines").count() == 1
@@ -316,7 +316,7 @@ def test_a_slide_that_is_taken_away_is_said(page, root):
 
 
 def test_the_list_follows_the_folder(page, root):
-    names = page.locator(".slide b").all_inner_texts()
+    names = page.locator(".slide b").all_text_contents()
     page.locator(".slide").first.focus()
     (root / "below").mkdir()
     shutil.copy(root / "one.tiff", root / "below" / "come later.tiff")
@@ -326,7 +326,7 @@ def test_the_list_follows_the_folder(page, root):
     (root / "below" / "come later.tiff").unlink()
     page.get_by_role("button", name="Look at the folder again").click()
     until(page, "document.querySelector('.slide[title=\"below/come later.tiff\"]') === null")
-    assert page.locator(".slide b").all_inner_texts() == names
+    assert page.locator(".slide b").all_text_contents() == names
 
 
 def test_a_slide_whose_file_is_replaced_is_opened_anew(page, root):
@@ -368,7 +368,7 @@ def test_a_report_survives_a_server_that_does_not_answer_for_a_while(page):
 def test_the_keyboard_goes_through_the_list_with_one_stop(page):
     page.locator("#search").focus()
     page.keyboard.press("Tab")
-    names = page.locator(".slide b").all_inner_texts()
+    names = page.locator(".slide b").all_text_contents()
     focused = "document.activeElement.title"
     assert page.evaluate(focused) == "blank.tiff" and page.locator('.slide[tabindex="0"]').count() == 1
     page.keyboard.press("Home")
