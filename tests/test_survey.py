@@ -197,3 +197,23 @@ def test_real_slides_are_sharp_and_their_labels_are_never_read(monkeypatch):
     assert row.has_icc
     with pytest.raises(SlideError, match="unreadable.svs"):
         survey_slide(SlideEntry("u", SHARED / "bad_slides" / "unreadable.svs"), min_tissue=0.1)
+
+
+def test_libraries_add_no_lines_of_their_own_to_broken_slides_and_images(tmp_path, caplog):
+    folder = tmp_path / "slides"
+    DrawnSlide(width=512, height=512, pieces=()).write(folder / "good.tiff")
+    whole = (folder / "good.tiff").read_bytes()
+    (folder / "torn.tiff").write_bytes(whole[: len(whole) // 2])
+    exif = Image.Exif()
+    exif[0x010E] = "a description of the picture"
+    picture = Image.fromarray(np.full((64, 64, 3), 255, np.uint8))
+    picture.save(folder / "exif.jpg", exif=exif.tobytes()[:-20])
+    done = run_command(
+        "stage0_tiling/survey.py", "--slides", folder, "--output_dir", tmp_path / "out", "--assume_mpp", 1, status=1
+    )
+    assert "torn failed" in done.stderr and "exif failed" not in done.stderr
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    assert not [line for line in lines if not line.startswith(("INFO", "ERROR", "looking"))]
+    with pytest.raises(SlideError):
+        Slide(folder / "torn.tiff", "tiff")
+    assert not caplog.records
