@@ -522,3 +522,62 @@ def test_predictions_never_take_the_place_of_other_files(run_here, corpus, model
     assert records.read_bytes() == before and other.read_text() == "[1]"
     assert run_here("predict", *flags, other, "--overwrite").status == 0
     assert "answered before" in run_here("predict", *flags, other).stderr
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """Let language models have so many positions."""
+    return lambda positions: monkeypatch.setattr("inference.room.room_for_text", lambda vlm: positions)
+
+
+def test_answers_end_where_the_language_model_reads_no_further(run_here, room, corpus, model, features, tmp_path):
+    flags = ["--model", model, "--features", features, "--num_beams", 2, "--question", "Which organ?", "--json"]
+    whole = json.loads(run_here("generate", *flags, "--max_new_tokens", 9).stdout)
+    assert whole["num_tokens"] == 9
+    short = json.loads(run_here("generate", *flags, "--max_new_tokens", 5).stdout)
+    from inference.answers import make_sample, read_inputs
+    from inference.decoding import read_prefixes
+    from slide_vlm import load_vlm
+
+    vlm, tokenizer = load_vlm(model)
+    sample = make_sample(vlm, tokenizer, "Which organ?", read_inputs(vlm, [features]), 1)
+    (prefix,) = read_prefixes(vlm, [sample])
+    length = len(prefix) + len(sample["input_ids"]) - sample["input_ids"].index(-200) - 1
+    room(length + 5)
+    limited = json.loads(run_here("generate", *flags, "--max_new_tokens", 9).stdout)
+    assert limited["tokens"] == short["tokens"] and limited["cut_off"]
+    said = run_here("generate", *flags[:-1], "--max_new_tokens", 9).stderr
+    assert said.endswith("cut off after 5 tokens: with the prompt, the language model reads no more\n")
+    room(length)
+    with pytest.raises(ValueError, match=rf"^the prompt takes {length} tokens.* reads {length} with the answer; ask"):
+        run_here("generate", *flags)
+    room(len(prefix))
+    with pytest.raises(ValueError, match=rf"^the prompt takes {len(prefix)} tokens"):
+        run_here("generate", *flags)
+
+    # In a batch, and with the longest answer as vlm.json says it: each as by itself, those without room listed.
+    shutil.copytree(model, tmp_path / "model")
+    file = tmp_path / "model" / "vlm.json"
+    write(file, json.loads(file.read_text()) | {"decoding": {"max_new_tokens": 10_000, "num_beams": 1}})
+    rows = [{"id": json.loads(corpus.reports.read_text())[0]["id"], "question": "organ " * n} for n in (1, 2, 3, 30)]
+    chains = [{"id": rows[0]["id"], "chain-of-thought": [{"question": row["question"]} for row in rows]}]
+    records = write(tmp_path / "t.json", chains)
+    flags = ["--model", tmp_path / "model", "--test_json", records, "--features_dir", corpus.features]
+    room(length + 20)
+    together = run_here("predict", *flags, "--output", tmp_path / "p.json", "--details")
+    assert together.status == 1 and together.stderr.count("failed: ") == together.stderr.count("the prompt takes ") == 1
+    run_here("predict", *flags, "--output", tmp_path / "q.json", "--details", "--batch_size", 1)
+    answers = [json.loads((tmp_path / name).read_text()) for name in ("p.json", "q.json")]
+    for one, other in zip(*answers, strict=True):
+        assert [one[key] for key in ("question", "report")] == [other[key] for key in ("question", "report")]
+    cut = sum(one.get("cut_off", False) for one in answers[0])
+    assert len(answers[0]) == 3 and cut and f"cut off: {cut} of 3 records" in together.stderr
+
+
+def test_chat_tells_of_a_question_that_is_cut_and_an_answer_that_is(run_here, model, features):
+    flags = ["--model", model, "--features", features, "--chat", "--num_beams", 1, "--max_new_tokens", 3]
+    talk = run_here("generate", *flags, stdin=f"Which organ?\n{'organ ' * 300}\n")
+    assert len(talk.stdout.splitlines()) == 2
+    told = [line for line in talk.stderr.splitlines() if "cut" in line]
+    assert told[0] == told[2] == "cut off after 3 tokens; more with --max_new_tokens"
+    assert "a question is cut: the model reads 128 tokens of one, not its last " in told[1] and len(told) == 3
