@@ -15,6 +15,7 @@ from inference.constraints import AllowedReports, Grammar, nearest, texts_of
 from inference.decoding import Decoded, Decoding, decode_samples, text_of
 from inference.memory import decoding_mend, is_out_of_memory, memory_line
 from inference.room import PromptTooLong, cut_off_line
+from language_model import load_tokenizer
 from slide_reports import Prompt, making_of, patch_budget, read_case, read_images
 from slide_vlm import IGNORED_LABEL, SlideVLM, VLMSettings
 
@@ -36,13 +37,18 @@ class Answering:
     uncertain: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, args, settings: VLMSettings, tokenizer) -> "Answering":
+    def of(cls, args, settings: VLMSettings, tokenizer=None) -> "Answering":
         """As the flags say, and for what they do not say, the model's settings.
 
+        Without a ``tokenizer`` that of the folder ``args.model`` is opened if need be, so that files of texts and
+        grammars can be refused before the model is loaded.
+
         Raises:
-            ValueError: flags that do not go together.
+            ValueError, FileNotFoundError: flags that do not go together, or files that cannot be used.
         """
         constraint: Constraint | None = None
+        if tokenizer is None and (args.allowed_reports or args.grammar):
+            tokenizer = load_tokenizer(Path(args.model) / "tokenizer", mend="copy the folder of the model anew")
         if args.allowed_reports:
             texts = texts_of(args.allowed_reports, "--allowed_reports")
             constraint = AllowedReports(tokenizer, texts, Prompt(**settings.prompt).after_answer)

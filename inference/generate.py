@@ -74,8 +74,8 @@ def main() -> int:
     settings = VLMSettings.read(args.model)
     check_input(args, settings)
     check_decoding_arguments(args)
+    answering = Answering.of(args, settings)
     model, tokenizer = open_model(args)
-    answering = Answering.of(args, settings, tokenizer)
     questions = args.question or ([] if args.chat else [settings.question])
     with memory_told(READING):
         case = read_case_of(args, model)

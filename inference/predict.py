@@ -117,8 +117,8 @@ def main() -> int:
         return DONE
 
     # Model
+    answering = Answering.of(args, settings)
     model, tokenizer = open_model(args, args.device or state.device)
-    answering = Answering.of(args, settings, tokenizer)
     model.settings.question = args.question or settings.question
     reader = SlideReader(args, model) if args.slides else None
 

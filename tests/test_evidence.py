@@ -443,7 +443,7 @@ def test_what_the_figures_say_is_not_more_than_they_show():
     ("change", "message"),
     [
         (["--min_lesion", "0"], "--min_lesion"),
-        (["--lesions_dir", "nowhere"], "no such folder"),
+        (["--lesions_dir", "nowhere"], "--lesions_dir nowhere: no such folder"),
         (["--features_dir", "nowhere"], "nowhere"),
     ],
 )

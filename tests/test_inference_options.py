@@ -122,10 +122,39 @@ def test_allowed_reports_and_snapping(run_here, corpus, model, features):
         run_here("generate", *flags, "--allowed_reports", corpus.reports, "--grammar", corpus.reports)
 
 
-def test_a_grammar_that_is_not_there_is_refused_before_anything_is_loaded(run_here, monkeypatch, model, features):
+@pytest.mark.parametrize(
+    "flag, name, content, reason",
+    [
+        ("--grammar", "g.lark", None, "no such file$"),
+        ("--grammar", "g.lark", "start: (", ".*Expected token"),
+        ("--grammar", "g.txt", "(a", ".*unclosed group"),
+        ("--grammar", "g.txt", "", "is empty"),
+        ("--grammar", "g.txt", "\udcff", "is not UTF-8"),
+        ("--allowed_reports", "r.json", None, "no such annotation file$"),
+        ("--allowed_reports", "r.json", "{", ".*not valid JSON"),
+        ("--snap_to", "r.json", None, "no such annotation file$"),
+        ("--snap_to", "r.json", '[{"id": "a"}]', "holds no texts"),
+    ],
+)
+def test_what_answers_may_be_is_refused_before_anything_is_loaded(
+    run_here, monkeypatch, corpus, model, features, tmp_path, flag, name, content, reason
+):
+    if flag == "--grammar" and content is not None:
+        pytest.importorskip("llguidance")
     monkeypatch.setattr("inference.loading.load_vlm", None)
-    with pytest.raises(FileNotFoundError, match=r"^--grammar g\.lark: no such file$"):
-        run_here("generate", "--model", model, "--features", features, "--grammar", "g.lark")
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content.encode(errors="surrogateescape"))
+    records = ["--test_json", corpus.reports, "--features_dir", corpus.features]
+    judged = [*records, "--lesions_dir", tmp_path, "--output_dir", tmp_path / "judged"]
+    for command, more in (
+        ("generate", ["--features", features]),
+        ("predict", [*records, "--output", tmp_path / "p.json"]),
+        ("judge_evidence", judged),
+    ):
+        with pytest.raises((ValueError, OSError), match=f"^{flag} {file}: {reason}"):
+            run_here(command, "--model", model, *more, flag, file)
+    assert not (tmp_path / "p.json.progress").exists()
 
 
 def test_json_of_a_schema_comes_whole_and_an_answer_that_was_cut_off_is_marked(run_here, model, features, tmp_path):
