@@ -109,7 +109,7 @@ def main() -> int:
     description = run_description(args, settings.decoding, list(slides.values()))
     if not args.overwrite:
         refuse_foreign_file(output, progress_dir)
-    is_complete = not args.overwrite and answers_everything(output, progress_dir, description)
+    is_complete = not args.overwrite and answers_everything(output, progress_dir, description, records)
     state.wait_for_everyone()
     if is_complete:
         if state.is_main_process:

@@ -373,8 +373,24 @@ def test_slides_are_encoded_while_others_are_decoded(run_here, monkeypatch, corp
     assert [row["id"] for row in rows] == ["a.tiff", "b.tiff", "c.tiff"]
     assert rows[0]["report"] == from_features.stdout.strip("\n")
 
-    # A record of several slides is one case, each slide with what the list says of it.
+    # A slide that failed may be mended and only it is read; one that was answered may not be another now.
     monkeypatch.setattr(predict, "answer_batch", answer)
+    again = []
+    monkeypatch.setattr(
+        SlideReader, "read", lambda self, paths, *more: again.append(paths) or reading(self, paths, *more)
+    )
+    shutil.copy(slides / "b.tiff", slides / "torn.svs")
+    assert run_here("predict", *predict_flags, "--output", tmp_path / "p.json").status == 0
+    mended = json.loads((tmp_path / "p.json").read_text())
+    assert len(again) == 1 and mended[:3] == rows and mended[3] == {"id": "torn.svs", "report": rows[1]["report"]}
+    (slides / "torn.svs").unlink()
+    with pytest.raises(ValueError, match=r"is of other work \(.*torn.svs is not among them now\)"):
+        run_here("predict", *predict_flags, "--output", tmp_path / "p.json")
+    (slides / "a.tiff").touch()
+    with pytest.raises(ValueError, match=r"is of other work \(--num_beams was 2, .*a.tiff has changed, .*\)"):
+        run_here("predict", *predict_flags, "--num_beams", 1, "--output", tmp_path / "p.json")
+
+    # A record of several slides is one case, each slide with what the list says of it.
     monkeypatch.setattr(SlideReader, "read", reading)
     listed = tmp_path / "slides.csv"
     listed.write_text(f"path,mpp\n{slides / 'a.tiff'},\n{slides / 'b.tiff'},1.0\n")
