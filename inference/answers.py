@@ -17,7 +17,8 @@ from inference.memory import decoding_mend, is_out_of_memory, memory_line
 from inference.room import PromptTooLong, cut_off_line
 from language_model import load_tokenizer
 from slide_reports import Prompt, making_of, patch_budget, read_case, read_images
-from slide_vlm import IGNORED_LABEL, SlideVLM, VLMSettings
+from slide_vlm import IGNORED_LABEL, SlideVLM
+from vlm_settings import VLMSettings
 
 
 @dataclass(frozen=True)

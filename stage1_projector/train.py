@@ -71,7 +71,7 @@ from slide_reports import (
     make_loaders,
     read_training_records,
 )
-from slide_vlm import SlideVLM, VLMSettings
+from slide_vlm import SlideVLM
 from validation import (
     METRIC_FLAGS,
     STOPPING_FLAGS,
@@ -81,6 +81,7 @@ from validation import (
     refuse_unmeasurable,
     written_reports,
 )
+from vlm_settings import VLMSettings
 
 
 def parse_arguments():

@@ -19,7 +19,7 @@ from typing import Any
 from jsonargparse.typing import PositiveInt
 
 from accelerator_setup import runs_on_cpu
-from command_line import DONE, INTERRUPTED, flags_of, make_parser, run
+from command_line import DONE, INTERRUPTED, check_output_folder, flags_of, make_parser, run
 from run_log import plain_numbers, read_log
 from slide_features import atomic_path
 from stage2_finetune.train import add_arguments
@@ -55,6 +55,7 @@ def parse_arguments():
 
 def main() -> int:
     args = parse_arguments()
+    check_output_folder(args.output_dir)
     output = Path(args.output_dir)
     flags = {name: value for name, value in flags_of(args).items() if name not in OWN_FLAGS and value is not None}
     rows, logs = [], {}

@@ -28,7 +28,6 @@ from projector_average import averaged, begin_average, update_average
 from run_checkpoints import RunState
 from run_log import draw_curves
 from slide_reports import RecordBatches, ReportDataset, make_loader, read_records
-from slide_vlm import VLMSettings, load_vlm
 from stage2_finetune.merge_check import (
     MergeCheck,
     example_prompts,
@@ -41,6 +40,8 @@ from stage2_finetune.what_learns import open_stage1, refuse_another_split
 from tests.conftest import run_command
 from tests.tiny_models import generate_answers, make_batch, make_llm, make_model
 from validation import epochs_to_go, greedy_answers, stops_early
+from vlm_loading import load_vlm
+from vlm_settings import VLMSettings
 
 STAGE1, STAGE2 = "stage1_projector.train", "stage2_finetune.train"
 
@@ -440,7 +441,7 @@ def test_a_run_that_adapts_the_encoder_keeps_what_it_learned(corpus, tmp_path, m
 def test_convolutions_take_no_lora():
     import timm
 
-    from encoders import ImageEncoder
+    from image_encoder import ImageEncoder
 
     backbone = timm.create_model("resnet10t", pretrained=False, num_classes=0)
     encoder = ImageEncoder(backbone, None, name="resnet10t", image_size=32, mean=(0,) * 3, std=(1,) * 3)

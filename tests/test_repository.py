@@ -29,11 +29,14 @@ FLOORS = [
         "projector_parts",
         "sharded_weights",
         "token_nll",
+        "vlm_settings",
+        "weight_reading",
     },
     {
         "projectors",
         "encoder_lora",
         "encoders",
+        "image_encoder",
         "four_bit",
         "slide_encoders",
         "language_model",
@@ -43,7 +46,7 @@ FLOORS = [
         "slide_features",
     },
     {"slide_vlm"},
-    {"slide_reports", "report_loss", "offline_kit", "projector_average"},
+    {"slide_reports", "report_loss", "offline_kit", "projector_average", "vlm_loading"},
     {"validation", "image_ablation"},
 ]
 

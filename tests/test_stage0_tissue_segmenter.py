@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from encoders import load_encoder
 from inference.generate import check_input
 from slide_features import read_slide_coords
-from slide_vlm import VLMSettings
 from stage0_tiling import tile as stage0_tile
 from stage0_tiling.encoding import encode_slide
 from stage0_tiling.segmenter import BATCH_SIZE, PRESETS, _build, load_segmenter, segment
@@ -23,6 +22,7 @@ from stage0_tiling.tissue import find_tissue
 from stage0_tiling.tissue_sources import TissueSources
 from tests.conftest import run_command
 from tests.slides import DrawnSlide
+from vlm_settings import VLMSettings
 
 PLAIN = {"tile_size": 64, "mean": [0, 0, 0], "std": [1, 1, 1]}
 UNET = {
@@ -190,6 +190,11 @@ def test_the_command_segments_and_keeps_networks_apart(drawn, tmp_path):
         ({"net.pt": b"x", "net.json": b"{"}, ("net.pt",), "net.json does not describe a network"),
         ({"net.pt": b"x", "net.json": b'{"mpp": 1, "tiles": 3}'}, ("net.pt",), "does not describe a network .*tiles"),
         ({"net.pt": b"x", "net.json": b'{"mpp": -1}'}, ("net.pt",), "mpp -1"),
+        ({"net.pt": b"x", "net.json": b"[1]"}, ("net.pt",), "net.json .*it holds a list; expected an object such as"),
+        ({"net.pt": b"x", "net.json": b"{}"}, ("net.pt",), "net.json does not describe a network .it lacks mpp"),
+        ({"net.pt": b"x", "net.json": b'{"mpp": 1, "mean": [1]}'}, ("net.pt",), "mean.1: Field required"),
+        ({"net.pt": b"x", "net.json": b'{"mpp": "ten"}'}, ("net.pt",), "mpp: Input should be a valid number"),
+        ({"net.json": b"[1]"}, ("net.json",), "net.json: name the weights, .pt or .safetensors, that it lies beside"),
         ({"net.pt": b"x", "net.json": b'{"mpp": 1}'}, ("net.pt",), "cannot be loaded"),
         ({"n.safetensors": b"x", "n.json": b'{"mpp": 1, "architecture": "smp:X"}'}, ("n.safetensors",), "smp:X"),
         ({"net.pth": b"x"}, ("net.pth", "--segmenter_preset", "hest"), "cannot be loaded"),
