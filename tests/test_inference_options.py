@@ -626,3 +626,16 @@ def test_chat_tells_of_a_question_that_is_cut_and_an_answer_that_is(run_here, mo
     told = [line for line in talk.stderr.splitlines() if "cut" in line]
     assert told[0] == told[2] == "cut off after 3 tokens; more with --max_new_tokens"
     assert "a question is cut: the model reads 128 tokens of one, not its last " in told[1] and len(told) == 3
+
+
+def test_predict_counts_questions_that_are_cut(model, capsys):
+    from inference.predict import tell_unread_questions
+    from slide_vlm import VLMSettings
+    from tests.tiny_models import make_tokenizer
+
+    asked = ["", "Which organ?", "organ " * 300, "organ " * 300]
+    records = [SimpleNamespace(question=question) for question in asked]
+    tell_unread_questions(records, VLMSettings.read(model), make_tokenizer())
+    assert capsys.readouterr().err == "2 of 4 questions are cut: the model reads 128 tokens of one\n"
+    tell_unread_questions(records[:2], VLMSettings.read(model), make_tokenizer())
+    assert not capsys.readouterr().err
