@@ -502,6 +502,8 @@ def test_the_parts_of_a_prompt_are_known_to_the_settings():
         ({"decoding": [1]}, "decoding is .1., where dict belongs"),
         ({"decoding": {"num_beams": "3"}}, "num_beams is '3', where a whole number above 0 belongs"),
         ({"decoding": {"max_new_tokens": 0}}, "max_new_tokens is 0, where a whole number above 0 belongs"),
+        ({"placeholder_id": 328}, "placeholder_id is 328, where an id of .*vocabulary of 328 belongs"),
+        ({"placeholder_id": -1}, "placeholder_id is -1, where an id of"),
         ({"decoding": {"length_penalty": None}}, "length_penalty is None, where a number belongs"),
     ],
 )
