@@ -584,7 +584,7 @@ def test_answers_end_where_the_language_model_reads_no_further(run_here, room, c
     short = json.loads(run_here("generate", *flags, "--max_new_tokens", 5).stdout)
     from inference.answers import make_sample, read_inputs
     from inference.decoding import read_prefixes
-    from slide_vlm import load_vlm
+    from vlm_loading import load_vlm
 
     vlm, tokenizer = load_vlm(model)
     sample = make_sample(vlm, tokenizer, "Which organ?", read_inputs(vlm, [features]), 1)
@@ -632,8 +632,8 @@ def test_chat_tells_of_a_question_that_is_cut_and_an_answer_that_is(run_here, mo
 
 def test_predict_counts_questions_that_are_cut(model, capsys):
     from inference.predict import tell_unread_questions
-    from slide_vlm import VLMSettings
     from tests.tiny_models import make_tokenizer
+    from vlm_settings import VLMSettings
 
     asked = ["", "Which organ?", "organ " * 300, "organ " * 300]
     records = [SimpleNamespace(question=question) for question in asked]
