@@ -12,7 +12,7 @@ import re
 import select
 import sys
 import tempfile
-from argparse import Action
+from argparse import SUPPRESS, Action
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,6 +32,21 @@ NOBODY_READS = 141  # as a shell says of a command that SIGPIPE ended
 class _HelpFormatter(DefaultHelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text  # the description shows commands, whose line breaks matter
+
+    def _get_help_string(self, action: Action) -> str:
+        """Without the default of a flag that has none, "null": its help says what happens where that matters."""
+        if action.default is not None:
+            return super()._get_help_string(action)
+        action.default = SUPPRESS
+        try:
+            return super()._get_help_string(action)
+        finally:
+            action.default = None
+
+    def _get_type_str(self, action: Action) -> str | None:
+        """Without Python's own name of a class, as of a path."""
+        kind = super()._get_type_str(action)
+        return None if kind is None or kind.startswith("<class ") else kind
 
 
 class _Parser(ArgumentParser):

@@ -56,6 +56,7 @@ def load_vlm(
         settings.llm_name = llm_name or settings.llm_name
         llm = load_llm(settings.llm_name, revision=settings.llm_revision, dtype=dtype, ple_device=ple_device)
         check_fingerprint(llm, settings)
+    check_placeholder(llm, settings, folder)
     if four_bit is not None:
         settings.llm_four_bit = four_bit.to_json()
     if settings.llm_four_bit is not None:
@@ -106,6 +107,16 @@ def check_fingerprint(llm: PreTrainedModel, settings: VLMSettings) -> None:
         raise ValueError(
             f"{settings.llm_name}: its weights are not those that this model was trained with; "
             "give the right language model with --llm_name"
+        )
+
+
+def check_placeholder(llm: PreTrainedModel, settings: VLMSettings, folder: Path) -> None:
+    """Raise ValueError unless the id at visual positions is one of the language model's vocabulary."""
+    size = llm.get_input_embeddings().weight.shape[0]
+    if not 0 <= settings.placeholder_id < size:
+        raise ValueError(
+            f"{folder / 'vlm.json'}: placeholder_id is {settings.placeholder_id}, where an id of the language model's "
+            f"vocabulary of {size} belongs; mend it, or copy the folder anew"
         )
 
 

@@ -14,6 +14,8 @@ from inference.choice import Constraint
 from inference.constraints import AllowedReports, Grammar, nearest, texts_of
 from inference.decoding import Decoded, Decoding, decode_samples, text_of
 from inference.memory import decoding_mend, is_out_of_memory, memory_line
+from inference.room import PromptTooLong, cut_off_line
+from language_model import load_tokenizer
 from slide_reports import Prompt, making_of, patch_budget, read_case, read_images
 from slide_vlm import IGNORED_LABEL, SlideVLM
 from vlm_settings import VLMSettings
@@ -36,13 +38,18 @@ class Answering:
     uncertain: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, args, settings: VLMSettings, tokenizer) -> "Answering":
+    def of(cls, args, settings: VLMSettings, tokenizer=None) -> "Answering":
         """As the flags say, and for what they do not say, the model's settings.
 
+        Without a ``tokenizer`` that of the folder ``args.model`` is opened if need be, so that files of texts and
+        grammars can be refused before the model is loaded.
+
         Raises:
-            ValueError: flags that do not go together.
+            ValueError, FileNotFoundError: flags that do not go together, or files that cannot be used.
         """
         constraint: Constraint | None = None
+        if tokenizer is None and (args.allowed_reports or args.grammar):
+            tokenizer = load_tokenizer(Path(args.model) / "tokenizer", mend="copy the folder of the model anew")
         if args.allowed_reports:
             texts = texts_of(args.allowed_reports, "--allowed_reports")
             constraint = AllowedReports(tokenizer, texts, Prompt(**settings.prompt).after_answer)
@@ -101,6 +108,8 @@ class Answering:
             return list(self.answer(model, tokenizer, samples, numbers, rows_at_once))
         except torch.AcceleratorError:
             raise
+        except PromptTooLong as error:
+            reason = str(error)
         except (RuntimeError, MemoryError, IndexError) as error:
             mend = decoding_mend(self.decoding.num_beams)
             reason = memory_line(error, mend) if is_out_of_memory(error) else one_line(error)
@@ -119,7 +128,7 @@ class Answering:
 
     def describe(self, tokenizer, answers: list[Decoded]) -> dict[str, Any]:
         """The best answer: ``report``, ``beam_score``, its probabilities, ``num_tokens``, and where they apply
-        ``cut_off`` (at ``max_new_tokens``), ``generated`` (what stood in the place of a snapped report), ``n_best`` and
+        ``cut_off`` (before its end), ``generated`` (what stood in the place of a snapped report), ``n_best`` and
         ``uncertain``.
         """
         best, text = answers[0], text_of(tokenizer, answers[0])
@@ -135,6 +144,11 @@ class Answering:
         if self.uncertain:
             described["uncertain"] = described[self.uncertain["measure"]] < self.uncertain["threshold"]
         return described
+
+    def remarks(self, described: dict[str, Any]) -> list[str]:
+        """What is to be said beside an answer, a line each."""
+        cut = [cut_off_line(described["num_tokens"], self.decoding.max_new_tokens)] if described.get("cut_off") else []
+        return cut + (["uncertain: true (have it read)"] if described.get("uncertain") else [])
 
     def _n_best(self, tokenizer, answers: list[Decoded]) -> list[dict[str, Any]]:
         """Answers with their scores; of beams that spell one text in several ways only the best."""
@@ -181,6 +195,13 @@ def make_sample(model: SlideVLM, tokenizer, question: str, case: dict[str, Any],
 def unread_tokens(settings: VLMSettings, tokenizer, question: str) -> int:
     """How many tokens at the end of a question the model is not given: it reads as many as in training at most."""
     return max(0, len(tokenizer(question, add_special_tokens=False)["input_ids"]) - settings.max_question_tokens)
+
+
+def unread_line(settings: VLMSettings, tokenizer, question: str) -> list[str]:
+    """What to tell of a question that the model does not read whole; nothing of others."""
+    unread = unread_tokens(settings, tokenizer, question)
+    longest = settings.max_question_tokens
+    return [f"a question is cut: the model reads {longest} tokens of one, not its last {unread}"] if unread else []
 
 
 def read_inputs(model: SlideVLM, paths: Sequence[Path]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 MEASURES = ("mean_token_probability", "min_token_probability", "probability")  # of confidence in an answer
 SAVED = ("num_beams", "max_new_tokens", "length_penalty")  # what vlm.json may hold, and flags override
@@ -27,7 +27,7 @@ def add_decoding_arguments(parser) -> None:
     group.add_argument(
         "--top_p", type=float, default=1.0, help="draw from the likeliest tokens that together have this probability"
     )
-    group.add_argument("--seed", type=int, default=0, help="of the draws; with it they are the same again")
+    group.add_argument("--seed", type=NonNegativeInt, default=0, help="of the draws; with it they are the same again")
     group.add_argument(
         "--num_return", type=PositiveInt, default=1, help="answers of each question: the best beams, or as many draws"
     )

@@ -89,16 +89,16 @@ def read_pairs(predictions: str, references: str, measure: str, pattern: str | N
         field = re.compile(pattern) if pattern else None
     except re.error as error:
         raise ValueError(f"--field {pattern!r} is no regular expression ({error})") from error
-    if not Path(predictions).is_file():
-        raise FileNotFoundError(f"--predictions {predictions}: no such file")
+    rows = read_rows(predictions)
     truths = {}
     for record in read_records(references, locate_inputs=False):
         if record.answer and truths.setdefault((record.id, record.question), record.answer) != record.answer:
             raise ValueError(f"--references {references}: {record.id} has two answers to one question; keep one")
     confidences, wrong = [], []
-    for number, row in enumerate(json.loads(Path(predictions).read_text())):
-        if not isinstance(row, dict) or measure not in row:
-            raise ValueError(f"--predictions {predictions}: row {number} has no {measure}; predict with --details")
+    for number, row in enumerate(rows):
+        for key in ("id", "question", "report", measure):
+            if not isinstance(row, dict) or key not in row:
+                raise ValueError(f"--predictions {predictions}: row {number} has no {key}; predict with --details")
         truth = truths.get((row["id"], row["question"]), truths.get((row["id"], "")))
         if truth is not None:
             confidences.append(float(row[measure]))
@@ -106,6 +106,23 @@ def read_pairs(predictions: str, references: str, measure: str, pattern: str | N
     if not wrong:
         raise ValueError(f"{predictions}: no row has the id and question of a reference in {references}")
     return confidences, wrong
+
+
+def read_rows(predictions: str) -> list:
+    """The rows of a file that predict.py wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it holds no list.
+    """
+    if not Path(predictions).is_file():
+        raise FileNotFoundError(f"--predictions {predictions}: no such file")
+    try:
+        rows = json.loads(Path(predictions).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--predictions {predictions}: not valid JSON ({error}); predict again") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"--predictions {predictions}: holds no list of predictions; predict with --format list")
+    return rows
 
 
 def _told(text: str, field: re.Pattern | None) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from command_line import DONE
-from inference.answers import Answering, make_sample
+from inference.answers import Answering, make_sample, unread_line
 from inference.decoding import decode, extend_prefix, last_markers, read_prefixes, text_of
 from inference.loading import room_for_text
 from projectors import PROMPT_TOPK
@@ -22,15 +22,21 @@ def chat(
 ) -> int:
     """Answer questions from ``first``, then from stdin, a line each, until an empty line or its end.
 
-    Answers go to stdout. A question is prompted for on stderr where somebody sits at the keyboard.
+    Answers go to stdout, and what is to be said of them and of questions to stderr. A question is prompted for there
+    where somebody sits at the keyboard.
+
+    Raises:
+        PromptTooLong: the language model has no position left for an answer about the case.
     """
     prompt, longest = Prompt(**model.settings.prompt), model.settings.max_question_tokens
     stop_ids = prompt.stop_ids(tokenizer, model.base_llm)
-    slide, prefix, room = None, None, room_for_text(model)
+    slide, prefix, length, room = None, None, 0, room_for_text(model)
     for number, question in enumerate(_questions(first)):
+        for line in unread_line(model.settings, tokenizer, question):
+            print(line, file=sys.stderr)
         if prefix is not None:
             asked = prompt.next_question_ids(tokenizer, question, longest)
-            if len(prefix) + len(asked) + answering.decoding.max_new_tokens > room:
+            if length + len(asked) + answering.decoding.max_new_tokens > room:
                 print("what was said before is forgotten: the model reads no more at once", file=sys.stderr)
                 prefix = None
         if prefix is None:
@@ -41,7 +47,7 @@ def chat(
             prefix = slide
             (cut,) = last_markers(torch.tensor([sample["input_ids"]]))
             asked = sample["input_ids"][cut:]
-        ((answer, *_),) = decode(
+        (answers,) = decode(
             model,
             [prefix],
             [asked],
@@ -50,9 +56,14 @@ def chat(
             constraint=answering.constraint,
             numbers=[number],
         )
-        print(text_of(tokenizer, answer), flush=True)
+        print(text_of(tokenizer, answers[0]), flush=True)
+        for line in answering.remarks(answering.describe(tokenizer, answers)):
+            print(line, file=sys.stderr)
         ending = tokenizer(prompt.after_answer, add_special_tokens=False)["input_ids"]
-        prefix = extend_prefix(model, prefix, [*asked, *answer.token_ids, *ending])
+        said = [*asked, *answers[0].token_ids, *ending]
+        length = len(prefix) + len(said)
+        if length < room:  # else the next question will find no room, and begin anew
+            prefix = extend_prefix(model, prefix, said)
     return DONE
 
 

@@ -22,9 +22,13 @@ def texts_of(path: str, flag: str) -> list[str]:
     """The different answers of an annotation file, in order.
 
     Raises:
-        ValueError: it has none.
+        ValueError, OSError: it cannot be read, or has none.
     """
-    records = read_records(path, locate_inputs=False)
+    try:
+        records = read_records(path, locate_inputs=False)
+    except (ValueError, OSError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{flag} {error}") from error
     texts = list(dict.fromkeys(answer.strip() for record in records for _, answer in record.turns if answer.strip()))
     if not texts:
         raise ValueError(f"{flag} {path}: holds no texts; give a file with reports")
@@ -77,7 +81,12 @@ class Grammar:
             from llguidance.hf import from_tokenizer
         except ImportError as error:
             raise ValueError("--grammar needs llguidance: pip install 'slidescribe[constraints]'") from error
-        text = Path(path).read_text(encoding="utf-8")
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--grammar {path}: is not UTF-8 ({error}); save it as that") from error
+        if not text.strip():
+            raise ValueError(f"--grammar {path}: is empty, so that every answer would be")
         # Free to put blanks where JSON allows them, a model may put nothing else until it is cut off.
         from_json = partial(LLMatcher.grammar_from_json_schema, overrides={"whitespace_flexible": False})
         kinds = {".lark": LLMatcher.grammar_from_lark, ".json": from_json}

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 from inference.choice import BeamRecorder, Constraint, Recorder, choice_processors
 from inference.loading import open_model as open_model
 from inference.prefix_cache import Prefix, SharedPrefixCache, Sharing, can_share_prefix, shared_attention
+from inference.room import answer_limits
 from projectors import PROMPT_TOPK
 from slide_reports import Prompt, collate
 from slide_vlm import IGNORED_LABEL, IMAGE_MARKER, SlideVLM, position_arguments
@@ -85,7 +86,11 @@ def last_markers(input_ids: Tensor) -> list[int]:
 
 @torch.inference_mode()
 def read_batch(model: SlideVLM, batch: dict[str, Tensor]) -> list[Prefix]:
-    """Read each row of a batch up to its last visual token, in one forward pass."""
+    """Read each row of a batch up to its last visual token, in one forward pass.
+
+    Raises:
+        PromptTooLong: the language model reads no more behind one of them, or not even as much.
+    """
     cut = torch.tensor(last_markers(batch["input_ids"]), device=batch["input_ids"].device)
     longest = int(cut.max())
     columns = torch.arange(longest, device=cut.device)
@@ -96,6 +101,7 @@ def read_batch(model: SlideVLM, batch: dict[str, Tensor]) -> list[Prefix]:
     }
     inputs = model.embed(beginning)
     lengths = inputs["attention_mask"].sum(1).tolist()
+    answer_limits(model, lengths, 1)
     stores = None
     if can_share_prefix(model.base_llm):
         cache = SharedPrefixCache(model.base_llm.config, max(lengths))
@@ -176,9 +182,17 @@ def decode(
         numbers: of the samples, which decide with the seed what is drawn; default: 0, 1, …
 
     Returns:
-        ``num_return`` answers for each prompt, the best first; fewer where a constraint allows no more.
+        ``num_return`` answers for each prompt, the best first; fewer where a constraint allows no more. They are
+        shorter than ``max_new_tokens`` where the language model has no positions for so many behind the prompt.
+
+    Raises:
+        PromptTooLong: it has none.
     """
-    numbers = range(len(questions)) if numbers is None else numbers
+    numbers = list(range(len(questions)) if numbers is None else numbers)
+    lengths = [len(prefix) + len(question) for prefix, question in zip(prefixes, questions, strict=True)]
+    limits = answer_limits(model, lengths, decoding.max_new_tokens)
+    if set(limits) != {decoding.max_new_tokens}:  # apart, so that no answer depends on what else is in the batch
+        return _decode_by_limit(model, prefixes, questions, stop_ids, decoding, constraint, numbers, limits)
     groups = {id(prefix): place for place, prefix in reversed(list(enumerate(prefixes)))}
     order = sorted(range(len(prefixes)), key=lambda place: groups[id(prefixes[place])])
     rows = _Rows.of(model, [prefixes[place] for place in order], [questions[place] for place in order])
@@ -195,6 +209,35 @@ def decode(
         ]
     answers = dict(zip(order, grouped, strict=True))
     return [answers[place] for place in range(len(order))]
+
+
+def _decode_by_limit(
+    model: SlideVLM,
+    prefixes: Sequence[Prefix],
+    questions: Sequence[list[int]],
+    stop_ids: list[int],
+    decoding: Decoding,
+    constraint: Constraint | None,
+    numbers: list[int],
+    limits: list[int],
+) -> list[list[Decoded]]:
+    """Answers to prompts, of which those with as much room are decoded together."""
+    answers: dict[int, list[Decoded]] = {}
+    for limit in sorted(set(limits)):
+        places = [place for place, its_limit in enumerate(limits) if its_limit == limit]
+        of_these = ([values[place] for place in places] for values in (prefixes, questions, numbers))
+        some_prefixes, some_questions, some_numbers = of_these
+        found = decode(
+            model,
+            some_prefixes,
+            some_questions,
+            stop_ids=stop_ids,
+            decoding=replace(decoding, max_new_tokens=limit),
+            constraint=constraint,
+            numbers=some_numbers,
+        )
+        answers |= dict(zip(places, found, strict=True))
+    return [answers[place] for place in range(len(limits))]
 
 
 def _generate(

@@ -118,7 +118,8 @@ def explain(
     batch, spans = batch_with_report(model, tokenizer, [sample], report)
     patches = batch["patch_tokens"].float()
     of_method = {}
-    with _weights_frozen(model):
+    # Layers that --compile compiled give the gradient of a pass once; here it is asked for a line after the other.
+    with _weights_frozen(model), torch.compiler.set_stance("force_eager"):
         log_probs, gradients = _gradients(model, batch, patches, spans)
         if GRADIENT in methods:
             of_method[GRADIENT] = (gradients * patches).sum(-1)

@@ -76,8 +76,8 @@ def main() -> int:
     settings = VLMSettings.read(args.model)
     check_input(args, settings)
     check_decoding_arguments(args)
+    answering = Answering.of(args, settings)
     model, tokenizer = open_model(args)
-    answering = Answering.of(args, settings, tokenizer)
     questions = args.question or ([] if args.chat else [settings.question])
     with memory_told(READING):
         case = read_case_of(args, model)
@@ -97,15 +97,13 @@ def paths_of(args) -> list[str]:
 
 def answer_questions(args, model, tokenizer, answering, questions: list[str], case: dict, began: float) -> None:
     """Print the answer to each question about a case, and write what it rests on."""
-    from inference.answers import make_sample, unread_tokens
+    from inference.answers import make_sample, unread_line
     from inference.decoding import decode_samples
 
     paths = paths_of(args)
-    settings = model.settings
     for question in questions:
-        if unread := unread_tokens(settings, tokenizer, question):
-            longest = settings.max_question_tokens
-            print(f"a question is cut: the model reads {longest} tokens of one, not its last {unread}", file=sys.stderr)
+        for line in unread_line(model.settings, tokenizer, question):
+            print(line, file=sys.stderr)
     samples = [make_sample(model, tokenizer, question, case, len(paths)) for question in questions]
     found = decode_samples(model, tokenizer, samples, decoding=answering.decoding, constraint=answering.constraint)
     for number, (question, answers) in enumerate(zip(questions, found, strict=True)):
@@ -120,6 +118,8 @@ def answer_questions(args, model, tokenizer, answering, questions: list[str], ca
             show_json(details, tokenizer, answers[0])
         else:
             show_text(details, question if len(questions) > 1 else None, is_first=number == 0)
+            for line in answering.remarks(details):
+                print(line, file=sys.stderr)
         sys.stdout.flush()
         if args.evidence:  # last, since it takes longest and may be refused
             folder = Path(args.evidence) / f"question_{number + 1}" if len(questions) > 1 else Path(args.evidence)
@@ -135,17 +135,13 @@ def show_json(details: dict, tokenizer, answer) -> None:
 
 
 def show_text(details: dict, question: str | None, *, is_first: bool) -> None:
-    """Answers to stdout, under their questions where there are several; what is to be said of them to stderr."""
+    """Answers, under their questions where there are several."""
     if question is not None:
         print(f"{'' if is_first else chr(10)}# {question}")
     for number, answer in enumerate(details.get("n_best", [details])):
         if number:
             print()
         print(answer["report"])
-    if details.get("cut_off"):
-        print(f"cut off after {details['num_tokens']} tokens; more with --max_new_tokens", file=sys.stderr)
-    if details.get("uncertain"):
-        print("uncertain: true (have it read)", file=sys.stderr)
 
 
 def check_input(args, settings) -> None:

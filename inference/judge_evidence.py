@@ -71,15 +71,16 @@ def main() -> int:
 
     # Slides and lesions
     check_decoding_arguments(args)
-    check_input_kind(args.model, VLMSettings.read(args.model), None)
+    settings = VLMSettings.read(args.model)
+    check_input_kind(args.model, settings, None)
+    answering = Answering.of(args, settings)
     records = read_records(args.test_json, features_dir=args.features_dir)
     if several := next((record.id for record in records if len(record.inputs) != 1), None):
         raise ValueError(f"{several} is of several slides; judge cases of one slide each")
-    lesions_dir = check_masks(args.lesions_dir)
+    lesions_dir = check_masks(args.lesions_dir, "--lesions_dir")
 
     # Model
     model, tokenizer = open_model(args)
-    answering = Answering.of(args, model.settings, tokenizer)
     dataset = ReportDataset.for_model(model, tokenizer, [replace(r, answer="", later_turns=()) for r in records])
 
     # Judge

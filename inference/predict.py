@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from accelerator_setup import LONGEST_WAIT, runs_on_cpu
 from command_line import DONE, SOME_FAILED, GatherValues, check_output_file, chosen, make_parser, run
-from inference.answers import Answering
+from inference.answers import Answering, unread_line
 from inference.arguments import SAVED, add_decoding_arguments, check_decoding_arguments
 from inference.case_batches import CaseBatch, batches_of, read_ahead, records_of_slides, records_to_answer
 from inference.decoding import open_model
@@ -109,7 +109,7 @@ def main() -> int:
     description = run_description(args, settings.decoding, list(slides.values()))
     if not args.overwrite:
         refuse_foreign_file(output, progress_dir)
-    is_complete = not args.overwrite and answers_everything(output, progress_dir, description)
+    is_complete = not args.overwrite and answers_everything(output, progress_dir, description, records)
     state.wait_for_everyone()
     if is_complete:
         if state.is_main_process:
@@ -117,13 +117,14 @@ def main() -> int:
         return DONE
 
     # Model
+    answering = Answering.of(args, settings)
     model, tokenizer = open_model(args, args.device or state.device)
-    answering = Answering.of(args, settings, tokenizer)
     model.settings.question = args.question or settings.question
     reader = SlideReader(args, model) if args.slides else None
 
     # Resume
     if state.is_main_process:
+        tell_unread_questions(records, model.settings, tokenizer)
         prepare_progress(progress_dir, output, description, overwrite=args.overwrite)
     state.wait_for_everyone()
     finished = read_progress(progress_dir)
@@ -162,6 +163,8 @@ def main() -> int:
         if answering.uncertain:
             uncertain = sum(answer["uncertain"] for answer in answers.values())
             print(f"uncertain: {uncertain} of {len(answers)} records, to be read by somebody", file=sys.stderr)
+        if cut := sum(answer.get("cut_off", False) for answer in answers.values()):
+            print(f"cut off: {cut} of {len(answers)} records, before their end; see --max_new_tokens", file=sys.stderr)
         totals = {key: sum(part[key] for part in parts) for key in ("cases", "records", "tokens")}
         print(throughput(totals, max(part["seconds"] for part in parts)), file=sys.stderr)
         print(f"{len(answers)} of {len(records)} records answered: {output}", file=sys.stderr)
@@ -190,6 +193,16 @@ def answer_batch(
         question = record.question or model.settings.question
         answers.append({"index": index, "id": record.id, "question": question, **answer, "seconds": seconds})
     return answers, failed
+
+
+def tell_unread_questions(records, settings: VLMSettings, tokenizer) -> None:
+    """Say how many records ask what the model does not read to its end."""
+    lines = {
+        question: unread_line(settings, tokenizer, question) for question in {record.question for record in records}
+    }
+    if cut := sum(bool(lines[record.question]) for record in records):
+        longest = settings.max_question_tokens
+        print(f"{cut} of {len(records)} questions are cut: the model reads {longest} tokens of one", file=sys.stderr)
 
 
 def throughput(done: dict, seconds: float) -> str:

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
 from command_line import flags_of
 from inference.arguments import decoding_flags
 from slide_features import atomic_path
+from slide_reports import Record
 
 # Flags that do not change the answers.
 FREE = {"output", "batch_size", "overwrite", "device", "format", "details", "save_decoding", "num_workers", "threads"}
@@ -49,7 +51,7 @@ def refuse_foreign_file(output: Path, progress_dir: Path) -> None:
         raise ValueError(f"--output {output} exists and is not of predict.py; name another, or add --overwrite")
 
 
-def answers_everything(output: Path, progress_dir: Path, description: dict) -> bool:
+def answers_everything(output: Path, progress_dir: Path, description: dict, records: Sequence[Record]) -> bool:
     """Whether ``output`` is the finished work of the same model, records and flags.
 
     Raises:
@@ -57,9 +59,38 @@ def answers_everything(output: Path, progress_dir: Path, description: dict) -> b
     """
     kept = progress_dir / "settings.json"
     earlier = kept if kept.is_file() else run_file(output)
-    if earlier.is_file() and json.loads(earlier.read_text()) != description:
-        raise ValueError(f"--output {output} is of another model, records or flags; name another, or add --overwrite")
+    if earlier.is_file():
+        had = json.loads(earlier.read_text())
+        if earlier is kept and had.get("slide_files", {}).keys() == description.get("slide_files", {}).keys():
+            # A slide that has no answer yet may have been mended.
+            numbers = [number for number in read_progress(progress_dir) if number < len(records)]
+            answered = {str(path) for number in numbers for path in records[number].inputs}
+            had |= {"slide_files": description.get("slide_files", {}) | _only(had.get("slide_files", {}), answered)}
+        if others := differences(had, description):
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            raise ValueError(
+                f"--output {output} is of other work ({', '.join(others[:3])}{more}); name another, or add --overwrite"
+            )
     return output.is_file() and run_file(output).is_file() and not progress_dir.exists()
+
+
+def _only(files: dict, paths: set[str]) -> dict:
+    return {path: value for path, value in files.items() if path in paths}
+
+
+def differences(had: dict, description: dict) -> list[str]:
+    """What of two descriptions is not the same, in words."""
+    found = []
+    for name in sorted(had.keys() | description.keys()):
+        before, now = had.get(name), description.get(name)
+        if name in ("sha256", "slide_files"):
+            before, now = before or {}, now or {}
+            for path in sorted(path for path in before.keys() | now.keys() if before.get(path) != now.get(path)):
+                how = "is new" if path not in before else "has changed" if path in now else "is not among them now"
+                found.append(f"{path} {how}")
+        elif before != now:
+            found.append(f"--{name} was {json.dumps(before)}")
+    return found
 
 
 def prepare_progress(progress_dir: Path, output: Path, description: dict, *, overwrite: bool) -> None:

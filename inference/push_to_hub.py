@@ -31,7 +31,26 @@ def parse_arguments():
     args = parser.parse_args()
     if not (args.repo_id or args.dry_run):
         raise ValueError("give --repo_id, or --dry_run to write the model card only")
+    if args.repo_id:
+        check_repo_id(args.repo_id)
     return args
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what cannot name a repository, by the hub's own rules.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"--repo_id {repo_id!r} cannot name a repository of the hub; give org/name, each of letters, digits, '-', "
+            "'_' and '.', such as my-lab/breast-reports"
+        ) from error
 
 
 def main() -> int:

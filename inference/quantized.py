@@ -3,11 +3,16 @@
 import logging
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # lm_head as transformers leaves it; the other three are Gemma-3n's AltUp, which reads them as matrices.
 KEPT = ("lm_head", "correction_coefs", "prediction_coefs", "modality_router")
 ADAPTERS = ("lora_A", "lora_B")
+
+
+def _own_output(_layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """A copy where gradients are asked for: Gemma-3n scales what comes of a layer in place, which a view forbids."""
+    return output.clone() if output.requires_grad else output
 
 
 def quantize_llm(llm: nn.Module, kind: str, device: str | torch.device) -> None:
@@ -36,6 +41,7 @@ def quantize_llm(llm: nn.Module, kind: str, device: str | torch.device) -> None:
                 layer = Linear4bit(*shape, bias is not None, compute_dtype=weight.dtype, quant_type="nf4")
         if kind == "int8":
             layer.weight = Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+            layer.register_forward_hook(_own_output)
         else:
             layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer).to(device)
             layer.support_avx512bf16_for_cpu = False  # it would repack the weights and compute in bfloat16

@@ -1,6 +1,7 @@
 """The feature files and images that records name: whether they open, and how they were made."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -23,6 +24,7 @@ from slide_reports.table import column, fields, select
 
 MAX_OPENED = 10_000  # files opened before training: some ten seconds. Of more, as many are tried, evenly spaced
 MAX_PROBLEMS = 1_000  # lines kept
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of EXIF data, mostly; an image that does not open is told by name
 
 
 def with_inputs(

@@ -4,6 +4,7 @@ Associated images (label, macro) may show a patient's name: no format is opened 
 slide.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ PLAIN_TIFF = ("aperio", "generic-tiff")
 # and a .mrxs file is itself a JPEG of the glass: where OpenSlide does not know such a file, nobody may try.
 FIRST_IMAGE_IS_THE_SLIDE = (".svs", ".tif", ".tiff")
 BACKGROUND = 255
+# Of a damaged or large image Pillow warns with a line of its own code; what cannot be read of it is told by name.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ClosedOpenSlide:

@@ -288,7 +288,6 @@ class SlideRun:
 def start_logging() -> None:
     """Log to stderr: our own progress, and warnings of others."""
     log_to_stderr(logger)
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # a broken slide is told by name, once
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Where the compressed tiles of a TIFF pyramid lie. Only pages of the pyramid are looked at, never label or macro."""
 
 import gc
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from stage0_tiling.tiff_codecs import Jpeg2000Decoder, JpegDecoder, decoder_of
 UNITS = {2: "inch", 3: "centimeter"}
 MANY_TILES = 20_000  # of a level, whose tables are not kept in memory while they are not wanted
 STORED_AS = {3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}  # TIFF's types of integers
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # a broken slide is told by name, once
 
 
 @dataclass(frozen=True)

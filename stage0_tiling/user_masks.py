@@ -19,8 +19,8 @@ SUFFIXES = (".geojson", ".json", ".png")
 ASPECT_TOLERANCE = 0.02
 
 
-def check_masks(folder: str | Path) -> Path:
-    """Refuse a folder that is not there or holds no mask.
+def check_masks(folder: str | Path, flag: str = "--masks") -> Path:
+    """Refuse a folder, given by a flag, that is not there or holds no mask.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -28,9 +28,9 @@ def check_masks(folder: str | Path) -> Path:
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"--masks {folder}: no such folder")
+        raise FileNotFoundError(f"{flag} {folder}: no such folder")
     if not any(path.suffix in SUFFIXES for path in folder.iterdir()):
-        raise ValueError(f"--masks {folder}: holds no <slide_id>{', '.join(SUFFIXES)}")
+        raise ValueError(f"{flag} {folder}: holds no <slide_id>{', '.join(SUFFIXES)}")
     return folder
 
 

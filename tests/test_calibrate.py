@@ -101,3 +101,19 @@ def test_predictions_without_confidence_or_references_are_refused(monkeypatch, t
     (tmp_path / "r.json").write_text(json.dumps([{"id": "other", "report": "x"}]))
     with pytest.raises(ValueError, match="no row has the id"):
         run_here(monkeypatch, *flags)
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("{", "not valid JSON"),
+        ('{"s0.svs": "x"}', "holds no list"),
+        ('["x"]', "row 0 has no id"),
+        ('[{"id": "s0.svs", "report": "x", "mean_token_probability": 1}]', "row 0 has no question"),
+    ],
+)
+def test_predictions_of_another_form_are_named(monkeypatch, tmp_path, content, reason):
+    flags = write_pairs(tmp_path)
+    (tmp_path / "p.json").write_text(content)
+    with pytest.raises(ValueError, match=f"^--predictions .*p.json: {reason}"):
+        run_here(monkeypatch, *flags)

@@ -116,6 +116,32 @@ def test_integrated_gradients_add_up_to_what_the_tiles_say(monkeypatch):
         assert row.sum() == pytest.approx(float(change[span.tokens].sum()), rel=0.03, abs=0.03)
 
 
+def test_evidence_of_layers_in_8_bits_is_nearly_that_of_whole_ones():
+    pytest.importorskip("bitsandbytes")
+    from inference.quantized import quantize_llm
+
+    (model, tokenizer), (small, _) = make_model("gemma3n"), make_model("gemma3n")
+    quantize_llm(small.llm, "int8", "cpu")
+    evidence = [ev.explain(vlm, tokenizer, case(tokenizer), LINES, (ev.GRADIENT,)) for vlm in (model, small)]
+    plain, rough = (found.maps[ev.GRADIENT][0].ravel() for found in evidence)
+    assert np.corrcoef(plain, rough)[0, 1] > 0.95
+
+
+def test_evidence_is_found_without_compiled_layers():
+    def refuse(graph, inputs):
+        raise AssertionError("compiled")
+
+    model, tokenizer = make_model("llama")
+    plain = ev.explain(model, tokenizer, case(tokenizer), LINES)
+    for module in model.llm.modules():
+        if type(module).__name__ == "LlamaMLP":
+            module.compile(backend=refuse)
+    compiled = ev.explain(model, tokenizer, case(tokenizer), LINES)
+    np.testing.assert_array_equal(compiled.maps[ev.GRADIENT][0], plain.maps[ev.GRADIENT][0])
+    with pytest.raises(Exception, match="compiled"):
+        model(ev.batch_with_report(model, tokenizer, [case(tokenizer)], LINES)[0])
+
+
 def test_log_probabilities_are_the_models_own_and_no_weight_is_left_frozen():
     model, tokenizer = make_model()
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -443,7 +469,7 @@ def test_what_the_figures_say_is_not_more_than_they_show():
     ("change", "message"),
     [
         (["--min_lesion", "0"], "--min_lesion"),
-        (["--lesions_dir", "nowhere"], "no such folder"),
+        (["--lesions_dir", "nowhere"], "--lesions_dir nowhere: no such folder"),
         (["--features_dir", "nowhere"], "nowhere"),
     ],
 )

@@ -14,7 +14,7 @@ GENERATE, PREDICT = "inference/generate.py", "inference/predict.py"
 
 
 def save_model(folder, corpus, **settings):
-    """Save a model with random projector weights on the corpus's language model."""
+    """Save a model with random projector weights, the same each time, on the corpus's language model."""
     import torch
 
     from language_model import choose_placeholder, fingerprint, load_llm
@@ -34,7 +34,7 @@ def save_model(folder, corpus, **settings):
         question="Write the report.",
         **settings,
     )
-    torch.manual_seed(0)  # whatever ran before
+    torch.manual_seed(5)  # its answers are of one line and end at no stop before --max_new_tokens
     SlideVLM(llm, settings).save(folder, tokenizer)
     return folder
 

@@ -122,10 +122,39 @@ def test_allowed_reports_and_snapping(run_here, corpus, model, features):
         run_here("generate", *flags, "--allowed_reports", corpus.reports, "--grammar", corpus.reports)
 
 
-def test_a_grammar_that_is_not_there_is_refused_before_anything_is_loaded(run_here, monkeypatch, model, features):
+@pytest.mark.parametrize(
+    "flag, name, content, reason",
+    [
+        ("--grammar", "g.lark", None, "no such file$"),
+        ("--grammar", "g.lark", "start: (", ".*Expected token"),
+        ("--grammar", "g.txt", "(a", ".*unclosed group"),
+        ("--grammar", "g.txt", "", "is empty"),
+        ("--grammar", "g.txt", "\udcff", "is not UTF-8"),
+        ("--allowed_reports", "r.json", None, "no such annotation file$"),
+        ("--allowed_reports", "r.json", "{", ".*not valid JSON"),
+        ("--snap_to", "r.json", None, "no such annotation file$"),
+        ("--snap_to", "r.json", '[{"id": "a"}]', "holds no texts"),
+    ],
+)
+def test_what_answers_may_be_is_refused_before_anything_is_loaded(
+    run_here, monkeypatch, corpus, model, features, tmp_path, flag, name, content, reason
+):
+    if flag == "--grammar" and content is not None:
+        pytest.importorskip("llguidance")
     monkeypatch.setattr("inference.loading.load_vlm", None)
-    with pytest.raises(FileNotFoundError, match=r"^--grammar g\.lark: no such file$"):
-        run_here("generate", "--model", model, "--features", features, "--grammar", "g.lark")
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content.encode(errors="surrogateescape"))
+    records = ["--test_json", corpus.reports, "--features_dir", corpus.features]
+    judged = [*records, "--lesions_dir", tmp_path, "--output_dir", tmp_path / "judged"]
+    for command, more in (
+        ("generate", ["--features", features]),
+        ("predict", [*records, "--output", tmp_path / "p.json"]),
+        ("judge_evidence", judged),
+    ):
+        with pytest.raises((ValueError, OSError), match=f"^{flag} {file}: {reason}"):
+            run_here(command, "--model", model, *more, flag, file)
+    assert not (tmp_path / "p.json.progress").exists()
 
 
 def test_json_of_a_schema_comes_whole_and_an_answer_that_was_cut_off_is_marked(run_here, model, features, tmp_path):
@@ -344,8 +373,24 @@ def test_slides_are_encoded_while_others_are_decoded(run_here, monkeypatch, corp
     assert [row["id"] for row in rows] == ["a.tiff", "b.tiff", "c.tiff"]
     assert rows[0]["report"] == from_features.stdout.strip("\n")
 
-    # A record of several slides is one case, each slide with what the list says of it.
+    # A slide that failed may be mended and only it is read; one that was answered may not be another now.
     monkeypatch.setattr(predict, "answer_batch", answer)
+    again = []
+    monkeypatch.setattr(
+        SlideReader, "read", lambda self, paths, *more: again.append(paths) or reading(self, paths, *more)
+    )
+    shutil.copy(slides / "b.tiff", slides / "torn.svs")
+    assert run_here("predict", *predict_flags, "--output", tmp_path / "p.json").status == 0
+    mended = json.loads((tmp_path / "p.json").read_text())
+    assert len(again) == 1 and mended[:3] == rows and mended[3] == {"id": "torn.svs", "report": rows[1]["report"]}
+    (slides / "torn.svs").unlink()
+    with pytest.raises(ValueError, match=r"is of other work \(.*torn.svs is not among them now\)"):
+        run_here("predict", *predict_flags, "--output", tmp_path / "p.json")
+    (slides / "a.tiff").touch()
+    with pytest.raises(ValueError, match=r"is of other work \(--num_beams was 2, .*a.tiff has changed, .*\)"):
+        run_here("predict", *predict_flags, "--num_beams", 1, "--output", tmp_path / "p.json")
+
+    # A record of several slides is one case, each slide with what the list says of it.
     monkeypatch.setattr(SlideReader, "read", reading)
     listed = tmp_path / "slides.csv"
     listed.write_text(f"path,mpp\n{slides / 'a.tiff'},\n{slides / 'b.tiff'},1.0\n")
@@ -457,6 +502,8 @@ def test_the_parts_of_a_prompt_are_known_to_the_settings():
         ({"decoding": [1]}, "decoding is .1., where dict belongs"),
         ({"decoding": {"num_beams": "3"}}, "num_beams is '3', where a whole number above 0 belongs"),
         ({"decoding": {"max_new_tokens": 0}}, "max_new_tokens is 0, where a whole number above 0 belongs"),
+        ({"placeholder_id": 328}, "placeholder_id is 328, where an id of .*vocabulary of 328 belongs"),
+        ({"placeholder_id": -1}, "placeholder_id is -1, where an id of"),
         ({"decoding": {"length_penalty": None}}, "length_penalty is None, where a number belongs"),
     ],
 )
@@ -522,3 +569,75 @@ def test_predictions_never_take_the_place_of_other_files(run_here, corpus, model
     assert records.read_bytes() == before and other.read_text() == "[1]"
     assert run_here("predict", *flags, other, "--overwrite").status == 0
     assert "answered before" in run_here("predict", *flags, other).stderr
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """Let language models have so many positions."""
+    return lambda positions: monkeypatch.setattr("inference.room.room_for_text", lambda vlm: positions)
+
+
+def test_answers_end_where_the_language_model_reads_no_further(run_here, room, corpus, model, features, tmp_path):
+    flags = ["--model", model, "--features", features, "--num_beams", 2, "--question", "Which organ?", "--json"]
+    whole = json.loads(run_here("generate", *flags, "--max_new_tokens", 9).stdout)
+    assert whole["num_tokens"] == 9
+    short = json.loads(run_here("generate", *flags, "--max_new_tokens", 5).stdout)
+    from inference.answers import make_sample, read_inputs
+    from inference.decoding import read_prefixes
+    from vlm_loading import load_vlm
+
+    vlm, tokenizer = load_vlm(model)
+    sample = make_sample(vlm, tokenizer, "Which organ?", read_inputs(vlm, [features]), 1)
+    (prefix,) = read_prefixes(vlm, [sample])
+    length = len(prefix) + len(sample["input_ids"]) - sample["input_ids"].index(-200) - 1
+    room(length + 5)
+    limited = json.loads(run_here("generate", *flags, "--max_new_tokens", 9).stdout)
+    assert limited["tokens"] == short["tokens"] and limited["cut_off"]
+    said = run_here("generate", *flags[:-1], "--max_new_tokens", 9).stderr
+    assert said.endswith("cut off after 5 tokens: with the prompt, the language model reads no more\n")
+    room(length)
+    with pytest.raises(ValueError, match=rf"^the prompt takes {length} tokens.* reads {length} with the answer; ask"):
+        run_here("generate", *flags)
+    room(len(prefix))
+    with pytest.raises(ValueError, match=rf"^the prompt takes {len(prefix)} tokens"):
+        run_here("generate", *flags)
+
+    # In a batch, and with the longest answer as vlm.json says it: each as by itself, those without room listed.
+    shutil.copytree(model, tmp_path / "model")
+    file = tmp_path / "model" / "vlm.json"
+    write(file, json.loads(file.read_text()) | {"decoding": {"max_new_tokens": 10_000, "num_beams": 1}})
+    rows = [{"id": json.loads(corpus.reports.read_text())[0]["id"], "question": "organ " * n} for n in (1, 2, 3, 30)]
+    chains = [{"id": rows[0]["id"], "chain-of-thought": [{"question": row["question"]} for row in rows]}]
+    records = write(tmp_path / "t.json", chains)
+    flags = ["--model", tmp_path / "model", "--test_json", records, "--features_dir", corpus.features]
+    room(length + 20)
+    together = run_here("predict", *flags, "--output", tmp_path / "p.json", "--details")
+    assert together.status == 1 and together.stderr.count("failed: ") == together.stderr.count("the prompt takes ") == 1
+    run_here("predict", *flags, "--output", tmp_path / "q.json", "--details", "--batch_size", 1)
+    answers = [json.loads((tmp_path / name).read_text()) for name in ("p.json", "q.json")]
+    for one, other in zip(*answers, strict=True):
+        assert [one[key] for key in ("question", "report")] == [other[key] for key in ("question", "report")]
+    cut = sum(one.get("cut_off", False) for one in answers[0])
+    assert len(answers[0]) == 3 and cut and f"cut off: {cut} of 3 records" in together.stderr
+
+
+def test_chat_tells_of_a_question_that_is_cut_and_an_answer_that_is(run_here, model, features):
+    flags = ["--model", model, "--features", features, "--chat", "--num_beams", 1, "--max_new_tokens", 3]
+    talk = run_here("generate", *flags, stdin=f"Which organ?\n{'organ ' * 300}\n")
+    assert len(talk.stdout.splitlines()) == 2
+    told = [line for line in talk.stderr.splitlines() if "cut" in line]
+    assert told[0] == told[2] == "cut off after 3 tokens; more with --max_new_tokens"
+    assert "a question is cut: the model reads 128 tokens of one, not its last " in told[1] and len(told) == 3
+
+
+def test_predict_counts_questions_that_are_cut(model, capsys):
+    from inference.predict import tell_unread_questions
+    from tests.tiny_models import make_tokenizer
+    from vlm_settings import VLMSettings
+
+    asked = ["", "Which organ?", "organ " * 300, "organ " * 300]
+    records = [SimpleNamespace(question=question) for question in asked]
+    tell_unread_questions(records, VLMSettings.read(model), make_tokenizer())
+    assert capsys.readouterr().err == "2 of 4 questions are cut: the model reads 128 tokens of one\n"
+    tell_unread_questions(records[:2], VLMSettings.read(model), make_tokenizer())
+    assert not capsys.readouterr().err

@@ -177,3 +177,11 @@ def test_paths_are_shortened_and_names_are_not():
 def test_repository_is_needed_unless_dry(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="--repo_id"):
         run_here(monkeypatch, "--model", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../x y", "a/b/c", "org/", "org/na--me"])
+def test_a_name_that_the_hub_would_not_take_is_refused_at_once(monkeypatch, name):
+    monkeypatch.setattr(sys, "argv", ["push_to_hub.py", "--model", "nowhere", "--dry_run", "--repo_id", name])
+    with pytest.raises(ValueError, match=r"^--repo_id '.*' cannot name .*; give org/name") as error:
+        push_to_hub.main()
+    assert "\n" not in str(error.value)

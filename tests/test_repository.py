@@ -131,3 +131,15 @@ def test_a_flag_of_another_kind_is_refused_in_plain_words(capsys):
         with pytest.raises(SystemExit, match="2"):
             parser.parse_args([flag])
         assert told in (error := capsys.readouterr().err) and "<class" not in error
+
+
+def test_help_shows_no_class_and_no_null():
+    parser = make_parser(None)
+    parser.add_argument("--references", type=Path, required=True, help="JSON of reports")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--mpp", type=float, default=None, help="um/px; default: the slide's")
+    parser.add_argument("--tile_size", type=int, default=256, help="pixels")
+    shown = " ".join(parser.format_help().split())
+    assert "JSON of reports (required)" in shown and "JSON file --mpp" in shown
+    assert "default: the slide's (type: float)" in shown and "pixels (type: int, default: 256)" in shown
+    assert parser.get_defaults().mpp is None

@@ -226,3 +226,23 @@ def test_names_below_thumbnails_are_legible_and_fit():
         assert THUMBNAIL_PX - 20 < draw.textlength(shown, font) <= THUMBNAIL_PX
         assert shown[:5] == name[:5] and shown[-5:] == name[-5:]
     assert _shorten(draw, "PIT_06_00633_01", 14) == "PIT_06_00633_01"
+
+
+def test_libraries_add_no_lines_of_their_own_to_broken_slides_and_images(tmp_path, caplog):
+    folder = tmp_path / "slides"
+    DrawnSlide(width=512, height=512, pieces=()).write(folder / "good.tiff")
+    whole = (folder / "good.tiff").read_bytes()
+    (folder / "torn.tiff").write_bytes(whole[: len(whole) // 2])
+    exif = Image.Exif()
+    exif[0x010E] = "a description of the picture"
+    picture = Image.fromarray(np.full((64, 64, 3), 255, np.uint8))
+    picture.save(folder / "exif.jpg", exif=exif.tobytes()[:-20])
+    done = run_command(
+        "stage0_tiling/survey.py", "--slides", folder, "--output_dir", tmp_path / "out", "--assume_mpp", 1, status=1
+    )
+    assert "torn failed" in done.stderr and "exif failed" not in done.stderr
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    assert not [line for line in lines if not line.startswith(("INFO", "ERROR", "looking"))]
+    with pytest.raises(SlideError):
+        Slide(folder / "torn.tiff", "tiff")
+    assert not caplog.records
