@@ -22,6 +22,7 @@ from jsonargparse.typing import (
     restricted_number_type,
 )
 
+from command_line import refuse_idle
 from deepspeed_zero import is_zero, load_whole, precision, whole_shape, zero_plugin
 
 # Processes wait for the slowest of them, which may be writing a large model; torch's default is 10 to 30 minutes.
@@ -121,10 +122,10 @@ def add_optimizer_arguments(parser, *, learning_rate: float, num_epochs: int) ->
     )
 
 
-def refuse_contradictions(args) -> None:
+def refuse_contradictions(args, defaults: dict[str, Any]) -> None:
     """Raise ValueError for flags of :func:`add_optimizer_arguments` of which one would make the other idle."""
-    if args.lr_num_cycles > 1 and args.lr_scheduler_type != "cosine_with_restarts":
-        raise ValueError(f"--lr_num_cycles {args.lr_num_cycles} needs --lr_scheduler_type cosine_with_restarts")
+    restarts = args.lr_scheduler_type == "cosine_with_restarts"
+    refuse_idle(args, defaults, {"lr_num_cycles": (restarts, "--lr_scheduler_type cosine_with_restarts")})
     if args.packing and args.random_batches:
         raise ValueError("--packing puts the questions about a case together, so --random_batches cannot be; drop one")
 

@@ -19,10 +19,11 @@ from typing import Any
 from jsonargparse.typing import PositiveInt
 
 from accelerator_setup import runs_on_cpu
-from command_line import DONE, INTERRUPTED, flags_of, make_parser, run
+from command_line import DONE, INTERRUPTED, defaults_of, flags_of, idle_flags, make_parser, run
 from run_log import plain_numbers, read_log
 from slide_features import atomic_path
 from stage2_finetune.train import add_arguments
+from stage2_finetune.what_learns import needs_of_flags
 
 OWN_FLAGS = ("methods", "num_processes", "llm_training", "output_dir", "config")
 TRAIN = Path(__file__).with_name("train.py")
@@ -56,9 +57,11 @@ def parse_arguments():
 def main() -> int:
     args = parse_arguments()
     output = Path(args.output_dir)
-    flags = {name: value for name, value in flags_of(args).items() if name not in OWN_FLAGS and value is not None}
     rows, logs = [], {}
-    for method in dict.fromkeys(args.methods):
+    for method, idle in idle_by_method(args).items():
+        flags = {name: value for name, value in flags_of(args).items() if name not in OWN_FLAGS and value is not None}
+        for name in idle:
+            del flags[name]
         run_dir = output / method
         if not (run_dir / "log.jsonl").exists():  # this method's turn had not come
             flags.pop("resume_from_checkpoint", None)
@@ -70,6 +73,27 @@ def main() -> int:
     draw(logs, output / "comparison.png")
     print((output / "comparison.md").read_text(), end="")
     return DONE
+
+
+def idle_by_method(args) -> dict[str, list[str]]:
+    """The methods to compare, in order, and for each the flags that are there for others of them only.
+
+    A flag that no method has a use for is left to the first run, which refuses it.
+
+    Raises:
+        ValueError: ``--llm_training`` is given, which the methods stand for.
+    """
+    defaults = defaults_of(add_arguments)
+    if args.llm_training != defaults["llm_training"]:
+        raise ValueError(f"--llm_training {args.llm_training}: say with --methods what to compare")
+    idle = {}
+    for method in args.methods:
+        of_method = args.clone()
+        of_method.llm_training = method
+        found = idle_flags(of_method, defaults, needs_of_flags(of_method))
+        idle[method] = {name for names in found.values() for name in names}
+    of_no_use = set.intersection(*idle.values())
+    return {method: sorted(names - of_no_use) for method, names in idle.items()}
 
 
 def train(flags: dict[str, Any], num_processes: int, output: Path) -> float:

@@ -27,7 +27,7 @@ from accelerator_setup import (
     windows,
     write_run_json,
 )
-from command_line import DONE, SOME_FAILED, chosen, flags_of, make_parser, run
+from command_line import DONE, SOME_FAILED, chosen, defaults_of, flags_of, make_parser, run
 from evaluation.metrics.for_validation import METRICS
 from image_ablation import ABLATION_FLAGS, image_ablation
 from projector_average import averaged, begin_average, update_average
@@ -103,7 +103,7 @@ def main() -> int:
 
     # Data
     settings = VLMSettings.read(args.stage1_projector_path)
-    refuse_contradictions(args, settings)
+    refuse_contradictions(args, settings, defaults_of(add_arguments))
     made = making_of(settings)
     train_records, val_records, problems = read_training_records(**chosen(args, RECORD_FLAGS), expected=made)
     accelerator = make_accelerator(

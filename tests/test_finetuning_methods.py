@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import BitsAndBytesConfig, Gemma3nForCausalLM
 
 from accelerator_setup import learning_rates_now, make_scheduler, parameter_groups
-from command_line import run
+from command_line import defaults_of, flags_of, make_parser, run
 from encoder_lora import add_encoder_lora, merged_encoder
 from encoders import load_encoder
 from four_bit import KEPT_LINEAR, FourBit, dequantize, quantize
@@ -29,6 +29,7 @@ from run_checkpoints import RunState
 from run_log import draw_curves
 from slide_reports import RecordBatches, ReportDataset, make_loader, read_records
 from slide_vlm import VLMSettings, load_vlm
+from stage2_finetune.compare_peft import idle_by_method
 from stage2_finetune.merge_check import (
     MergeCheck,
     example_prompts,
@@ -37,7 +38,8 @@ from stage2_finetune.merge_check import (
     mean_divergence,
     round_as_merged,
 )
-from stage2_finetune.what_learns import open_stage1, refuse_another_split
+from stage2_finetune.train import add_arguments
+from stage2_finetune.what_learns import open_stage1, refuse_another_split, refuse_contradictions
 from tests.conftest import run_command
 from tests.tiny_models import generate_answers, make_batch, make_llm, make_model
 from validation import epochs_to_go, greedy_answers, stops_early
@@ -475,6 +477,16 @@ def test_convolutions_take_no_lora():
         (["--early_stopping_patience", 1, "--val_fraction", 0], "--early_stopping_patience needs validation records"),
         (["--best_metric", "rouge_l", "--val_fraction", 0], "--best_metric rouge_l needs validation records"),
         (["--lr_num_cycles", 2], "needs --lr_scheduler_type cosine_with_restarts"),
+        (
+            ["--llm_training", "full", "--lora_rank", 4, "--lora_dropout", 0],
+            "--lora_rank 4 needs --llm_training lora or qlora; --lora_dropout 0.0 needs --llm_training lora or qlora, "
+            "or --encoder_lora_rank: add that, or leave the flags out",
+        ),
+        (
+            ["--metric_records", 9],
+            "--metric_records 9 needs --best_metric other than loss: add that, or leave the flag",
+        ),
+        (["--val_json", "v.json"], "--val_fraction 0.3 and --val_json v.json both say what validation is"),
     ],
 )
 def test_unsafe_or_contradictory_flags_are_one_line(corpus, stage1, tmp_path, monkeypatch, capsys, flags, message):
@@ -665,6 +677,34 @@ def test_comparison_of_lora_and_qlora(corpus, stage1, tmp_path, monkeypatch, cap
     assert capsys.readouterr().out == (tmp_path / "both" / "comparison.md").read_text()
     assert (tmp_path / "both" / "comparison.csv").read_text().startswith("method,final_val_loss,")
     assert (tmp_path / "both" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_flags_of_one_method_are_not_given_to_another():
+    def idle(*flags: object) -> dict[str, list[str]]:
+        parser = make_parser(None)
+        parser.add_argument("--methods", nargs="+")
+        add_arguments(parser)
+        words = ["--train_json", "a", "--stage1_projector_path", "b", "--output_dir", "c", "--methods", *flags]
+        return idle_by_method(parser.parse_args([*map(str, words)]))
+
+    assert idle("lora", "full", "--lora_rank", 4, "--unfreeze_last_layers", 1) == {
+        "lora": ["unfreeze_last_layers"],
+        "full": ["lora_rank"],
+    }
+    assert idle("lora", "qlora", "lora", "--unfreeze_last_layers", 1) == {"lora": [], "qlora": []}  # which refuse it
+    with pytest.raises(ValueError, match="--llm_training full: say with --methods what to compare"):
+        idle("lora", "--llm_training", "full")
+
+
+def test_flags_that_a_run_saved_can_be_given_again(corpus, stage1, tmp_path):
+    parser = make_parser(None)
+    add_arguments(parser)
+    saved = tmp_path / "saved.yaml"
+    args = parser.parse_args([*map(str, stage2_flags(corpus, stage1, tmp_path / "run", "--llm_training", "full"))])
+    saved.write_text(json.dumps(flags_of(args)))
+    again = parser.parse_args(["--config", str(saved)])
+    assert flags_of(again) == flags_of(args) and again.lora_rank == 16
+    refuse_contradictions(again, VLMSettings.read(stage1 / "final_model"), defaults_of(add_arguments))
 
 
 def test_a_comparison_does_not_take_a_failed_launch_for_a_run(corpus, stage1, tmp_path, monkeypatch, capsys):
