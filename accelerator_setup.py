@@ -344,9 +344,11 @@ def trainable_parameters(model: torch.nn.Module) -> dict[str, str]:
     return counts
 
 
-def end_run(accelerator: Accelerator, result: Path) -> None:
+def end_run(accelerator: Accelerator, result: Path, message: str = "") -> None:
     """Print where the result is on stdout, and let the processes end together. Collective: call on every rank."""
     if accelerator.is_main_process:
+        if message:
+            print(message, file=sys.stderr)
         print(result)
     accelerator.wait_for_everyone()
     accelerator.end_training()

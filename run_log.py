@@ -117,6 +117,7 @@ class RunLog:
             self._write({"step": step, "image_ablation": ablation})
         if not self.accelerator.is_main_process:
             return
+        self.draw()
         evaluations = [line for line in read_log(self.path) if "val_loss" in line]
         run = json.loads((self.run_dir / "run.json").read_text()) | {
             "steps_taken": step,
@@ -127,8 +128,7 @@ class RunLog:
         }
         temporary = self.run_dir / "run.json.writing"
         temporary.write_text(json.dumps(run, indent=2) + "\n")
-        os.replace(temporary, self.run_dir / "run.json")
-        self.draw()
+        os.replace(temporary, self.run_dir / "run.json")  # last of all: it says that the run is finished
 
     def draw(self) -> None:
         """Draw ``curves.png``."""
@@ -142,6 +142,27 @@ class RunLog:
         values = {key: value for key, value in line.items() if key != "step"}
         values |= {f"image_ablation/{key}": value for key, value in values.pop("image_ablation", {}).items()}
         self.accelerator.log(values, step=line["step"])
+
+
+# Flags that a resumed run may change, and that decide what its end is.
+OF_THE_END = ("early_stopping_patience", "image_ablation_records")
+
+
+def finished_line(run_dir: Path, step: int, flags: dict[str, Any]) -> str | None:
+    """What to say of a run that is to be resumed and came to its end at this step; None where it has to go on.
+
+    Args:
+        run_dir: of the run.
+        step: of the checkpoint to resume.
+        flags: of this command; with other ones for the end, as for stopping early, a run goes on.
+    """
+    record, result = run_dir / "run.json", run_dir / "final_model"
+    if flags["resume_from_checkpoint"] is None or not record.is_file() or not result.is_dir():
+        return None
+    run = json.loads(record.read_text())
+    if run.get("steps_taken") != step or any(run["arguments"].get(name) != flags.get(name) for name in OF_THE_END):
+        return None
+    return f"{run_dir} is finished, after {step:,} steps; its result is {result}"
 
 
 def _errors_of_wandb() -> tuple[type[Exception], ...]:

@@ -26,7 +26,7 @@ from run_checkpoints import (
     refuse_existing_run,
     save_checkpoint,
 )
-from run_log import RunLog
+from run_log import RunLog, finished_line
 from stage0_encoder.classifier_flags import add_arguments, check_flags
 from stage0_encoder.classifier_run import (
     best_scores,
@@ -85,6 +85,9 @@ def main() -> int:
     # Resume
     identity = identity_of(flags, batches, train, val, begins_as)
     check_identity(checkpoint, identity)
+    if finished := finished_line(run_dir, state.step, flags):
+        end(accelerator, run_dir, finished)
+        return DONE
     model, optimizer, train_loader, val_loader = accelerator.prepare(classifier, optimizer, *loaders)
     classifier.begin_average(args.ema_decay)
     begin_run_dir(accelerator, run_dir, overwrite=args.overwrite and checkpoint is None)

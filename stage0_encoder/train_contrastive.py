@@ -28,7 +28,7 @@ from run_checkpoints import (
     refuse_existing_run,
     save_checkpoint,
 )
-from run_log import RunLog
+from run_log import RunLog, finished_line
 from slide_reports import add_record_arguments
 from stage0_encoder.contrastive_flags import add_alignment_validation_arguments, add_step_arguments
 from stage0_encoder.contrastive_run import (
@@ -88,6 +88,9 @@ def main() -> int:
     # Resume
     identity = identity_of(flags, train_batches, train_records, val_records, model)
     check_identity(checkpoint, identity)
+    if finished := finished_line(run_dir, state.step, flags):
+        end(accelerator, run_dir, finished)
+        return DONE
     model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
     bare = accelerator.unwrap_model(model)
     begin_run_dir(accelerator, run_dir, overwrite=args.overwrite and checkpoint is None)

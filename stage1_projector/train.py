@@ -57,7 +57,7 @@ from run_checkpoints import (
     run_identity,
     save_checkpoint,
 )
-from run_log import RunLog
+from run_log import RunLog, finished_line
 from sharded_weights import prepare, save_result
 from slide_reports import (
     DEFAULT_QUESTIONS,
@@ -151,6 +151,9 @@ def main() -> int:
     # Resume
     identity = run_identity(flags, train_batches, digests(train_records, val_records), model.settings.fingerprints())
     check_identity(checkpoint, identity)
+    if finished := finished_line(run_dir, state.step, flags):
+        end_run(accelerator, run_dir / "final_model", finished)
+        return DONE
     model, optimizer, train_loader, val_loader = prepare(accelerator, model, optimizer, train_loader, val_loader)
     vlm = accelerator.unwrap_model(model)
     if args.projector_ema:

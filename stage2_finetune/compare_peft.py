@@ -99,6 +99,8 @@ def idle_by_method(args) -> dict[str, list[str]]:
 def train(flags: dict[str, Any], num_processes: int, output: Path) -> float:
     """Run train.py in a process of its own, whose peak memory is then its own too; the seconds it took.
 
+    Of a run that was resumed and had nothing left to do, they are those of the time before.
+
     Raises:
         ValueError: it refused or failed; it has said why on stderr.
     """
@@ -111,9 +113,12 @@ def train(flags: dict[str, Any], num_processes: int, output: Path) -> float:
     if status in (INTERRUPTED, -2):
         raise KeyboardInterrupt
     # Launchers leave with 1 whatever their processes left with, so the run itself must say that it has ended.
-    if status not in (0, 1) or not has_ended(Path(flags["output_dir"]), began_ns):
-        raise ValueError(f"{TRAIN.name} with --llm_training {flags['llm_training']} left with {status}; see above")
-    return time.perf_counter() - began
+    run_dir, seconds = Path(flags["output_dir"]), time.perf_counter() - began
+    if status in (0, 1) and has_ended(run_dir, began_ns):
+        return seconds
+    if status == 0 and has_ended(run_dir, 0):
+        return json.loads((run_dir / "run.json").read_text())["seconds_since_start_or_resume"]
+    raise ValueError(f"{TRAIN.name} with --llm_training {flags['llm_training']} left with {status}; see above")
 
 
 def launcher(num_processes: int) -> list[str]:

@@ -40,7 +40,7 @@ from run_checkpoints import (
     run_identity,
     save_checkpoint,
 )
-from run_log import RunLog
+from run_log import RunLog, finished_line
 from sharded_weights import prepare, save_result
 from slide_reports import (
     LOADER_FLAGS,
@@ -136,6 +136,9 @@ def main() -> int:
     models = model.settings.fingerprints() | stage1_digest(args.stage1_projector_path)
     identity = run_identity(flags, train_batches, digests(train_records, val_records), models)
     check_identity(checkpoint, identity)
+    if finished := finished_line(run_dir, state.step, flags):
+        end_run(accelerator, run_dir / "final_model", finished)
+        return DONE
     if args.train_ve_first_epoch and state.step >= steps_per_epoch:
         freeze_encoder(model, optimizer)
     model, optimizer, train_loader, val_loader = prepare(accelerator, model, optimizer, train_loader, val_loader)

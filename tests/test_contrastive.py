@@ -335,6 +335,8 @@ def test_a_resumed_run_ends_with_the_same_bits(corpus, models, slides, tmp_path)
     for name in ("space.safetensors", "slide_encoder/model.safetensors", "text_encoder/model.safetensors"):
         ours, theirs = (load_file(run / "final_model" / name) for run in (resumed, slides))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+    finished = run_command(*flags, "--output_dir", resumed, "--resume_from_checkpoint", "latest")
+    assert f"{resumed} is finished, after 15 steps; its result is {resumed / 'final_model'}\n" in finished.stderr
     refused = run_command(
         *flags, "--output_dir", resumed, "--resume_from_checkpoint", "latest", "--loss", "clip", status=2
     )

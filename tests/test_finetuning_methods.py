@@ -26,10 +26,10 @@ from image_ablation import image_ablation, other_records
 from language_model import add_lora, fingerprint, load_llm, unfreeze_llm
 from projector_average import averaged, begin_average, update_average
 from run_checkpoints import RunState
-from run_log import draw_curves
+from run_log import draw_curves, finished_line
 from slide_reports import RecordBatches, ReportDataset, make_loader, read_records
 from slide_vlm import VLMSettings, load_vlm
-from stage2_finetune.compare_peft import idle_by_method
+from stage2_finetune.compare_peft import idle_by_method, train
 from stage2_finetune.merge_check import (
     MergeCheck,
     example_prompts,
@@ -588,7 +588,7 @@ def test_a_run_with_every_option_resumes_bit_for_bit_and_saves_the_average(corpu
     assert len(log_lines(tmp_path / "run", "image_ablation")) == 1
 
 
-def test_early_stopping_ends_the_run_and_a_resumed_one_does_not_go_on(corpus, tmp_path, monkeypatch):
+def test_early_stopping_ends_the_run_and_a_resumed_one_does_not_go_on(corpus, tmp_path, monkeypatch, capsys):
     flags = ["--train_json", corpus.reports, "--features_dir", corpus.features, "--llm_name", corpus.llm]
     flags += ["--num_visual_tokens", 8, "--num_workers", 0, "--learning_rate", 1e-30, "--num_epochs", 9]
     flags += ["--batch_size", 8, "--val_fraction", 0.3, "--output_dir", tmp_path / "run", "--image_ablation_records", 0]
@@ -596,12 +596,39 @@ def test_early_stopping_ends_the_run_and_a_resumed_one_does_not_go_on(corpus, tm
     assert call(STAGE1, monkeypatch, *flags) == 0
     assert len(log_lines(tmp_path / "run", "val_loss")) == 3  # the first is the best
     assert not log_lines(tmp_path / "run", "image_ablation")
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    capsys.readouterr()
     assert call(STAGE1, monkeypatch, *flags, "--resume_from_checkpoint", "latest") == 0
+    told, result = capsys.readouterr(), tmp_path / "run" / "final_model"
+    steps = log_lines(tmp_path / "run")[-1]["step"]
+    assert f"{tmp_path / 'run'} is finished, after {steps} steps; its result is {result}\n" in told.err
+    assert told.out == f"{result}\n"
+    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    flags[flags.index("--image_ablation_records") + 1] = 4  # which it has yet to do
+    assert call(STAGE1, monkeypatch, *flags, "--resume_from_checkpoint", "latest") == 0
+    assert "is finished" not in capsys.readouterr().err and log_lines(tmp_path / "run", "image_ablation")
     assert len(log_lines(tmp_path / "run", "val_loss")) == 3
     assert (
         json.loads((tmp_path / "run" / "run.json").read_text())["steps_taken"]
         == log_lines(tmp_path / "run")[-1]["step"]
     )
+
+
+def test_a_run_is_finished_at_its_last_step_with_the_same_flags_for_the_end(tmp_path):
+    flags = {"resume_from_checkpoint": "latest", "early_stopping_patience": 0, "image_ablation_records": 9}
+
+    def write(**facts: object) -> None:
+        (tmp_path / "run.json").write_text(json.dumps({"arguments": flags} | facts))
+
+    assert finished_line(tmp_path, 5, flags) is None  # begun by nobody
+    write(steps_taken=5)
+    assert finished_line(tmp_path, 5, flags) is None  # no result
+    (tmp_path / "final_model").mkdir()
+    assert finished_line(tmp_path, 5, flags).startswith(f"{tmp_path} is finished, after 5 steps; its result is ")
+    for step, other in ((4, {}), (5, {"early_stopping_patience": 2}), (5, {"resume_from_checkpoint": None})):
+        assert finished_line(tmp_path, step, flags | other) is None
+    write()  # killed while it was resumed
+    assert finished_line(tmp_path, 5, flags) is None
 
 
 def test_the_best_score_is_remembered():
@@ -724,3 +751,16 @@ def test_a_comparison_does_not_take_a_failed_launch_for_a_run(corpus, stage1, tm
     assert call("stage2_finetune.compare_peft", monkeypatch, *flags) == 2
     assert "with --llm_training lora left with 1; see above" in capsys.readouterr().err
     assert len(commands) == 1 and "--nproc_per_node=2" in commands[0]
+
+
+def test_a_comparison_that_is_resumed_keeps_the_time_of_a_finished_run(tmp_path, monkeypatch):
+    launch = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr("stage2_finetune.compare_peft.subprocess.run", lambda command, **_: launch)
+    flags = {"llm_training": "lora", "output_dir": str(tmp_path / "lora")}
+    with pytest.raises(ValueError, match="left with 0"):
+        train(flags, 1, tmp_path)
+    (tmp_path / "lora").mkdir()
+    facts = tmp_path / "lora" / "run.json"
+    facts.write_text('{"steps_taken": 3, "seconds_since_start_or_resume": 78.9}')
+    os.utime(facts, (1, 1))
+    assert train(flags, 1, tmp_path) == 78.9
