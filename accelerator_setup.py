@@ -335,12 +335,13 @@ def write_run_json(
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, str]:
-    """For each part of the model, ``trainable / all`` parameters."""
+    """For each part of the model that has parameters, ``trainable / all`` of them."""
     counts = {}
     for name, part in model.named_children():
         sizes = [(whole_shape(parameter).numel(), parameter.requires_grad) for parameter in part.parameters()]
         learning = sum(size for size, learns in sizes if learns)
-        counts[name] = f"{learning:,} / {sum(size for size, _ in sizes):,}"
+        if sizes:
+            counts[name] = f"{learning:,} / {sum(size for size, _ in sizes):,}"
     return counts
 
 

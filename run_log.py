@@ -123,8 +123,8 @@ class RunLog:
             "steps_taken": step,
             "seconds_since_start_or_resume": round(time.perf_counter() - self.began, 1),
             "peak_memory_bytes": peak_memory_bytes(),
-            "lowest_val_loss": min((line["val_loss"] for line in evaluations), default=None),
-            "image_ablation": ablation,
+            **({"lowest_val_loss": min(line["val_loss"] for line in evaluations)} if evaluations else {}),
+            **({"image_ablation": ablation} if ablation else {}),
         }
         temporary = self.run_dir / "run.json.writing"
         temporary.write_text(json.dumps(run, indent=2) + "\n")

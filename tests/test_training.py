@@ -58,6 +58,9 @@ def test_stage1_leaves_a_whole_run_folder(stage1):
     assert settings["tiling"] == {"tile_size": 256, "mpp": 0.5, "overlap": 0, "min_tissue": 0.1}
     assert settings["encoder"] == "made-up"
     assert settings["llm_fingerprint"]
+    run_facts = json.loads((stage1 / "run.json").read_text())
+    assert run_facts["cut_answers"] == {"train": "0 of 20", "val": "0 of 2"}
+    assert set(run_facts["trainable_parameters"]) == {"llm", "projector"}  # the reducer has none
 
 
 def test_checkpoints_hold_only_what_learns(stage1):
