@@ -5,7 +5,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
@@ -202,8 +202,7 @@ def draw_curves(log: Path, picture: Path) -> None:
     if evaluations:
         axes[0].plot(*_series(evaluations, "val_loss"), "o-", ms=3, color="tab:orange", label="validation")
         _mark_extreme(axes[0], evaluations, "val_loss", min)
-    unit = " per supervised token" if any("supervised_tokens_per_s" in step for step in steps) else ""
-    axes[0].set(ylabel=f"loss{unit}", yscale="log")
+    axes[0].set(ylabel=loss_name(lines), yscale="log")
     plain_numbers(axes[0])
     for key in sorted({key for step in steps for key in step if key == "lr" or key.startswith("lr_")}):
         axes[1].plot(*_series(steps, key), label=key.removeprefix("lr_") if key != "lr" else "all else")
@@ -221,6 +220,14 @@ def draw_curves(log: Path, picture: Path) -> None:
     figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
     os.replace(temporary, picture)
+
+
+def loss_name(lines: Iterable[Mapping[str, Any]]) -> str:
+    """What the losses of a log are, by what its steps say beside them; of runs of several kinds, a loss."""
+    told_by = {"supervised_tokens_per_s": "loss per supervised token", "logit_scale": "contrastive loss"}
+    steps = (line for line in lines if "loss" in line)
+    kinds = {next((kind for key, kind in told_by.items() if key in s), "cross-entropy per label") for s in steps}
+    return kinds.pop() if len(kinds) == 1 else "loss"
 
 
 def plain_numbers(axes: Any) -> None:

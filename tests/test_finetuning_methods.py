@@ -21,12 +21,13 @@ from accelerator_setup import learning_rates_now, make_scheduler, parameter_grou
 from command_line import defaults_of, flags_of, make_parser, run
 from encoder_lora import add_encoder_lora, merged_encoder
 from encoders import load_encoder
+from evaluation.figures import curves_figure
 from four_bit import KEPT_LINEAR, FourBit, dequantize, quantize
 from image_ablation import image_ablation, other_records
 from language_model import add_lora, fingerprint, load_llm, unfreeze_llm
 from projector_average import averaged, begin_average, update_average
 from run_checkpoints import RunState
-from run_log import draw_curves, finished_line
+from run_log import draw_curves, finished_line, loss_name
 from slide_reports import RecordBatches, ReportDataset, make_loader, read_records
 from slide_vlm import VLMSettings, load_vlm
 from stage2_finetune.compare_peft import idle_by_method, train
@@ -346,8 +347,20 @@ def test_curves_show_the_metric_and_plain_numbers(tmp_path, monkeypatch):
     draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
     losses, rates, metrics = figures[0].axes
     words = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in (losses, rates, metrics)]
+    assert losses.get_ylabel() == "loss per supervised token"
     assert words == [["training", "validation", "lowest, 5.7"], ["all else", "projector"], ["rouge_l", "highest, 0.3"]]
     assert "10" not in losses.yaxis.get_minor_formatter()(5.8) and list(tmp_path.glob("curves*.png"))
+
+
+def test_losses_are_called_what_they_are():
+    steps = {"loss per supervised token": {"supervised_tokens_per_s": 9.0}, "contrastive loss": {"logit_scale": 14.0}}
+    steps |= {"cross-entropy per label": {"samples_per_s": 2.0}}
+    runs = {
+        name: [{"step": 1, "loss": 1.0, "lr": 0.1} | more, {"step": 1, "val_loss": 1}] for name, more in steps.items()
+    }
+    for name, lines in runs.items():
+        assert curves_figure({"a": lines, "b": lines}).axes[0].get_ylabel() == loss_name(lines) == name
+    assert curves_figure(runs).axes[0].get_ylabel() == "loss"
 
 
 def test_last_layers_alone_learn():
