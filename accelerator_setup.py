@@ -276,6 +276,33 @@ def forget_frozen(optimizer: torch.optim.Optimizer) -> None:
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
 
 
+def freeze_unused(module: torch.nn.Module, output: torch.Tensor) -> list[str]:
+    """Freeze the parameters that an output does not depend on, as those of a head or pooler that is not asked for.
+
+    They would get no gradient, for which distributed data parallel would have to search in every step.
+
+    Args:
+        module: of which something learns.
+        output: what it gives, with its graph.
+
+    Returns:
+        Names of what is frozen now and was not before.
+    """
+    used, seen, functions = set(), set(), [output.grad_fn]
+    while functions:
+        function = functions.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        if hasattr(function, "variable"):  # where a gradient arrives
+            used.add(id(function.variable))
+        functions += [following for following, _ in function.next_functions]
+    unused = [name for name, each in module.named_parameters() if each.requires_grad and id(each) not in used]
+    for name in unused:
+        module.get_parameter(name).requires_grad_(False)
+    return unused
+
+
 def windows(batches: Iterable, size: int) -> Iterator[list]:
     """Consecutive groups of ``size`` micro-batches: one optimizer step each."""
     window = []

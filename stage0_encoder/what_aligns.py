@@ -23,6 +23,7 @@ from stage0_encoder.alignment_model import (
     text_fingerprint,
 )
 from stage0_encoder.contrastive_loss import KINDS
+from stage0_encoder.encoder_run import freeze_unused_of_encoder
 from stage0_encoder.text_encoder import POOLINGS, load_text_encoder
 
 NEW_SLIDE_ENCODERS = ("abmil", "longnet")
@@ -144,6 +145,8 @@ def free_what_learns(args, model: AlignmentModel, device: torch.device) -> None:
         model.image.requires_grad_(args.image_training == "full")
     choose_what_learns(model.text.backbone, args.text_training, flag="--text_training", **lora)
     model.bias.requires_grad_("siglip" in args.loss)
+    freeze_unused_of_encoder(model.image)
+    freeze_unused_of_encoder(model.text)
     if not any(map(learns, (model.image, model.text, model.image_projection, model.text_projection))):
         raise ValueError("nothing would learn; free an encoder with --image_training or --text_training")
 

@@ -57,7 +57,6 @@ from stage2_finetune.what_learns import (
     ENCODER_LEARNING_FLAGS,
     LLM_LEARNING_FLAGS,
     add_learning_arguments,
-    encoder_learns,
     freeze_encoder,
     let_encoder_learn,
     let_llm_learn,
@@ -107,8 +106,9 @@ def main() -> int:
     refuse_contradictions(args, settings, defaults_of(add_arguments))
     made = making_of(settings)
     train_records, val_records, problems = read_training_records(**chosen(args, RECORD_FLAGS), expected=made)
+    is_frozen_later = args.train_ve_first_epoch and args.num_epochs > 1  # its gradients are then missed
     accelerator = make_accelerator(
-        output_dir=run_dir, find_unused_parameters=encoder_learns(args), **chosen(args, ZERO_FLAGS)
+        output_dir=run_dir, find_unused_parameters=is_frozen_later, **chosen(args, ZERO_FLAGS)
     )
     refuse_unmeasurable(accelerator, val_records, **chosen(args, STOPPING_FLAGS))
 

@@ -12,7 +12,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 import accelerator_setup
-from accelerator_setup import BelowOne, forget_frozen, git_revision
+from accelerator_setup import BelowOne, forget_frozen, freeze_unused, git_revision
 from command_line import flags_of, refuse_idle
 from deepspeed_zero import is_zero, is_zero3, precision
 from encoder_lora import add_encoder_lora
@@ -144,11 +144,17 @@ def let_encoder_learn(
     lora_alpha: float,
     lora_dropout: float,
 ) -> None:
-    """Let the frozen image encoder learn in full or through new adapters; or leave it frozen."""
+    """Let the frozen image encoder learn in full or through new adapters; or leave it frozen.
+
+    What patch tokens do not depend on, such as a pooler, stays frozen.
+    """
     if train_ve or train_ve_first_epoch:
         model.unfreeze_encoder()
     if encoder_lora_rank:
         add_encoder_lora(model.encoder, rank=encoder_lora_rank, alpha=lora_alpha, dropout=lora_dropout)
+    if train_ve or train_ve_first_epoch or encoder_lora_rank:
+        side = model.encoder.image_size
+        freeze_unused(model.encoder, model.encoder.eval().encode_patches(torch.zeros(1, 3, side, side)))
 
 
 def encoder_learns(args) -> bool:

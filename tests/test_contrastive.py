@@ -354,7 +354,9 @@ def test_two_processes_and_chunks_learn_what_one_does(corpus, models, tmp_path):
 
     run_command(*words("one"))
     run_command(*words("chunks"))
-    run_on_two(*words("two"))
+    assert "find_unused_parameters" not in run_on_two(*words("two"))
+    learned = json.loads((tmp_path / "two" / "run.json").read_text())["trainable_parameters"]["text"].split(" / ")
+    assert learned[0] != learned[1]  # the pooler is frozen
     lines = {name: log_lines(tmp_path / name) + log_lines(tmp_path / name, "val_loss") for name in layouts}
     for name in ("chunks", "two"):
         for key in ("loss", "grad_norm", "logit_scale", "mean_positives", "val_loss", "val_recall_at_1"):

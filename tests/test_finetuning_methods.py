@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import BitsAndBytesConfig, Gemma3nForCausalLM
 
-from accelerator_setup import learning_rates_now, make_scheduler, parameter_groups
+from accelerator_setup import freeze_unused, learning_rates_now, make_scheduler, parameter_groups
 from command_line import defaults_of, flags_of, make_parser, run
 from encoder_lora import add_encoder_lora, merged_encoder
 from encoders import load_encoder
@@ -450,6 +450,17 @@ def test_a_run_that_adapts_the_encoder_keeps_what_it_learned(corpus, tmp_path, m
     assert call(STAGE2, monkeypatch, *flags) == 0
     again = log_lines(tmp_path / "three", "image_ablation")[-1]["image_ablation"]
     assert again["right"] == pytest.approx(ablation["right"], abs=1e-5)
+
+
+def test_what_an_output_does_not_depend_on_stops_learning():
+    parts = {"used": torch.nn.Linear(3, 3), "frozen": torch.nn.Linear(3, 3), "pooler": torch.nn.Linear(3, 2)}
+    network = torch.nn.ModuleDict(parts)
+    network["frozen"].requires_grad_(False)
+    output = network["frozen"](network["used"](torch.ones(1, 3)))
+    assert freeze_unused(network, output) == ["pooler.weight", "pooler.bias"]
+    assert [name for name, each in network.named_parameters() if each.requires_grad] == ["used.weight", "used.bias"]
+    assert freeze_unused(network, output) == []
+    assert freeze_unused(network, torch.ones(1)) == ["used.weight", "used.bias"]  # which has no graph
 
 
 def test_convolutions_take_no_lora():
