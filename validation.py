@@ -69,6 +69,15 @@ def refuse_idle_validation(args, defaults: dict[str, Any]) -> None:
         ValueError: names them, and what they need.
     """
     refuse_idle(args, defaults, {"metric_records": (args.best_metric != "loss", "--best_metric other than loss")})
+    refuse_two_validations(args, defaults)
+
+
+def refuse_two_validations(args, defaults: dict[str, Any]) -> None:
+    """Refuse a share to split off for validation beside something else that says what validation is.
+
+    Raises:
+        ValueError: names both.
+    """
     for flag in ("val_json", "splits"):
         given = getattr(args, flag)
         if given and args.val_fraction not in (0, defaults["val_fraction"]):

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from accelerator_setup import SCHEDULE_FLAGS, add_run_arguments, learning_rates_now, make_scheduler, write_run_json
-from command_line import DONE, SOME_FAILED, chosen, flags_of, make_parser, run
+from command_line import DONE, SOME_FAILED, chosen, defaults_of, flags_of, make_parser, refuse_idle, run
 from run_checkpoints import (
     begin_run_dir,
     check_identity,
@@ -45,19 +45,29 @@ from stage0_encoder.contrastive_step import contrastive_step, refuse_batch_stati
 from stage0_encoder.encoder_run import end, is_over, make_encoder_accelerator, save_result
 from stage0_encoder.retrieval import evaluate
 from stage0_encoder.waiting import TimedBatches
-from stage0_encoder.what_aligns import add_model_arguments, build_model
+from stage0_encoder.what_aligns import add_model_arguments, build_model, needs_of_flags
+from validation import refuse_two_validations
 
 STEP_FLAGS = ("chunk_size", "max_grad_norm", "max_logit_scale")
 
 
 def parse_arguments():
     parser = make_parser(__doc__)
+    add_arguments(parser)
+    args = parser.parse_args()
+    defaults = defaults_of(add_arguments)
+    refuse_two_validations(args, defaults)
+    refuse_idle(args, defaults, needs_of_flags(args))
+    return args
+
+
+def add_arguments(parser) -> None:
+    """All flags of this command."""
     add_record_arguments(parser)
     add_model_arguments(parser)
     add_step_arguments(parser)
     add_alignment_validation_arguments(parser)
     add_run_arguments(parser)
-    return parser.parse_args()
 
 
 def main() -> int:

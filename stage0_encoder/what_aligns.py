@@ -87,6 +87,21 @@ def add_model_arguments(parser) -> None:
     group.add_argument("--max_logit_scale", type=PositiveFloat, default=100, help="bound of the inverse temperature")
 
 
+def needs_of_flags(args) -> dict[str, tuple[bool, str]]:
+    """For each flag that does nothing without another: whether that is there, and what it is."""
+    adapts = {"lora", "qlora"} & {args.image_training, args.text_training}
+    abmil, longnet = NEW_SLIDE_ENCODERS
+    deep = (args.slide_encoder == longnet, f"--slide_encoder {longnet}")
+    return {
+        **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout"), (bool(adapts), "lora or qlora of an encoder")),
+        **dict.fromkeys(("slide_depth", "slide_heads"), deep),
+        "slide_width": (args.slide_encoder in NEW_SLIDE_ENCODERS, f"--slide_encoder {abmil} or {longnet}"),
+        "num_patches": (bool(args.features_dir), "--features_dir"),
+        "text_learning_rate": (args.text_training != "frozen", "--text_training other than frozen"),
+        "projection_learning_rate": (args.embedding_width != 0, "--embedding_width other than 0"),
+    }
+
+
 def build_model(args, device: torch.device, first_input: Path) -> AlignmentModel:
     """The model of the flags, with what learns of it freed and adapters put on.
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from encoders import load_encoder
 from slide_encoders import load_slide_encoder
 from slide_reports import Record, SampleKey
+from stage0_encoder import train_contrastive
 from stage0_encoder.alignment_model import load_alignment
 from stage0_encoder.contrastive_step import refuse_batch_statistics
 from stage0_encoder.pairs import Items, PairDataset, collate_pairs
@@ -288,6 +289,29 @@ def test_contradictions_are_refused(changes, message, corpus, models):
     changes = {name: places.get(value, value) for name, value in changes.items()}
     with pytest.raises(ValueError, match=message):
         build_model(model_flags(models, **changes), torch.device("cpu"), None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--text_training", "lora", "--slide_width", 8],
+            "--slide_width 8 needs --slide_encoder abmil or longnet: add",
+        ),
+        (
+            ["--lora_rank", 4, "--num_patches", 9],
+            "--lora_rank 4 needs lora or qlora of an encoder; --num_patches 9 needs",
+        ),
+        (["--text_training", "frozen", "--text_learning_rate", 1], "needs --text_training other than frozen"),
+        (["--embedding_width", 0, "--projection_learning_rate", 1], "needs --embedding_width other than 0"),
+        (["--val_json", "v.json", "--val_fraction", 0.3], "both say what validation is"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(flags, message, monkeypatch, tmp_path):
+    words = [TRAIN, "--train_json", "x.json", "--image_root", "x", "--encoder", "y", "--text_model", "z", *flags]
+    monkeypatch.setattr("sys.argv", [*map(str, words), "--output_dir", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match=message):
+        train_contrastive.main()
 
 
 def test_chunks_are_refused_with_batch_normalisation():
