@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 # A row of this many tokens costs as much in attention as in all else, in models of a few billion weights.
 EVEN_ROW = 8192
@@ -111,3 +112,20 @@ def rows_for(sizes: Sequence[int]) -> list[list[int]]:
         if cost < least:
             best, least = rows, cost
     return [sorted(row) for row in best]
+
+
+def packed_masks(config: PreTrainedConfig, rows: PackedRows) -> Tensor | dict[str, Tensor]:
+    """Attention masks (R, 1, C, C) of packed rows, one for each type of layer where the decoder tells them apart.
+
+    Raises:
+        ValueError: an attention that takes no such mask, or a type of layer that is not known.
+    """
+    if config._attn_implementation != "sdpa":
+        raise ValueError(f"attention is {config._attn_implementation}, not sdpa")
+    windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return rows.mask(windows["sliding_attention"])
+    if unknown := set(types) - windows.keys():
+        raise ValueError(f"layers of type {', '.join(sorted(unknown))}")
+    return {name: rows.mask(windows[name]) for name in sorted(set(types))}

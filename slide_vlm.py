@@ -8,29 +8,25 @@ Shapes: B batch of cases, I inputs (slides or images) of all cases, N patches, E
 language model width, T text tokens, L tokens of the whole sequence, S supervised tokens, V vocabulary.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from encoder_lora import merged_encoder
-from encoders import ImageEncoder, load_encoder
-from four_bit import FourBit, dequantize, quantize
-from language_model import fingerprint, first_line, llm_width, load_llm, load_tokenizer, shares_keys_and_values
-from packing import PADDING, PackedRows, pack
+from encoders import ImageEncoder
+from language_model import llm_width, shares_keys_and_values
+from packing import PADDING, PackedRows, pack, packed_masks
 from projectors import (
     PROMPT_TOPK,
     UM_PER_IMAGE_PATCH,
@@ -41,93 +37,12 @@ from projectors import (
     closeness,
 )
 from token_nll import capped, token_nll
+from vlm_settings import VLMSettings
 
-PROMPT_PARTS = {"before_image", "after_image", "after_answer"}  # of `slide_reports.Prompt`
-LATER_PROMPT_PARTS = {"next_question", "between_images"}  # which models of earlier versions lack
-FORMAT_VERSION = 1
 IGNORED_LABEL = -100
 IMAGE_MARKER = -200  # stands in a batch's input_ids for a whole slide or image; no tokenizer gives a negative id
 MAX_PACKING_ERROR = 0.05  # of what a leak between records would change: above the rounding of bfloat16
 VISUAL_PARTS = ("position_codes", "reducer", "projector")  # what stage 1 trains
-
-
-@dataclass
-class VLMSettings:
-    """What ``vlm.json`` holds: all that later stages and inference need to know of a trained model."""
-
-    llm_name: str
-    patch_width: int
-    projector: str = "mlp2x_gelu"
-    token_reducer: str = "none"
-    position_codes: str = "none"
-    num_visual_tokens: int = 256
-    output_rms: float = 1.0
-    placeholder_id: int = 0
-    prompt: dict[str, str] = field(default_factory=dict)
-    question: str = ""
-    max_question_tokens: int = 128
-    max_answer_tokens: int = 512
-    encoder: str | None = None
-    encoder_fingerprint: str | None = None
-    input_kind: str = "features"
-    tiling: dict[str, Any] = field(default_factory=dict)
-    llm_revision: str | None = None
-    llm_fingerprint: str | None = None
-    llm_four_bit: dict[str, Any] | None = None
-    training: dict[str, Any] = field(default_factory=dict)
-    decoding: dict[str, Any] = field(default_factory=dict)
-    git_revision: str | None = None
-    format_version: int = FORMAT_VERSION
-
-    @classmethod
-    def read(cls, folder: str | Path) -> "VLMSettings":
-        """Read ``folder/vlm.json``.
-
-        Raises:
-            FileNotFoundError: the folder is not the result of a training stage.
-            ValueError: the file was written by a later version, lacks a field, or holds another kind of value in one.
-        """
-        path = Path(folder) / "vlm.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: not found; give the final_model folder of a stage 1 or stage 2 run")
-        try:
-            values = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not valid JSON ({error}); copy the folder anew") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: holds no settings; copy the folder anew")
-        if values.get("format_version", 0) > FORMAT_VERSION:
-            raise ValueError(
-                f"{path}: format {values['format_version']} is newer than {FORMAT_VERSION}; update SlideScribe"
-            )
-        try:
-            settings = cls(**{key: value for key, value in values.items() if key in {f.name for f in fields(cls)}})
-        except TypeError as error:
-            raise ValueError(f"{path}: {error}; the file is incomplete") from error
-        settings._check_kinds(path)
-        return settings
-
-    def _check_kinds(self, path: Path) -> None:
-        mend = "mend it, or copy the folder anew"
-        for name, hint in get_type_hints(type(self)).items():
-            kinds = [get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else [hint])]
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (*kinds, int) if float in kinds else tuple(kinds)):
-                wanted = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
-                raise ValueError(f"{path}: {name} is {value!r:.80}, where {wanted} belongs; {mend}")
-        odd = sorted(self.prompt.keys() - {*PROMPT_PARTS, *LATER_PROMPT_PARTS})
-        odd += sorted(PROMPT_PARTS - self.prompt.keys()) if self.prompt else []
-        odd += [name for name, text in self.prompt.items() if not isinstance(text, str)]
-        if odd:
-            raise ValueError(f"{path}: prompt: {odd[0]!r} is missing, unknown or no text; {mend}")
-
-    def fingerprints(self) -> dict[str, str | None]:
-        """Of the language model and the image encoder."""
-        return {"llm": self.llm_fingerprint, "encoder": self.encoder_fingerprint}
-
-    def write(self, folder: Path) -> None:
-        """Write ``folder/vlm.json``."""
-        (folder / "vlm.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
 class SlideVLM(nn.Module):
@@ -588,132 +503,7 @@ def next_labels(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
 
 
-def packed_masks(config: PreTrainedConfig, rows: PackedRows) -> Tensor | dict[str, Tensor]:
-    """Attention masks (R, 1, C, C) of packed rows, one for each type of layer where the decoder tells them apart.
-
-    Raises:
-        ValueError: an attention that takes no such mask, or a type of layer that is not known.
-    """
-    if config._attn_implementation != "sdpa":
-        raise ValueError(f"attention is {config._attn_implementation}, not sdpa")
-    windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        return rows.mask(windows["sliding_attention"])
-    if unknown := set(types) - windows.keys():
-        raise ValueError(f"layers of type {', '.join(sorted(unknown))}")
-    return {name: rows.mask(windows[name]) for name in sorted(set(types))}
-
-
 def position_arguments(attention_mask: Tensor) -> dict[str, Tensor]:
     """Attention mask and positions (B, L) of the decoder; padding does not count, on whichever side it is."""
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     return {"attention_mask": attention_mask, "position_ids": position_ids}
-
-
-def load_vlm(
-    folder: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    llm_name: str | None = None,
-    encoder_name: str | None = None,
-    four_bit: FourBit | None = None,
-    dequantized: bool = False,
-    ple_device: str = "model",
-) -> tuple[SlideVLM, PreTrainedTokenizerBase]:
-    """Open a ``final_model`` folder for inference or further training, in evaluation mode.
-
-    The model's settings say where its language model and encoder were found this time. A language model whose adapter
-    was trained over 4-bit weights is opened with them, since the adapter makes up for their error as well.
-
-    Args:
-        folder: result of stage 1 or 2.
-        device: where to put the model.
-        dtype: of the language model; projector and encoder stay in float32.
-        llm_name: where the base language model is now, when it moved since training.
-        encoder_name: likewise for the image encoder.
-        four_bit: hold the language model in this form from now on.
-        dequantized: compute with the very values of the 4-bit weights, but in full layers, which LoRA merges into.
-        ple_device: where Gemma-3n's per-layer embeddings are, as for :func:`language_model.load_llm`.
-
-    Raises:
-        FileNotFoundError: no such result.
-        ValueError: the base language model is not the one that the result was trained with.
-    """
-    folder = Path(folder)
-    settings = VLMSettings.read(folder)
-    tokenizer = load_tokenizer(folder / "tokenizer", mend="copy the folder of the model anew")
-    if (folder / "language_model").is_dir():
-        settings.llm_name, settings.llm_revision = str(folder / "language_model"), None
-        llm = load_llm(settings.llm_name, dtype=dtype, ple_device=ple_device)
-        settings.llm_fingerprint = fingerprint(llm)
-    else:
-        settings.llm_name = llm_name or settings.llm_name
-        llm = load_llm(settings.llm_name, revision=settings.llm_revision, dtype=dtype, ple_device=ple_device)
-        check_fingerprint(llm, settings)
-    if four_bit is not None:
-        settings.llm_four_bit = four_bit.to_json()
-    if settings.llm_four_bit is not None:
-        quantize(llm, FourBit(**settings.llm_four_bit), device)
-        if dequantized:
-            dequantize(llm)
-    if (folder / "adapter").is_dir():
-        llm = open_adapter(llm, folder / "adapter")
-    encoder = None
-    if settings.input_kind == "images":
-        own = folder / "encoder"
-        settings.encoder = encoder_name or (str(own) if own.is_dir() else settings.encoder)
-        encoder = load_encoder(settings.encoder)
-        if own.is_dir():
-            settings.encoder_fingerprint = encoder.fingerprint()  # it learned after stage 1 took down the other's
-        else:
-            check_encoder(encoder, settings)
-    model = SlideVLM(llm, settings, encoder)
-    model.load_projector(folder)
-    return model.to(device).eval(), tokenizer
-
-
-def open_adapter(llm: PreTrainedModel, folder: Path) -> nn.Module:
-    """A language model with the LoRA adapter in a folder of peft's layout.
-
-    Raises:
-        FileNotFoundError, ValueError: there is none that fits.
-    """
-    from peft import PeftModel
-
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: not found; copy the folder of the model anew")
-    try:
-        return PeftModel.from_pretrained(llm, folder)
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
-            raise  # want of memory, for one
-        raise ValueError(
-            f"{folder}: no adapter that fits ({type(error).__name__}: {first_line(error)}); "
-            "copy the folder of the model anew"
-        ) from error
-
-
-def check_fingerprint(llm: PreTrainedModel, settings: VLMSettings) -> None:
-    """Raise ValueError unless ``llm`` is the base language model that ``settings`` were trained with."""
-    if settings.llm_fingerprint and fingerprint(llm) != settings.llm_fingerprint:
-        raise ValueError(
-            f"{settings.llm_name}: its weights are not those that this model was trained with; "
-            "give the right language model with --llm_name"
-        )
-
-
-def check_encoder(encoder: ImageEncoder, settings: VLMSettings) -> None:
-    """Raise ValueError unless ``encoder`` is, as far as is known, the one that the model was trained with."""
-    if encoder.width != settings.patch_width and settings.input_kind == "features":
-        raise ValueError(
-            f"{encoder.name}: its patch tokens are {encoder.width} wide, the model takes {settings.patch_width}; "
-            "give the right image encoder with --vision_model_name"
-        )
-    if settings.encoder_fingerprint and encoder.fingerprint() != settings.encoder_fingerprint:
-        raise ValueError(
-            f"{encoder.name}: its weights are not those that this model was trained with; "
-            "give the right image encoder with --vision_model_name"
-        )

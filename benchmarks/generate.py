@@ -39,7 +39,8 @@ from transformers import (
 from inference.cpu_products import use_onednn
 from inference.decoding import Decoding, decode, read_batch
 from language_model import choose_placeholder, text_embedding_rms
-from slide_vlm import IMAGE_MARKER, SlideVLM, VLMSettings
+from slide_vlm import IMAGE_MARKER, SlideVLM
+from vlm_settings import VLMSettings
 
 PATCH_WIDTH = 256
 QUESTION_TOKENS = 16

@@ -32,7 +32,8 @@ from transformers import (
 from language_model import choose_placeholder
 from slide_features import write_slide_features
 from slide_reports import Prompt
-from slide_vlm import SlideVLM, VLMSettings
+from slide_vlm import SlideVLM
+from vlm_settings import VLMSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -13,7 +13,8 @@ from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 from demo.train_llm import train_tokenizer
 from language_model import choose_placeholder, text_embedding_rms
 from slide_reports import Prompt, collate
-from slide_vlm import IGNORED_LABEL, SlideVLM, VLMSettings
+from slide_vlm import IGNORED_LABEL, SlideVLM
+from vlm_settings import VLMSettings
 
 REG_REPORTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "reports" / "reg2025_train.json"
 # Words of a REG 2025 report at every tenth of its distribution, for where the file is absent.

@@ -15,7 +15,8 @@ from inference.constraints import AllowedReports, Grammar, nearest, texts_of
 from inference.decoding import Decoded, Decoding, decode_samples, text_of
 from inference.memory import decoding_mend, is_out_of_memory, memory_line
 from slide_reports import Prompt, making_of, patch_budget, read_case, read_images
-from slide_vlm import IGNORED_LABEL, SlideVLM, VLMSettings
+from slide_vlm import IGNORED_LABEL, SlideVLM
+from vlm_settings import VLMSettings
 
 
 @dataclass(frozen=True)

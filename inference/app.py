@@ -52,7 +52,7 @@ def main() -> int:
 
     from inference.loading import model_folder
     from inference.slide_folder import SlideFolder, parse_size
-    from slide_vlm import VLMSettings
+    from vlm_settings import VLMSettings
 
     # Slides
     folder = SlideFolder(args.slides, parse_size(args.max_upload))

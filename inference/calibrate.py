@@ -50,7 +50,7 @@ def main() -> int:
     check_output_file(args.output, **chosen(args, ("predictions", "references")))
 
     from slide_features import atomic_path
-    from slide_vlm import VLMSettings
+    from vlm_settings import VLMSettings
 
     settings = VLMSettings.read(args.model) if args.model else None
     confidences, wrong = read_pairs(args.predictions, args.references, args.measure, args.field)

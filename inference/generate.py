@@ -67,7 +67,7 @@ def main() -> int:
     from inference.decoding import open_model
     from inference.loading import model_folder
     from inference.memory import READING, decoding_mend, memory_told
-    from slide_vlm import VLMSettings
+    from vlm_settings import VLMSettings
 
     began = time.perf_counter()
     args.model = model_folder(args.model)

@@ -65,8 +65,8 @@ def main() -> int:
     from inference.answers import Answering
     from inference.decoding import open_model
     from slide_reports import ReportDataset, SampleKey, check_input_kind, read_records
-    from slide_vlm import VLMSettings
     from stage0_tiling.user_masks import check_masks
+    from vlm_settings import VLMSettings
 
     # Slides and lesions
     check_decoding_arguments(args)

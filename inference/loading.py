@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from hub_access import explained
 from inference.cpu_products import use_onednn
 from inference.memory import LOADING, memory_told
-from slide_vlm import SlideVLM, load_vlm
+from slide_vlm import SlideVLM
+from vlm_loading import load_vlm
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 # What a result folder may hold. Nothing else is fetched: no code, no pickles.

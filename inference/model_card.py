@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from encoders import SLIDE_ENCODER_MARK
-from slide_vlm import VLMSettings
+from vlm_settings import VLMSettings
 
 PLACE = "ORG/NAME"  # stands for the repository until it is known
 RECORD_SUFFIXES = (".json", ".jsonl", ".csv", ".h5")

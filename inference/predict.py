@@ -39,7 +39,7 @@ from inference.progress import (
 from inference.submission import FORMATS, write_predictions
 from slide_features import atomic_path
 from slide_reports import check_input_kind
-from slide_vlm import VLMSettings
+from vlm_settings import VLMSettings
 
 
 def parse_arguments():

@@ -39,7 +39,7 @@ def main() -> int:
 
     from inference.model_card import model_card, read_json
     from slide_features import atomic_path
-    from slide_vlm import VLMSettings
+    from vlm_settings import VLMSettings
 
     folder = Path(args.model)
     settings = VLMSettings.read(folder)

@@ -17,13 +17,15 @@ from inference.memory import is_out_of_memory
 from inference.slide_tokens import reads_tiles
 from slide_features import MAKING_FACTS, SlideFeatures
 from slide_reports import case_of_slides
-from slide_vlm import SlideVLM, VLMSettings, check_encoder
+from slide_vlm import SlideVLM
 from stage0_tiling.encoding import encode_slide
 from stage0_tiling.geojson import tissue_polygons
 from stage0_tiling.pixel_size import SlideError
 from stage0_tiling.plan import TilePlan, TilingSettings, plan_tiles
 from stage0_tiling.slide import Slide
 from stage0_tiling.tissue_sources import TissueSources
+from vlm_loading import check_encoder
+from vlm_settings import VLMSettings
 
 SLIDES_KEPT = 8  # whose patch tokens stay, so that a question about a slide does not encode it again
 NO_TILES = "This model reads the slide as a whole, so no line can be traced back to single tiles."

@@ -6,8 +6,9 @@ import torch
 
 from encoders import ImageEncoder, load_encoder
 from slide_features import SlideFeatures
-from slide_vlm import VLMSettings, check_encoder
 from stage0_tiling.slide_tokens import encode_features, encoders_named, stated_encoder
+from vlm_loading import check_encoder
+from vlm_settings import VLMSettings
 
 
 def reads_tiles(settings: VLMSettings) -> bool:

@@ -23,7 +23,8 @@ from slide_reports.record import Record
 from slide_reports.record_batches import RecordBatches, SampleKey
 from slide_reports.table import fields
 from slide_reports.transfer import SendingCollate
-from slide_vlm import IGNORED_LABEL, SlideVLM, VLMSettings
+from slide_vlm import IGNORED_LABEL, SlideVLM
+from vlm_settings import VLMSettings
 
 WHOLE_BUDGET_REDUCERS = ("perceiver", "qformer")  # which give as many visual tokens of a slide with fewer tiles
 MAX_PATCHES = 16384  # read of one slide when a reducer other than `none` follows; 50 MB at width 1536

@@ -73,7 +73,7 @@ from slide_reports import (
     read_training_records,
     tell_cut_answers,
 )
-from slide_vlm import SlideVLM, VLMSettings
+from slide_vlm import SlideVLM
 from validation import (
     METRIC_FLAGS,
     STOPPING_FLAGS,
@@ -84,6 +84,7 @@ from validation import (
     refuse_unmeasurable,
     written_reports,
 )
+from vlm_settings import VLMSettings
 
 
 def parse_arguments():

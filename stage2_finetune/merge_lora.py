@@ -20,7 +20,7 @@ import torch
 from jsonargparse.typing import PositiveInt
 
 from command_line import DONE, make_parser, run
-from slide_vlm import SlideVLM, VLMSettings, load_vlm
+from slide_vlm import SlideVLM
 from stage2_finetune.merge_check import (
     MergeCheck,
     example_prompts,
@@ -29,6 +29,8 @@ from stage2_finetune.merge_check import (
     mean_divergence,
     round_as_merged,
 )
+from vlm_loading import load_vlm
+from vlm_settings import VLMSettings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

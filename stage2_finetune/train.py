@@ -52,7 +52,7 @@ from slide_reports import (
     read_training_records,
     tell_cut_answers,
 )
-from slide_vlm import VISUAL_PARTS, VLMSettings
+from slide_vlm import VISUAL_PARTS
 from stage2_finetune.what_learns import (
     ENCODER_LEARNING_FLAGS,
     LLM_LEARNING_FLAGS,
@@ -73,6 +73,7 @@ from validation import (
     refuse_unmeasurable,
     written_reports,
 )
+from vlm_settings import VLMSettings
 
 
 def parse_arguments():

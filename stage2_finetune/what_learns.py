@@ -20,8 +20,10 @@ from four_bit import FourBit
 from language_model import add_lora, unfreeze_llm
 from run_checkpoints import file_digest
 from slide_reports import check_input_kind
-from slide_vlm import SlideVLM, VLMSettings, load_vlm
+from slide_vlm import SlideVLM
 from validation import refuse_idle_validation
+from vlm_loading import load_vlm
+from vlm_settings import VLMSettings
 
 
 def add_learning_arguments(parser) -> None:

@@ -32,13 +32,13 @@ from inference.deep_zoom import OpenSlides, ZoomedSlide
 from inference.job_queue import MAX_WAITING, Job, JobQueue
 from inference.report_writer import ReportWriter
 from inference.slide_folder import NotAccepted, SlideFolder, parse_size
-from slide_vlm import load_vlm
 from stage0_tiling.encoding import encode_slide
 from stage0_tiling.slide import Slide, SlideError
 from tests.conftest import ROOT, command, environment, heed_interrupts
 from tests.mirax_slides import write_mirax_slide
 from tests.slides import DrawnSlide
 from tests.test_inference import save_model
+from vlm_loading import load_vlm
 
 HOSTS = {"127.0.0.1", "localhost", "::1"}
 OURS = {"X-SlideScribe": "page"}

@@ -13,10 +13,10 @@ from inference.app_routes import create_app
 from inference.decoding import Decoding
 from inference.report_writer import ReportWriter
 from inference.slide_folder import SlideFolder
-from slide_vlm import load_vlm
 from tests.slides import DrawnSlide
 from tests.test_app import HOSTS, TILING
 from tests.test_inference import save_model
+from vlm_loading import load_vlm
 
 GATE = threading.Event()  # reports are written while it is set
 GATE.set()

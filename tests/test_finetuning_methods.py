@@ -29,7 +29,6 @@ from projector_average import averaged, begin_average, update_average
 from run_checkpoints import RunState
 from run_log import draw_curves, finished_line, loss_name
 from slide_reports import RecordBatches, ReportDataset, make_loader, read_records
-from slide_vlm import VLMSettings, load_vlm
 from stage2_finetune.compare_peft import idle_by_method, train
 from stage2_finetune.merge_check import (
     MergeCheck,
@@ -44,6 +43,8 @@ from stage2_finetune.what_learns import open_stage1, refuse_another_split, refus
 from tests.conftest import run_command
 from tests.tiny_models import generate_answers, make_batch, make_llm, make_model
 from validation import epochs_to_go, greedy_answers, stops_early
+from vlm_loading import load_vlm
+from vlm_settings import VLMSettings
 
 STAGE1, STAGE2 = "stage1_projector.train", "stage2_finetune.train"
 

@@ -17,8 +17,9 @@ def save_model(folder, corpus, **settings):
     """Save a model with random projector weights on the corpus's language model."""
     from language_model import choose_placeholder, fingerprint, load_llm
     from slide_reports import Prompt
-    from slide_vlm import SlideVLM, VLMSettings
+    from slide_vlm import SlideVLM
     from tests.tiny_models import make_tokenizer
+    from vlm_settings import VLMSettings
 
     llm = load_llm(str(corpus.llm)).requires_grad_(False)
     tokenizer = make_tokenizer()

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from slide_reports import Prompt
-from slide_vlm import LATER_PROMPT_PARTS, PROMPT_PARTS
 from tests.test_inference import save_model
 from tests.tiny_models import REPORTS
+from vlm_settings import LATER_PROMPT_PARTS, PROMPT_PARTS
 
 SHORT = ["--num_beams", 2, "--max_new_tokens", 6]
 
@@ -97,7 +97,7 @@ def test_chat_remembers_what_was_said(run_here, model, features):
     from inference.answers import make_sample, read_inputs
     from inference.decoding import Decoding, decode_samples, text_of
     from slide_reports import Prompt
-    from slide_vlm import load_vlm
+    from vlm_loading import load_vlm
 
     vlm, tokenizer = load_vlm(model)
     prompt = Prompt(**vlm.settings.prompt)
@@ -376,7 +376,7 @@ def test_model_answers_with_quantised_layers(run_here, model, features, kind):
     flags = ["--model", model, "--features", features, *SHORT]
     assert run_here("generate", *flags, "--load_in", kind).status == 0
     from inference.quantized import quantize_llm
-    from slide_vlm import load_vlm
+    from vlm_loading import load_vlm
 
     whole, _ = load_vlm(model)
     small, _ = load_vlm(model)
@@ -471,8 +471,8 @@ def test_a_wrong_value_in_vlm_json_is_named(run_here, model, features, tmp_path,
 def test_an_adapter_that_is_no_more_whole_is_named(tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    from slide_vlm import open_adapter
     from tests.tiny_models import make_llm
+    from vlm_loading import open_adapter
 
     folder = tmp_path / "adapter"
     get_peft_model(make_llm("llama"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)

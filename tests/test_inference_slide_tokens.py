@@ -16,12 +16,12 @@ from longnet import LongNet
 from slide_encoders import save_slide_encoder
 from slide_features import read_slide_features
 from slide_reports import describe_features
-from slide_vlm import VLMSettings
 from stage0_tiling import encode, encode_slides
 from stage0_tiling.encoding import encode_slide
 from tests.slides import DrawnSlide
 from tests.test_app import HOSTS, ask, key_of, wait_for
 from tests.test_inference import save_model
+from vlm_settings import VLMSettings
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import yaml
 from inference import push_to_hub
 from inference.loading import model_folder
 from inference.model_card import model_card, public_name, without_folders
-from slide_vlm import VLMSettings
 from tests.hub_server import REPO, HubServer, _Handler
+from vlm_settings import VLMSettings
 
 METRICS = {
     "bleu_4": 0.25,

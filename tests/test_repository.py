@@ -29,6 +29,7 @@ FLOORS = [
         "projector_parts",
         "sharded_weights",
         "token_nll",
+        "vlm_settings",
     },
     {
         "projectors",
@@ -43,7 +44,7 @@ FLOORS = [
         "slide_features",
     },
     {"slide_vlm"},
-    {"slide_reports", "report_loss", "offline_kit", "projector_average"},
+    {"slide_reports", "report_loss", "offline_kit", "projector_average", "vlm_loading"},
     {"validation", "image_ablation"},
 ]
 

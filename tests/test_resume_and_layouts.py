@@ -90,7 +90,7 @@ def test_fsdp_resumes_to_the_same_bits_and_writes_no_frozen_weight(layouts):
 
 
 def test_a_result_of_fsdp_opens_as_any_other(layouts):
-    from slide_vlm import load_vlm
+    from vlm_loading import load_vlm
 
     for name in ("lora", "full"):
         one, two = (load_vlm(layouts / f"{name}_{layout}" / "final_model")[0] for layout in ("single", "fsdp2"))

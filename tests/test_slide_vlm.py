@@ -10,8 +10,9 @@ import token_nll
 from encoders import load_encoder
 from language_model import add_lora, choose_placeholder, fingerprint, load_llm, unfreeze_llm
 from slide_reports import Record, ReportDataset, SampleKey, collate
-from slide_vlm import IGNORED_LABEL, SlideVLM, expand_image_markers, load_vlm
+from slide_vlm import IGNORED_LABEL, SlideVLM, expand_image_markers
 from tests.tiny_models import gemma3n_config, make_batch, make_llm, make_model, make_sample, show_per_layer_inputs
+from vlm_loading import load_vlm
 
 FAMILIES = ["gemma3n", "gemma3", "llama", "qwen3", "biogpt"]
 

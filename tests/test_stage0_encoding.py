@@ -14,7 +14,6 @@ from torchstain.numpy.normalizers import NumpyMacenkoNormalizer, NumpyReinhardNo
 from encoders import load_encoder
 from slide_features import read_slide_features, write_slide_features
 from slide_reports import describe_features, making_of, read_records, with_inputs
-from slide_vlm import VLMSettings
 from stage0_tiling import encode as stage0_encode
 from stage0_tiling import tile as stage0_tile
 from stage0_tiling.encoding import encode_slide, encode_slide_with
@@ -24,6 +23,7 @@ from stage0_tiling.slide import Slide, SlideError
 from stage0_tiling.stain import StainError, fit_stains, read_stain_target
 from stage0_tiling.tile_encoder import TileEncoder, find_shortcut, name_folders
 from tests.slides import DrawnSlide
+from vlm_settings import VLMSettings
 
 TILING = TilingSettings(tile_size=64, mpp=1.0)
 ROUNDING = {"rtol": 1e-3, "atol": 1e-3}  # float16, and sums that a batch of another shape does in another order

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from encoders import load_encoder
 from inference.generate import check_input
 from slide_features import read_slide_coords
-from slide_vlm import VLMSettings
 from stage0_tiling import tile as stage0_tile
 from stage0_tiling.encoding import encode_slide
 from stage0_tiling.segmenter import BATCH_SIZE, PRESETS, _build, load_segmenter, segment
@@ -23,6 +22,7 @@ from stage0_tiling.tissue import find_tissue
 from stage0_tiling.tissue_sources import TissueSources
 from tests.conftest import run_command
 from tests.slides import DrawnSlide
+from vlm_settings import VLMSettings
 
 PLAIN = {"tile_size": 64, "mean": [0, 0, 0], "std": [1, 1, 1]}
 UNET = {

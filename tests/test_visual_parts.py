@@ -16,8 +16,9 @@ from language_model import fingerprint
 from projectors import PROMPT_TOPK, REDUCERS, UNKNOWN_UM_PER_PX
 from slide_features import read_slide_features, write_slide_features
 from slide_reports import Record, ReportDataset, SampleKey, case_of_slides, collate, read_case
-from slide_vlm import IGNORED_LABEL, VISUAL_PARTS, load_vlm
+from slide_vlm import IGNORED_LABEL, VISUAL_PARTS
 from tests.tiny_models import PATCH_WIDTH, REPORTS, make_model, make_sample
+from vlm_loading import load_vlm
 
 PROJECTORS = ("linear", "mlp2x_gelu", "mlp2x_gelu_gamma", "ln_mlp2x_gelu")
 

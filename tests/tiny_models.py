@@ -22,7 +22,8 @@ from transformers import (
 
 from language_model import choose_placeholder, text_embedding_rms
 from slide_reports import Prompt, collate
-from slide_vlm import SlideVLM, VLMSettings
+from slide_vlm import SlideVLM
+from vlm_settings import VLMSettings
 
 REPORTS = [
     "Breast, core-needle biopsy;\n  Invasive carcinoma of no special type, grade II",
