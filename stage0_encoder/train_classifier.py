@@ -93,8 +93,8 @@ def main() -> int:
     begin_run_dir(accelerator, run_dir, overwrite=args.overwrite and checkpoint is None)
     if checkpoint:
         load_checkpoint(accelerator, run_dir, checkpoint, model, optimizer, scheduler)
-    log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     write_run_json(accelerator, run_dir, flags, problems, **facts_of(classifier, train, val, batches, num_steps))
+    log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     resuming = {"state": state, "identity": identity, "keep": args.keep_checkpoints}
     save = partial(save_checkpoint, accelerator, run_dir, model, optimizer, scheduler, **resuming)
     validate = partial(evaluate, accelerator, classifier.result, val_loader, val, args, state)

@@ -106,9 +106,9 @@ def main() -> int:
     begin_run_dir(accelerator, run_dir, overwrite=args.overwrite and checkpoint is None)
     if checkpoint:
         load_checkpoint(accelerator, run_dir, checkpoint, model, optimizer, scheduler)
-    log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     facts = facts_of(bare, train_records, val_records, train_batches, num_steps)
     write_run_json(accelerator, run_dir, flags, problems, **facts)
+    log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     resuming = {"state": state, "identity": identity, "keep": args.keep_checkpoints}
     save = partial(save_checkpoint, accelerator, run_dir, model, optimizer, scheduler, **resuming)
 

@@ -148,11 +148,11 @@ def main() -> int:
     if args.projector_ema:
         begin_average(vlm)
     begin_or_resume(accelerator, run_dir, checkpoint, model, optimizer, scheduler, overwrite=args.overwrite)
-    log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     counts = {"train_records": len(train_records), "val_records": len(val_records), "optimizer_steps": num_steps}
     texts = {"train": train_records, "val": val_records}
     counts |= {"cut_answers": tell_cut_answers(tokenizer, vlm.settings.max_answer_tokens, **texts)}
     write_run_json(accelerator, run_dir, flags, problems, **counts, trainable_parameters=trainable_parameters(vlm))
+    log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     saved = {"state": state, "identity": identity, "keep": args.keep_checkpoints}
     save = partial(save_checkpoint, accelerator, run_dir, model, optimizer, scheduler, **saved)
 

@@ -622,7 +622,7 @@ def test_early_stopping_ends_the_run_and_a_resumed_one_does_not_go_on(corpus, tm
     assert len(log_lines(tmp_path / "run", "val_loss")) == 3  # the first is the best
     assert not log_lines(tmp_path / "run", "image_ablation")
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    capsys.readouterr()
+    assert "\nleft out records: 0\n" in capsys.readouterr().err  # on a line of its own, before the bar
     assert call(STAGE1, monkeypatch, *flags, "--resume_from_checkpoint", "latest") == 0
     told, result = capsys.readouterr(), tmp_path / "run" / "final_model"
     steps = log_lines(tmp_path / "run")[-1]["step"]
