@@ -5,11 +5,13 @@ file); 130 interrupted; 141 whoever read stdout left early, as ``| head`` does. 
 the traceback behind a one-line refusal.
 """
 
+import errno
 import logging
 import os
 import re
 import select
 import sys
+import tempfile
 from argparse import Action
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -135,16 +137,33 @@ def chosen(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
+def check_output_folder(folder: str | Path, flag: str = "--output_dir") -> None:
+    """Refuse a folder that cannot be made or written to, before hours of work; makes nothing.
+
+    Raises:
+        ValueError: no name was given.
+        NotADirectoryError: it, or what should hold it, is no folder.
+        PermissionError: nothing can be written there, whatever the reason.
+    """
+    if not str(folder).strip():
+        raise ValueError(f"{flag} {str(folder)!r}: name a folder")
+    _check_writable(Path(folder), f"{flag} {folder}")
+
+
 def check_output_file(output: str | Path | None, **inputs: str | Path | None) -> None:
     """Refuse an ``--output`` that is a folder, or one of the files that a command reads, given by flag.
 
     Raises:
         ValueError: it is; before hours of work whose result could not be written, or would take the input's place.
+        OSError: nothing can be written where it should lie.
     """
-    if output is None or not Path(output).exists():
+    if output is None:
         return
     if Path(output).is_dir():
         raise ValueError(f"--output {output} is a folder; name a file in it")
+    _check_writable(Path(output).parent, f"--output {output}")
+    if not Path(output).exists():
+        return
     for flag, path in inputs.items():
         if path is not None and Path(path).exists() and Path(path).samefile(output):
             raise ValueError(f"--output {output} is the file given as {flag}, which would be lost; name another")
@@ -176,6 +195,27 @@ def run(main: Callable[[], int], *, to_go_on: str = "the same command goes on wh
     sys.exit(status)
 
 
+def _check_writable(folder: Path, named: str) -> None:
+    """Try a nameless file in a folder, or the nearest above it that is there.
+
+    Permissions alone tell nothing of a read-only disk, of /proc, or to root.
+    """
+    path = folder.expanduser().absolute()
+    existing = next(above for above in (path, *path.parents) if os.path.lexists(above))
+    try:
+        if existing.is_dir():
+            path.exists()  # raises where its name is too long to be made
+            with tempfile.TemporaryFile(dir=existing):
+                return
+    except OSError as error:
+        why = f"{error.strerror} in {existing}"
+        raise PermissionError(
+            f"{named}: nothing can be written there ({why}); name another folder, or get access"
+        ) from error
+    kind = "a file" if existing.exists() else "a link to nothing"
+    raise NotADirectoryError(f"{named}: {existing} is {kind}; name a folder")
+
+
 def _shortened(text: str, longest: int = 1000) -> str:
     """A message without its middle where it quotes a whole file, as of a ``--config`` that is no YAML of flags."""
     return text if len(text) <= longest else f"{text[: longest // 2]} […] {text[-longest // 2 :]}"
@@ -192,7 +232,15 @@ def _is_untold(record: logging.LogRecord) -> bool:
 
 
 def _told(error: Exception) -> str:
-    """The message of an error; PyTorch's of one in a process that reads batches is a traceback that ends with it."""
+    """The message of an error; PyTorch's of one in a process that reads batches is a traceback that ends with it.
+
+    Those of a full disk and of missing access are the system's, and name no mend.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" of {error.filename}" if error.filename else ""
+        return f"no space left on the disk{where}; free some, then run again"
+    if isinstance(error, PermissionError) and error.filename:
+        return f"{error.filename}: {error.strerror}; get access to it, or name another"
     text = str(error)
     head, traceback, rest = text.partition("\nOriginal Traceback (most recent call last):\n")
     if not (traceback and head.startswith("Caught ")):

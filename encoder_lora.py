@@ -4,7 +4,7 @@ import copy
 
 from torch import nn
 
-from encoders import ImageEncoder
+from image_encoder import ImageEncoder
 
 # Attention and feed-forward layers of the vision transformers of timm, transformers and the published encoders.
 ENCODER_LORA_TARGETS = frozenset(

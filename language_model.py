@@ -19,12 +19,14 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from per_layer_table import has_per_layer_table, load_with_table_on_cpu
+from weight_reading import class_that_reads
 
 OLDEST_TRANSFORMERS = "5.21"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
@@ -88,7 +90,7 @@ def load_llm(
     name: str,
     *,
     revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     ple_device: str = "model",
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -99,9 +101,10 @@ def load_llm(
     Args:
         name: hub name or local folder.
         revision: hub revision.
-        dtype: of the weights. Gemma-3n overflows in float16, so it is refused for every model.
+        dtype: of the weights; None: as :func:`stored_dtype` says. Gemma-3n overflows in float16, so it is refused for
+            every model.
         ple_device: ``cpu`` leaves Gemma-3n's table of per-layer embeddings in CPU memory, mapped from its file,
-            wherever the model goes; ``model`` keeps it with the rest.
+            wherever the model goes; ``model`` keeps it with the rest; ``auto`` is ``cpu`` for a model that has one.
         **kwargs: further arguments of ``from_pretrained``, such as ``quantization_config``.
 
     Raises:
@@ -111,12 +114,7 @@ def load_llm(
     refuse_old_transformers()
     if dtype == torch.float16:
         raise ValueError("float16 overflows in Gemma-3n; use bf16 or no mixed precision")
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name}: no language model to open there ({why_not_opened(name, error)}); {ELSEWHERE}"
-        ) from error
+    config = load_llm_config(name, revision)
     text_config = config.get_text_config()
     for scale in ("logit_scale", "logits_scaling"):
         if getattr(text_config, scale, None) not in (None, 1, 1.0):
@@ -129,19 +127,41 @@ def load_llm(
         ) from None
     if config is not text_config and not text_config.model_type.startswith("gemma3n"):
         kwargs["key_mapping"] = TEXT_PART_NAMES  # transformers itself knows Gemma-3n's
-    kwargs |= {"revision": revision, "dtype": dtype, "trust_remote_code": False}
-    if ple_device == "cpu":
-        if not has_per_layer_table(model_class):
-            raise ValueError(f"--ple_device cpu: {config.model_type} has no per-layer embeddings; drop the flag")
-        llm, report = load_with_table_on_cpu(model_class, name, **kwargs)
+    kwargs |= {"revision": revision, "dtype": dtype or stored_dtype(config), "trust_remote_code": False}
+    has_table = has_per_layer_table(model_class)
+    if ple_device == "cpu" and not has_table:
+        raise ValueError(f"--ple_device cpu: {config.model_type} has no per-layer embeddings; drop the flag")
+    if ple_device != "model" and has_table:
+        llm, report = load_with_table_on_cpu(class_that_reads(model_class), name, **kwargs)
     else:
-        llm, report = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
+        llm, report = class_that_reads(model_class).from_pretrained(name, output_loading_info=True, **kwargs)
+    llm.__class__ = model_class
     if report["missing_keys"] or report["mismatched_keys"]:
         missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise ValueError(
             f"{name}: {len(missing)} weights are missing or misshapen, such as {missing[0]}; download it anew"
         )
     return llm.eval()
+
+
+def load_llm_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+    """Configuration of the language model of a hub name or folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name}: no language model to open there ({why_not_opened(name, error)}); {ELSEWHERE}"
+        ) from error
+
+
+def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """bfloat16 if the files of a checkpoint with this configuration hold it, else float32, which loses nothing."""
+    dtypes = [config.get_text_config().dtype, config.dtype]
+    return torch.bfloat16 if next(filter(None, dtypes), None) == torch.bfloat16 else torch.float32
 
 
 def fingerprint(llm: PreTrainedModel, samples_per_weight: int = 64) -> str:

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from command_line import DONE, SOME_FAILED, log_to_stderr, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_folder, log_to_stderr, make_parser, run
 from encoder_presets import find_preset
 
 ROOT = Path(__file__).resolve().parent
@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.action == "list":
         print_list(requirements, models)
         return DONE
+    check_output_folder(kit)
     pack(kit, requirements, models, args.python, args.platform, args.build)
     return DONE
 

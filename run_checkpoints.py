@@ -28,6 +28,7 @@ from accelerate.utils import set_seed
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from command_line import check_output_folder
 from deepspeed_zero import is_zero, precision
 from sharded_weights import load_optimizer_state, load_weights, optimizer_state, whole_on_main
 
@@ -192,9 +193,9 @@ def find_run(
     """The run folder, the checkpoint to go on from if any, and what the run had reached by then; changes nothing.
 
     Raises:
-        ValueError: the folder holds a run and neither flag says what to do with it, or both flags were given; or no
-            folder can be made or written there.
+        ValueError: the folder holds a run and neither flag says what to do with it, or both flags were given.
         FileNotFoundError: there is no such checkpoint.
+        OSError: no folder can be made or written there.
     """
     run_dir = Path(output_dir)
     if overwrite and resume_from_checkpoint is not None:
@@ -345,14 +346,10 @@ def refuse_existing_run(run_dir: Path, *, overwrite: bool, resuming: bool) -> No
     """Refuse a folder that holds a run unless it is resumed or overwritten.
 
     Raises:
-        ValueError: the folder holds a run and neither flag was given, or it is a file, or cannot be written.
+        ValueError: the folder holds a run and neither flag was given.
+        OSError: it is a file, or no folder can be made or written there.
     """
-    existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
-    if not existing.is_dir():
-        is_file = "is a file" if existing == run_dir else f"cannot be made, since {existing} is a file"
-        raise ValueError(f"--output_dir {run_dir} {is_file}; name a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--output_dir {run_dir}: {existing} cannot be written; name a folder that can")
+    check_output_folder(run_dir)
     if (run_dir / "log.jsonl").exists() and not overwrite and not resuming:
         raise ValueError(
             f"--output_dir {run_dir} holds a run; add --resume_from_checkpoint latest to go on, or --overwrite"

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders import weights_fingerprint
 from hub_access import explained
+from image_encoder import weights_fingerprint
 from longnet import LongNet
 
 FORMAT_VERSION = 1

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from encoder_lora import merged_encoder
-from encoders import ImageEncoder
+from image_encoder import ImageEncoder
 from language_model import llm_width, shares_keys_and_values
 from packing import PADDING, PackedRows, pack, packed_masks
 from projectors import (

@@ -7,8 +7,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from encoders import ImageEncoder, load_encoder
+from encoders import load_encoder
 from four_bit import FourBit, dequantize, quantize
+from image_encoder import ImageEncoder
 from language_model import fingerprint, first_line, load_llm, load_tokenizer
 from slide_vlm import SlideVLM
 from vlm_settings import VLMSettings
@@ -18,7 +19,7 @@ def load_vlm(
     folder: str | Path,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     llm_name: str | None = None,
     encoder_name: str | None = None,
     four_bit: FourBit | None = None,
@@ -33,7 +34,7 @@ def load_vlm(
     Args:
         folder: result of stage 1 or 2.
         device: where to put the model.
-        dtype: of the language model; projector and encoder stay in float32.
+        dtype: of the language model, None for that of its files; projector and encoder stay in float32.
         llm_name: where the base language model is now, when it moved since training.
         encoder_name: likewise for the image encoder.
         four_bit: hold the language model in this form from now on.

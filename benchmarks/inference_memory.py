@@ -1,4 +1,4 @@
-r"""How much memory generate.py takes for a model with weights of its own, as a ratio to those weights.
+r"""How much memory generate.py takes for a model with weights of its own, as a ratio to those weights as they are run.
 
     python benchmarks/inference_memory.py --megabytes 400
     python benchmarks/inference_memory.py --family gemma3n --megabytes 4500 --folder /scratch
@@ -6,7 +6,7 @@ r"""How much memory generate.py takes for a model with weights of its own, as a 
 A random language model is laid down as stage 2 saves a fully trained or merged one, tensor by tensor, so that making
 it takes no more memory than its largest table. The peak of resident memory (VmHWM) of generate.py with it is measured
 in a child, and printed over the size of the weights; so is the peak less that with a model of almost no weights, which
-leaves out libraries and all else. With --run_dtype as --dtype, nothing is converted.
+leaves out libraries and all else. Weights that are converted as they load weigh what they do afterwards.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from inference.loading import default_dtype
 from language_model import choose_placeholder
 from slide_features import write_slide_features
 from slide_reports import Prompt
@@ -55,31 +56,34 @@ def main() -> None:
     parser.add_argument("--family", choices=sorted(FAMILIES), default="llama", help="default: llama")
     parser.add_argument("--megabytes", type=int, default=400, help="about so many of weights (default: 400)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="saved in (default: fp32)")
-    parser.add_argument("--run_dtype", choices=sorted(DTYPES), default=None, help="run in (default: as saved)")
+    parser.add_argument("--run_dtype", choices=sorted(DTYPES), default=None, help="run in (default: generate.py's)")
     parser.add_argument("--folder", type=Path, default=None, help="to put the model in meanwhile (default: /tmp)")
     parser.add_argument("--json", type=Path, default=None, help="file to write the figures to")
     args = parser.parse_args()
-    run_dtype = args.run_dtype or args.dtype
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        small, _ = peak_and_weights(Path(folder) / "small", args.family, 1, args.dtype, run_dtype)
-        large, weights = peak_and_weights(Path(folder) / "large", args.family, args.megabytes, args.dtype, run_dtype)
+        small, _ = peak_and_weights(Path(folder) / "small", args.family, 1, args.dtype, args.run_dtype)
+        large, on_disk = peak_and_weights(
+            Path(folder) / "large", args.family, args.megabytes, args.dtype, args.run_dtype
+        )
+    run_dtype = DTYPES[args.run_dtype] if args.run_dtype else default_dtype(torch.device("cpu")) or DTYPES[args.dtype]
+    weights = on_disk * run_dtype.itemsize // DTYPES[args.dtype].itemsize
     ratios = {"peak / weights": large / weights, "without libraries": (large - small) / weights}
-    sizes = {"weights on disk": weights, "peak": large, "peak without weights": small}
-    print(f"{args.family}, {args.dtype} run in {run_dtype}")
+    sizes = {"weights on disk": on_disk, "weights as run": weights, "peak": large, "peak without weights": small}
+    print(f"{args.family}, {args.dtype} run in {str(run_dtype).removeprefix('torch.')}")
     print(", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in sizes.items()))
     print(", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
     if args.json:
-        about = {"family": args.family, "dtype": args.dtype, "run_dtype": run_dtype}
+        about = {"family": args.family, "dtype": args.dtype, "run_dtype": str(run_dtype)}
         args.json.write_text(json.dumps(about | sizes | ratios, indent=1) + "\n")
 
 
-def peak_and_weights(folder: Path, family: str, megabytes: int, dtype: str, run_dtype: str) -> tuple[int, int]:
+def peak_and_weights(folder: Path, family: str, megabytes: int, dtype: str, run_dtype: str | None) -> tuple[int, int]:
     """Bytes of the peak of generate.py with such a model, and of its weights; the model is made in a child as well."""
     wanted = f"{str(folder)!r}, {family!r}, {megabytes}, {dtype!r}"
     make = f"from benchmarks.inference_memory import make; make({wanted})"
     subprocess.run([sys.executable, "-c", make], check=True, cwd=ROOT)
     flags = ["--model", folder / "final_model", "--features", folder / "x.h5", "--num_beams", "1"]
-    flags += ["--max_new_tokens", "4", "--device", "cpu", "--dtype", run_dtype]
+    flags += ["--max_new_tokens", "4", "--device", "cpu", *(["--dtype", run_dtype] if run_dtype else [])]
     command = [sys.executable, "-c", CHILD, "inference/generate.py", *map(str, flags)]
     done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
     peak = int(next(line for line in done.stderr.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
@@ -112,6 +116,7 @@ def write_random_weights(llm: PreTrainedModel, folder: Path) -> None:
     """A checkpoint of a model that has shapes only, shard by shard."""
     torch.manual_seed(0)
     folder.mkdir()
+    llm.config.dtype = llm.dtype
     llm.config.save_pretrained(folder)
     shards: list[list[str]] = [[]]
     weights, size = dict(llm.named_parameters()), 0  # a tied head comes once

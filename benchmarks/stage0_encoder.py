@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from benchmarks.make_slides import make_slide
-from encoders import ImageEncoder, load_encoder
+from encoders import load_encoder
+from image_encoder import ImageEncoder
 from stage0_tiling.encoding import encode_slide
 
 DEFAULTS = {  # by kind of device: architecture, tiles per batch, level-0 pixels of the slide's sides

@@ -15,7 +15,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from command_line import DONE, SOME_FAILED, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_folder, make_parser, run
 
 METRICS = ["bleu_4", "rouge_l", "meteor", "cider_d", "exact_match"]
 
@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError("nothing to draw: name --runs, --scores or both")
     if args.names and len(args.names) != len(args.scores):
         raise ValueError(f"--names has {len(args.names)} names for {len(args.scores)} folders of --scores")
+
+    check_output_folder(args.output_dir)
 
     # Data
     failures: list[str] = []

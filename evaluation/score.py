@@ -18,7 +18,7 @@ from typing import Any
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 
-from command_line import DONE, SOME_FAILED, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_folder, make_parser, run
 
 NO_TRAIN_JSON = "baselines need the training reports: name them with --train_json"
 NO_TEXT_MODELS = "KEY needs --entity_model, EMB and BERTScore --embedding_model"
@@ -69,6 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = parse_args(argv)
+    check_output_folder(args.output_dir)
 
     # Data
     from evaluation.report_files import WHAT_WAS_DONE, pair_reports, read_reports, shown

@@ -47,7 +47,12 @@ def add_decoding_arguments(parser) -> None:
     )
     group = parser.add_argument_group("Where it runs")
     group.add_argument("--device", default=None, help="cuda, cuda:1, cpu, …; default: a GPU where there is one")
-    group.add_argument("--dtype", choices=["bf16", "fp32"], default=None, help="of the LLM; default: bf16 on a GPU")
+    group.add_argument(
+        "--dtype",
+        choices=["bf16", "fp32"],
+        default=None,
+        help="of the LLM; default: bf16 on a GPU; on a CPU that of the model's files if it computes in bf16, else fp32",
+    )
     group.add_argument(
         "--load_in", choices=["int8", "nf4"], default=None, help="quantise the LLM's linear layers with bitsandbytes"
     )
@@ -65,8 +70,9 @@ def add_decoding_arguments(parser) -> None:
     group.add_argument(
         "--ple_device",
         choices=["model", "cpu"],
-        default="model",
-        help="where Gemma-3n's table of per-layer embeddings is; cpu: 4 GB less of a GPU for E2B, the same reports",
+        default=None,
+        help="where Gemma-3n's table of per-layer embeddings is: with the model, or in its file, of which rows are "
+        "read; cpu: 4 GB less of a GPU for E2B, the same reports; default: model on a GPU, cpu on a CPU",
     )
     group.add_argument("--llm_name", default=None, help="where the base LLM is now, if it moved since training")
     group.add_argument("--vision_model_name", default=None, help="where the image encoder is now, if it moved")

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from inference.evidence import INTEGRATED, Evidence, split_lines
 from slide_features import read_slide_coords, slide_id_of_features
 from stage0_tiling.geojson import write_measured_tiles_geojson
+from stage0_tiling.lettering import label_font
 from stage0_tiling.slide import Slide
 from stage0_tiling.tissue import Grid, make_grid
 
@@ -257,7 +257,7 @@ def draw_evidence(
         cv2.rectangle(drawn, (left, upper), (right - 1, lower - 1), (170, 170, 176), 1)
     image = Image.fromarray(drawn)
     draw = ImageDraw.Draw(image)
-    font = _font(max(12, round(max(picture.shape) / 65)))
+    font = label_font(max(12, round(max(picture.shape) / 65)))
     for rank, tile in top:
         (left, upper), (right, lower) = lows[tile].tolist(), highs[tile].tolist()
         draw.rectangle([left, upper, right - 1, lower - 1], outline=INK, width=3)
@@ -269,7 +269,7 @@ def draw_legend(width: int, text: str, weight: str, height: int = 66) -> np.ndar
     """A strip with the words that the evidence is for, what colours mean and how much, (height, width, 3) uint8."""
     strip = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(strip)
-    font, small = _font(14), _font(12)
+    font, small = label_font(14), label_font(12)
     right = width - 12
     for label, colour in (("against", AGAINST), ("speaks for", FOR)):
         right -= draw.textlength(label, font)
@@ -279,11 +279,6 @@ def draw_legend(width: int, text: str, weight: str, height: int = 66) -> np.ndar
     for y, words, letters, room in ((22, text, font, right - 24), (47, weight, small, width - 24)):
         draw.text((12, y), _cut(draw, words, letters, room), INK, letters, anchor="lm")
     return np.asarray(strip)
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Latin, Greek and Cyrillic letters and signs such as ≥; Pillow's own font has little more than English."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def _cut(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, room: float) -> str:

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from command_line import DONE, GatherValues, make_parser, run
+from command_line import DONE, GatherValues, check_output_folder, make_parser, run
 from inference.arguments import add_decoding_arguments, check_decoding_arguments
 from inference.new_slides import SlideReader, add_slide_arguments, check_slide_arguments
 
@@ -62,6 +62,8 @@ def parse_arguments():
 
 def main() -> int:
     args = parse_arguments()
+    if args.evidence is not None:
+        check_output_folder(args.evidence, "--evidence")
 
     from inference.answers import Answering
     from inference.decoding import open_model

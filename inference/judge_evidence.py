@@ -28,7 +28,7 @@ import numpy as np
 from jsonargparse.typing import NonNegativeInt
 from tqdm import tqdm
 
-from command_line import DONE, SOME_FAILED, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_folder, make_parser, run
 from inference.arguments import add_decoding_arguments, check_decoding_arguments
 
 RANDOM, CHANCE = "random", "chance"
@@ -61,6 +61,7 @@ def parse_arguments():
 
 def main() -> int:
     args = parse_arguments()
+    check_output_folder(args.output_dir)
 
     from inference.answers import Answering
     from inference.decoding import open_model

@@ -14,6 +14,7 @@ from inference.memory import LOADING, memory_told
 from slide_vlm import SlideVLM
 from vlm_loading import load_vlm
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 # What a result folder may hold. Nothing else is fetched: no code, no pickles.
 HUB_FILES = [
@@ -58,15 +59,14 @@ def open_model(args, device: str | torch.device | None = None) -> tuple[SlideVLM
         raise ValueError(f"--device {device or args.device}: {str(error).splitlines()[0]}; use cuda or cpu") from error
     if device.type == "cpu":
         set_threads(getattr(args, "threads", None))
-    dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     load_in = getattr(args, "load_in", None)
     model, tokenizer = load_vlm(
         model_folder(args.model),
         device="cpu" if load_in else device,
-        dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
+        dtype=DTYPES[args.dtype] if args.dtype else default_dtype(device),
         llm_name=args.llm_name,
         encoder_name=args.vision_model_name,
-        ple_device=getattr(args, "ple_device", "model"),
+        ple_device=(getattr(args, "ple_device", None) or ("auto" if device.type == "cpu" else "model")),
     )
     room, wanted = room_for_text(model), getattr(args, "max_new_tokens", None) or 0
     if wanted >= room:
@@ -83,6 +83,16 @@ def open_model(args, device: str | torch.device | None = None) -> tuple[SlideVLM
     if getattr(args, "compile", False):
         compile_feed_forward(model)
     return model, tokenizer
+
+
+def default_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 on a GPU. On a CPU that computes in bfloat16, None: that of the model's files. float32 on others, where
+    bfloat16 is emulated and several times slower.
+    """
+    if device.type != "cpu":
+        return torch.bfloat16
+    able = [name for name, present in torch.cpu.get_capabilities().items() if name.endswith("bf16") and present]
+    return None if able else torch.float32
 
 
 def room_for_text(model: SlideVLM) -> float:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from encoders import ImageEncoder, load_encoder
+from encoders import load_encoder
+from image_encoder import ImageEncoder
 from slide_features import SlideFeatures
 from stage0_tiling.slide_tokens import encode_features, encoders_named, stated_encoder
 from vlm_loading import check_encoder

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from encoders import ImageEncoder
+from image_encoder import ImageEncoder
 from projectors import PROMPT_TOPK
 from slide_reports.cases import read_case, read_images
 from slide_reports.inputs import facts_to_agree_on

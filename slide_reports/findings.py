@@ -214,6 +214,26 @@ def shared_inputs(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
             yield Finding(WRONG, "shared inputs", what, len(shared))
 
 
+def refuse_shared_owners(records: Sequence[Record]) -> None:
+    """Refuse to split records where an input is of two patients: it would fall on both sides, see `shared_inputs`.
+
+    Raises:
+        ValueError: names the inputs, and the mend.
+    """
+    pairs = array("q")
+    for paths, group in fields(records, "inputs", "group"):
+        for path in dict.fromkeys(paths):
+            pairs.extend((hash(path), hash(group)))
+    owned, owners = np.unique(np.unique(np.array(pairs).reshape(-1, 2), axis=0)[:, 0], return_counts=True)
+    if not (torn := set(owned[owners > 1].tolist())):
+        return
+    shared = sorted({path for (paths,) in fields(records, "inputs") for path in paths if hash(path) in torn})
+    raise ValueError(
+        f"{_named(shared)} under two patients, who may fall into two splits; give all records of a slide or image the "
+        "same patient_id, or none of them one"
+    )
+
+
 def _input_hashes(records: Sequence[Record]) -> np.ndarray:
     """Hashes of the paths of all inputs, int64 [N]: of a million records, as many numbers."""
     return np.array(

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -115,6 +116,21 @@ class GivenSlides:
         if kind != "slide" or found is None:
             raise ValueError(f"{where}: {name[:80]} is not among --slides; add it, or leave the record out")
         return found
+
+
+@dataclass(frozen=True)
+class JustNames:
+    """In the place of folders where no input is opened: one file has one path, which need not be there.
+
+    Attributes:
+        root: that names are relative to, as far as that is known.
+    """
+
+    root: Path = Path()
+
+    def locate(self, where: str, kind: str, name: str) -> Path:
+        """The path of what a record names."""
+        return self.root / (slide_id_of(name) if kind == "slide" else os.path.normpath(name))
 
 
 def _list_folder(folder: str) -> dict[str, bool]:

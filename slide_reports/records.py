@@ -19,7 +19,7 @@ from slide_reports.edits import Edits
 from slide_reports.findings import check_before_training
 from slide_reports.forms import Draft, read_drafts
 from slide_reports.inputs import check_input, with_inputs
-from slide_reports.paths import Folders, GivenSlides
+from slide_reports.paths import Folders, GivenSlides, JustNames
 from slide_reports.record import Record, patient_of
 from slide_reports.splits import read_fold, read_splits, split_by_patient, splits_of
 from slide_reports.table import RecordTable, column, fields, select
@@ -50,7 +50,7 @@ def read_records(
         exclude: file of ids to leave out, see `listed_ids`.
         revise: annotation file with new texts for some ids, each for the same question or for none.
         edits: both of them together, where it is of interest which of them were of use.
-        locate_inputs: find the files that records name; without, they have none.
+        locate_inputs: find the files that records name; without, they have the names as they stand.
         slides: paths by slide_id; where given, records name these, not feature files.
 
     Raises:
@@ -65,7 +65,9 @@ def read_records(
         if root is not None and not Path(root).is_dir():
             raise FileNotFoundError(f"{name} {root}: no such folder")
     roots = (None if root is None else Path(root) for root in (features_dir, image_root))
-    folders: Folders | GivenSlides | None = Folders(*roots, pictures_folder()) if locate_inputs else None
+    folders: Folders | GivenSlides | JustNames = JustNames()
+    if locate_inputs:
+        folders = Folders(*roots, pictures_folder())
     if slides is not None:
         folders = GivenSlides(slides)
     edits = edits or Edits(exclude, revise)
@@ -79,7 +81,7 @@ def read_records(
 
 def _records(
     annotation: Path,
-    folders: Folders | GivenSlides | None,
+    folders: Folders | GivenSlides | JustNames,
     group_pattern: str | None,
     edits: Edits,
     repetitions: array,
@@ -96,9 +98,9 @@ def _records(
 
 
 def _record(
-    where: str, draft: Draft, folders: Folders | GivenSlides | None, group_pattern: str | None, edits: Edits
+    where: str, draft: Draft, folders: Folders | GivenSlides | JustNames, group_pattern: str | None, edits: Edits
 ) -> Record:
-    inputs = tuple(folders.locate(where, draft.kind, name) for name in draft.names) if folders else ()
+    inputs = tuple(folders.locate(where, draft.kind, name) for name in draft.names)
     group = draft.group or patient_of(draft.case, group_pattern)
     (question, answer), *later = draft.turns
     if not later:
@@ -107,8 +109,8 @@ def _record(
 
 
 def annotation_sources(
-    annotation: Path, folders: Folders | GivenSlides | None = None
-) -> Iterator[tuple[Path, Folders | GivenSlides | None, int]]:
+    annotation: Path, folders: Folders | GivenSlides | JustNames | None = None
+) -> Iterator[tuple[Path, Folders | GivenSlides | JustNames | None, int]]:
     """The annotation file itself, or those that an InternVL meta file names, with their roots and repetitions.
 
     Raises:
@@ -129,6 +131,8 @@ def annotation_sources(
         own = folders
         if isinstance(folders, Folders):
             own = Folders(folders.features_dir or root, folders.image_root or root, folders.free)
+        elif isinstance(folders, JustNames):
+            own = JustNames(root)
         yield file, own, int(times)
 
 

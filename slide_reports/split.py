@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import DONE, make_parser, run
+from command_line import DONE, check_output_file, make_parser, run
 from slide_reports.annotation_files import read_rows
+from slide_reports.findings import refuse_shared_owners
 from slide_reports.forms import read_drafts
 from slide_reports.record import Record
 from slide_reports.records import annotation_sources, read_records
@@ -44,8 +45,7 @@ def parse_arguments():
 
 def main() -> int:
     args = parse_arguments()
-    if Path(args.output).is_dir():
-        raise IsADirectoryError(f"--output {args.output} is a folder; name a file, such as splits.csv in it")
+    check_output_file(args.output, train_json=args.train_json)
     if args.num_folds < 1:
         raise ValueError(f"--num_folds {args.num_folds}: at least 1 is needed")
     try:
@@ -53,6 +53,7 @@ def main() -> int:
     except re.error as error:
         raise ValueError(f"--stratify {args.stratify!r} is no regular expression ({error})") from error
     records = read_records(args.train_json, group_pattern=args.group_pattern, exclude=args.exclude, locate_inputs=False)
+    refuse_shared_owners(records)
     groups = column(records, "group")
     strata = find_strata(records, args.train_json, args.stratify) if args.stratify else None
     earlier = read_splits(args.earlier, "--earlier") if args.earlier else None

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from encoders import ImageEncoder, load_encoder, weights_fingerprint
+from encoders import load_encoder
+from image_encoder import ImageEncoder, weights_fingerprint
 from slide_encoders import load_slide_encoder, save_slide_encoder
 from stage0_encoder.adapters import merged
 from stage0_encoder.contrastive_loss import FIRST_LOG_SCALE, FIRST_SIGMOID_BIAS, SIGMOID

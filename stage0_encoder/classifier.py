@@ -15,7 +15,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from encoder_lora import merged_encoder
-from encoders import ImageEncoder, load_encoder
+from encoders import load_encoder
+from image_encoder import ImageEncoder
 from run_checkpoints import delete_folder
 from slide_encoders import GatedAttention, save_slide_encoder
 from stage0_encoder.labels import UNLABELLED

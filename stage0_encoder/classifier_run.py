@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from accelerator_setup import parameter_groups, trainable_parameters
 from command_line import chosen
 from encoder_lora import add_encoder_lora
-from encoders import ImageEncoder, load_encoder
+from encoders import load_encoder
+from image_encoder import ImageEncoder
 from report_loss import StepResult
 from run_checkpoints import run_identity
 from slide_encoders import GatedAttention

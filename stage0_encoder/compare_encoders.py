@@ -17,7 +17,7 @@ from typing import Any
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from command_line import DONE, SOME_FAILED, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_folder, make_parser, run
 from slide_features import atomic_path
 from slide_reports import read_records
 from stage0_encoder.comparison_steps import StepFailed, do_steps, plan_steps
@@ -59,6 +59,7 @@ def parse_arguments():
 
 def main() -> int:
     args = parse_arguments()
+    check_output_folder(args.output_dir)
     entries = checked_entries(args.encoders)
     check_data(args)
     output = Path(args.output_dir)

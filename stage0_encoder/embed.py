@@ -18,7 +18,7 @@ import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from accelerator_setup import make_accelerator
-from command_line import DONE, SOME_FAILED, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_folder, make_parser, run
 from slide_features import atomic_path
 from slide_reports import RecordBatches, read_records, with_inputs
 from stage0_encoder.alignment_model import load_alignment
@@ -56,6 +56,7 @@ def parse_arguments():
 
 def main() -> int:
     args = parse_arguments()
+    check_output_folder(args.output_dir)
     if args.class_labels and not args.class_prompts:
         raise ValueError("--class_labels needs --class_prompts, which says what the classes are")
     zero_shot = read_zero_shot(args.class_prompts, args.class_labels) if args.class_prompts else None

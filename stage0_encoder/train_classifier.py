@@ -15,7 +15,7 @@ from pathlib import Path
 
 from accelerator_setup import add_run_arguments, learning_rates_now, windows, write_run_json
 from command_line import DONE, SOME_FAILED, flags_of, make_parser, run
-from encoders import weights_fingerprint
+from image_encoder import weights_fingerprint
 from report_loss import optimizer_step
 from run_checkpoints import (
     begin_run_dir,

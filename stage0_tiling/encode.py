@@ -25,7 +25,7 @@ from stage0_tiling.slide_list import find_slides
 from stage0_tiling.slide_run import LONGEST_RUN, SlideRun, start_logging
 from stage0_tiling.slide_work import encode_tiled, tell_unmeasured, tile_if_missing
 from stage0_tiling.stain import read_stain_target
-from stage0_tiling.tile import add_tiling_arguments, assume_mpp
+from stage0_tiling.tile import add_tiling_arguments, assume_mpp, write_missing_squares
 from stage0_tiling.tissue_sources import tissue_sources
 
 logger = logging.getLogger("stage0_tiling")
@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tile = partial(tile_if_missing, folder=folder, settings=settings, reader=args.reader, sources=sources)
     encode = partial(encode_tiled, folder=folder, settings=settings, made_by=made_by, suffix=suffix, reader=args.reader)
     encode_tiles = partial(encode_slide_with, **stain, num_workers=args.num_workers)
+    squares = None
     try:
         if args.engine == "ray":
             encode = partial(encode, encode=encode_tiles)
@@ -103,10 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                     tile, partial(encode, encode=encode_tiles, encoders=encoders), num_threads=1 if cache else 2
                 )
         process.wait_for_everyone()
+        if args.geojson_tiles:
+            squares = write_missing_squares(entries, folder, settings, args, process.wait_for_everyone)
     finally:
         if process.is_main_process:
             encoding.write_table()
     status = encoding.report(is_quiet=not process.is_main_process)
+    status = max(status, squares.report(is_quiet=True) if squares else 0)
     process.wait_for_everyone()
     process.destroy_process_group()
     return status

@@ -19,11 +19,11 @@ import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from command_line import DONE, SOME_FAILED, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_folder, make_parser, run
 from slide_features import FEATURE_SUFFIXES, read_slide_features, slide_id_of_features
 from stage0_tiling.claims import Claims
-from stage0_tiling.flags import check_folder
 from stage0_tiling.folder_settings import check_same_features, read_settings, record_settings
+from stage0_tiling.full_disk import DiskFull, is_full, is_still_full
 from stage0_tiling.run_table import MAX_DEATHS
 from stage0_tiling.slide_run import LONGEST_RUN, ProcessDied, start_logging, terminating_as_interrupt
 from stage0_tiling.slide_tokens import TOKENS, check_width, encode_features, read_tiles, stated_encoder, write_tokens
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_logging()
 
     # Data
-    check_folder("--output_dir", args.output_dir)
+    check_output_folder(args.output_dir)
     paths = find_features(args.features_dir)
 
     # Model
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.info("%d slides, %d of them to encode with %s", len(paths), len(todo), encoder.name)
 
     # Encode
-    failed, num_done = {}, 0
+    failed, num_done, is_stopped = {}, 0, False
     mine = todo[process.process_index :: process.num_processes]
     leftovers = half_written(folder)
     progress = tqdm(total=len(mine), unit="slide", desc=encoder.name, disable=not mine)
@@ -92,22 +92,26 @@ def main(argv: Sequence[str] | None = None) -> int:
                 write_tokens(folder / f"{slide_id}.h5", result, path)
                 num_done += 1
             except Exception as error:  # one bad file costs itself only
-                failed[slide_id] = (str(error) or type(error).__name__).splitlines()[0]
+                is_stopped = is_full(error) and is_still_full(folder.parent, error)
+                told = str(DiskFull(folder)) if is_full(error) else str(error) or type(error).__name__
+                failed[slide_id] = told.splitlines()[0]
                 logger.error("%s failed: %s", slide_id, failed[slide_id])
                 logger.debug("%s", path, exc_info=True)
-    found = gather_object([(num_done, failed)])
+                if is_stopped:
+                    break
+    found = gather_object([(num_done, failed, is_stopped)])
     process.destroy_process_group()
-    num_done = sum(number for number, _ in found)
-    failed = {slide_id: message for _, messages in found for slide_id, message in messages.items()}
+    num_done = sum(number for number, _, _ in found)
+    failed = {slide_id: message for _, messages, _ in found for slide_id, message in messages.items()}
     if process.is_main_process:
-        report(num_done, failed, len(todo), folder)
+        report(num_done, failed, len(todo), folder, is_stopped=any(stopped for _, _, stopped in found))
     return SOME_FAILED if failed else DONE
 
 
-def report(num_done: int, failed: dict[str, str], num_todo: int, folder: Path) -> None:
+def report(num_done: int, failed: dict[str, str], num_todo: int, folder: Path, *, is_stopped: bool) -> None:
     """Log what became of the slides of all processes, and why some failed."""
     elsewhere = num_todo - num_done - len(failed)
-    told = f", {elsewhere} done or in work elsewhere" if elsewhere else ""
+    told = f", {elsewhere} {'not done' if is_stopped else 'done or in work elsewhere'}" if elsewhere else ""
     logger.info("%d done, %d failed%s; see %s", num_done, len(failed), told, folder)
     for slide_id, message in sorted(failed.items()):
         logger.error("failed: %s: %s", slide_id, message)

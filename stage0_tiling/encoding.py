@@ -21,7 +21,7 @@ from stage0_tiling.tissue_sources import TissueSources
 if TYPE_CHECKING:
     import torch
 
-    from encoders import ImageEncoder
+    from image_encoder import ImageEncoder
     from stage0_tiling.tile_encoder import TileEncoder
 
 logger = logging.getLogger("stage0_tiling")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
+from command_line import check_output_folder
+
 MANY_TILES = 16  # times as many as without overlap
 
 logger = logging.getLogger("stage0_tiling")
@@ -19,7 +21,7 @@ def check_tiling_flags(args: Namespace) -> None:
     """
     if args.num_workers < 0:
         raise ValueError(f"--num_workers {args.num_workers}: expected 0 or more threads")
-    check_folder("--output_dir", args.output_dir)
+    check_output_folder(args.output_dir)
     if 0 <= args.overlap < args.tile_size:
         times = (args.tile_size / (args.tile_size - args.overlap)) ** 2
         if times >= MANY_TILES:
@@ -47,23 +49,7 @@ def check_encoding_flags(args: Namespace) -> None:
             if value := getattr(args, flag):
                 raise ValueError(f"--{flag} {value} is for --engine ray: add that, or leave it out")
     if args.local_cache is not None:
-        check_folder("--local_cache", args.local_cache)
-
-
-def check_folder(flag: str, folder: str) -> None:
-    """Refuse a folder that cannot be made or written to.
-
-    Raises:
-        ValueError, OSError: naming the flag, the folder and what would do.
-    """
-    if not folder.strip():
-        raise ValueError(f"{flag} {folder!r}: name a folder")
-    path = Path(folder).expanduser().absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"{flag} {folder}: {existing} is a file; name a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"{flag} {folder}: {existing} may not be written to; name another folder, or get access")
+        check_output_folder(args.local_cache, "--local_cache")
 
 
 def check_readable(path: Path) -> None:

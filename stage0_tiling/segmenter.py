@@ -27,6 +27,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from stage0_tiling.groups import drop_small, fill_small
@@ -74,6 +75,7 @@ class SegmenterSettings:
             raise ValueError("mean and std have three values, tissue_classes at least one")
 
 
+SETTINGS = TypeAdapter(SegmenterSettings)
 PRESETS = {
     # GrandQC (Weng et al. 2024, doi:10.1038/s41467-024-54769-y): class 0 is tissue, 1 background; CC BY-NC-SA 4.0
     "grandqc-tissue": SegmenterSettings(
@@ -192,6 +194,8 @@ def _compressed(tile: np.ndarray, quality: int) -> np.ndarray:
 def _load(path: Path, preset: str | None) -> Segmenter:
     if not path.is_file():
         raise FileNotFoundError(f"--segmenter {path}: no such file")
+    if path.suffix == ".json":
+        raise ValueError(f"--segmenter {path}: name the weights, .pt or .safetensors, that it lies beside")
     settings = PRESETS[preset] if preset else _read_settings(path)
     try:
         network = _read_network(path, settings, preset)
@@ -213,10 +217,27 @@ def _read_settings(path: Path) -> SegmenterSettings:
         )
     try:
         stated = json.loads(beside.read_text(encoding="utf-8"))
+        _check_stated(stated)
         lists = {key: tuple(value) if isinstance(value, list) else value for key, value in stated.items()}
         return SegmenterSettings(**lists)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"--segmenter: {beside} does not describe a network ({error})") from error
+
+
+def _check_stated(stated: object) -> None:
+    """Refuse what cannot be fields of `SegmenterSettings`, in plain words."""
+    known = [field.name for field in fields(SegmenterSettings)]
+    if not isinstance(stated, dict):
+        raise ValueError(f'it holds a {type(stated).__name__}; expected an object such as {{"mpp": 10, …}}')
+    if unknown := [key for key in stated if key not in known]:
+        raise ValueError(f"it has {unknown[0]!r}; expected of {', '.join(known)}")
+    if "mpp" not in stated:
+        raise ValueError("it lacks mpp, the um per pixel of the network's input")
+    try:
+        SETTINGS.validate_python(stated)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}") from error
 
 
 def _read_network(path: Path, settings: SegmenterSettings, preset: str | None) -> nn.Module:

@@ -164,7 +164,9 @@ def _open_image(path: Path) -> OpenedFile:
 
 
 def _unopenable(path: Path, error: Exception) -> SlideError:
-    return SlideError(f"{path.name} cannot be opened ({reason(error)}): is the file whole?")
+    why = reason(error)
+    mend = "save it in JPEG or another usual compression" if "unsupported" in why.lower() else "is the file whole?"
+    return SlideError(f"{path.name} cannot be opened ({why}): {mend}")
 
 
 def _hint(path: Path) -> str:

@@ -51,6 +51,7 @@ def tile_slide(
         write_thumbnail(folder.path("thumbnails", entry.slide_id), plan)
         write_tissue_geojson(folder.path("geojson", entry.slide_id), plan.tissue, origin=slide.bounds[:2])
         row = _describe(entry, slide, plan)
+        folder.path("geojson_tiles", entry.slide_id).unlink(missing_ok=True)  # of tiles that are to be others
         if row.n_tiles:
             write_slide_coords(
                 folder.path("coords", entry.slide_id),

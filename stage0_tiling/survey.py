@@ -20,9 +20,9 @@ from pathlib import Path
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from command_line import DONE, SOME_FAILED, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_folder, make_parser, run
 from slide_features import atomic_path
-from stage0_tiling.flags import check_folder
+from stage0_tiling.full_disk import DiskFull, ending_on_full_disk, is_full
 from stage0_tiling.slide_files import SURVEY_FOLDER
 from stage0_tiling.slide_list import SlideEntry, check_mpp, find_slides
 from stage0_tiling.slide_run import start_logging
@@ -72,15 +72,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.info("%d slides, %d of them to look at", len(entries), len(todo))
 
     # Look
-    found = {slide_id: row for slide_id, row in known.items() if row} | _look(todo, folder, settings, args.num_workers)
+    try:
+        with ending_on_full_disk(folder):
+            found = {slide_id: row for slide_id, row in known.items() if row}
+            found |= _look(todo, folder, settings, args.num_workers)
+            rows = name_copies([found[entry.slide_id] for entry in entries])
+            write_table(folder / "survey.csv", rows, args.feature_width)
+            write_charts(folder / "survey.png", rows)
+            pages = write_contact_sheets(folder, rows)
+    except DiskFull as error:
+        logger.error("%s", error)
+        return SOME_FAILED
 
     # Tell
-    rows = name_copies([found[entry.slide_id] for entry in entries])
-    write_table(folder / "survey.csv", rows, args.feature_width)
-    write_charts(folder / "survey.png", rows)
-    pages = write_contact_sheets(folder, rows)
     print(summary_of(rows, args.feature_width, args.tiles_per_second))
-    logger.info("see %s, survey.png and %d pages of thumbnails beside it", folder / "survey.csv", pages)
+    count = f"{pages} page{'s' * (pages != 1)}"
+    logger.info("see %s, and beside it survey.png and %s of thumbnails", folder / "survey.csv", count)
     return SOME_FAILED if any(row.failed for row in rows) else DONE
 
 
@@ -123,7 +130,7 @@ def _look(entries: list[SlideEntry], folder: Path, settings: dict, num_workers: 
     try:
         jobs = [executor.submit(_look_at, entry, folder, settings) for entry in entries]
         bar = tqdm(as_completed(jobs), total=len(jobs), unit="slide", desc="looking", disable=not jobs)
-        with logging_redirect_tqdm():
+        with bar, logging_redirect_tqdm():
             rows = [job.result() for job in bar]
     finally:
         executor.shutdown(cancel_futures=True)
@@ -140,6 +147,8 @@ def _look_at(entry: SlideEntry, folder: Path, settings: dict) -> SurveyRow:
         row, tissue = survey_slide(entry, **settings)
         write_thumbnail(thumbnail, tissue)
     except Exception as error:
+        if is_full(error):  # which is nothing about the slide
+            raise
         message = (str(error) or type(error).__name__).splitlines()[0]
         logger.error("%s failed: %s", entry.slide_id, message)
         logger.debug("%s", entry.path, exc_info=True)
@@ -169,7 +178,7 @@ def _what_was_seen(entry: SlideEntry, settings: dict) -> dict:
 
 
 def _check(args) -> None:
-    check_folder("--output_dir", args.output_dir)
+    check_output_folder(args.output_dir)
     if args.num_workers < 0:
         raise ValueError(f"--num_workers {args.num_workers}: expected 0 or more threads")
     for flag in ("feature_width", "tiles_per_second"):

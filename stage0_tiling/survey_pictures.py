@@ -5,9 +5,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from slide_features import atomic_path
+from stage0_tiling.lettering import label_font
 from stage0_tiling.slide_files import SURVEY_FOLDER
 from stage0_tiling.slide_survey import BLURRED_BELOW, TILINGS, SurveyRow
 from stage0_tiling.survey_summary import bytes_of
@@ -18,7 +19,6 @@ COLUMNS, ROWS, GAP, CAPTION_PX = 5, 6, 16, 52
 OUTLINE, INK, FAINT, WARNING, PAPER = (0, 150, 60), "#222222", "#777777", "#c0392b", "#f4f4f2"
 PALETTE = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#bab0ac")
 MAX_BARS = 8
-ADVANCE = 0.55  # of a font's size: the mean width of a letter
 
 
 def write_thumbnail(path: Path, tissue: TissueMask) -> None:
@@ -60,7 +60,7 @@ def _sheet(thumbnails: Path, rows: list[SurveyRow]) -> Image.Image:
                 sheet.paste(picture, (x + left, y + top))
         else:
             middle = x + THUMBNAIL_PX // 2, y + THUMBNAIL_PX // 2
-            draw.text(middle, "not readable", fill=FAINT, font=ImageFont.load_default(16), anchor="mm")
+            draw.text(middle, "not readable", fill=FAINT, font=label_font(15), anchor="mm")
         _caption(draw, x, y + THUMBNAIL_PX + 6, row)
     return sheet
 
@@ -70,15 +70,19 @@ def _caption(draw: ImageDraw.ImageDraw, x: int, y: int, row: SurveyRow) -> None:
     facts += [f"{row.tissue_mm2:,.1f} mm2"] if row.tissue_mm2 is not None else []
     facts += [f"{row.tiles[0]:,} tiles"] if row.tiles[0] is not None else []
     problems = "; ".join(row.problems)
-    for text, colour, size in ((row.slide_id, INK, 15), ("  ".join(facts), FAINT, 13), (problems, WARNING, 12)):
+    for text, colour, size in ((row.slide_id, INK, 14), ("  ".join(facts), FAINT, 12), (problems, WARNING, 11)):
         if text:
-            draw.text((x, y), _shorten(text, size), fill=colour, font=ImageFont.load_default(size))
-            y += size + 3
+            draw.text((x, y), _shorten(draw, text, size), fill=colour, font=label_font(size))
+            y += size + 4
 
 
-def _shorten(text: str, size: int) -> str:
-    longest = int(THUMBNAIL_PX / (size * ADVANCE))
-    return text if len(text) <= longest else f"{text[: longest // 2]}…{text[-(longest - longest // 2 - 1) :]}"
+def _shorten(draw: ImageDraw.ImageDraw, text: str, size: int) -> str:
+    """As much of the ends of a text as there is room for below a thumbnail."""
+    shown, kept = text, len(text)
+    while draw.textlength(shown, label_font(size)) > THUMBNAIL_PX:
+        kept -= 1
+        shown = f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
+    return shown
 
 
 def write_charts(path: Path, rows: list[SurveyRow]) -> None:

@@ -8,13 +8,15 @@ out/index.html, a contact sheet of all slides. A second run does only what is mi
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+from jsonargparse import Namespace
+
 from command_line import make_parser, run
 from stage0_tiling.flags import check_tiling_flags
-from stage0_tiling.plan import tiling_settings
+from stage0_tiling.plan import TilingSettings, tiling_settings
 from stage0_tiling.run_table import RunFolder
 from stage0_tiling.slide import READERS
 from stage0_tiling.slide_list import SlideEntry, check_mpp, find_slides
@@ -68,17 +70,17 @@ def add_tiling_arguments(parser) -> None:
         help="um per level-0 pixel of slides that state none, or an implausible one; by default these fail",
     )
     group.add_argument("--min_tissue", type=float, default=0.1, help="least fraction of a tile that is tissue, 0 to 1")
+    group.add_argument(
+        "--geojson_tiles",
+        action="store_true",
+        help="also write OUT/geojson_tiles/<slide_id>.geojson, tile objects for QuPath, for slides tiled before too",
+    )
     add_tissue_arguments(parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
     add_tiling_arguments(parser)
-    parser.add_argument(
-        "--geojson_tiles",
-        action="store_true",
-        help="also write OUT/geojson_tiles/<slide_id>.geojson, tile objects for QuPath, for slides tiled before too",
-    )
     args = parser.parse_args(argv)
     start_logging()
 
@@ -103,15 +105,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             num_threads=args.num_workers,
         )
         if args.geojson_tiles:
-            squares = SlideRun(entries, folder, folder.lacks_tile_squares, description="tiles to GeoJSON")
-            squares.do(
-                partial(write_tile_squares, folder=folder, settings=settings, reader=args.reader),
-                num_threads=args.num_workers,
-            )
+            squares = write_missing_squares(entries, folder, settings, args)
     finally:
         tiling.write_table()
     # a full disk may have ended either, with nothing recorded
     return max(tiling.report(), squares.report(is_quiet=True) if squares else 0)
+
+
+def write_missing_squares(
+    entries: list[SlideEntry],
+    folder: RunFolder,
+    settings: TilingSettings,
+    args: Namespace,
+    wait: Callable[[], object] = lambda: None,
+) -> SlideRun:
+    """Write the tiles of tiled slides as GeoJSON where that is missing; `wait` for processes that began together."""
+    squares = SlideRun(entries, folder, folder.lacks_tile_squares, description="tiles to GeoJSON")
+    wait()
+    squares.do(
+        partial(write_tile_squares, folder=folder, settings=settings, reader=args.reader), num_threads=args.num_workers
+    )
+    wait()
+    return squares
 
 
 def assume_mpp(entries: list[SlideEntry], mpp: float | None) -> list[SlideEntry]:

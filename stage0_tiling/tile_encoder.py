@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from encoders import ImageEncoder, load_encoder
+from encoders import load_encoder
+from image_encoder import ImageEncoder
 from stage0_tiling.slide import SlideError
 
 EQUAL = 1e-6  # largest difference between an encoder's own transform and our way to do the same

@@ -19,7 +19,7 @@ from typing import Any
 from jsonargparse.typing import PositiveInt
 
 from accelerator_setup import runs_on_cpu
-from command_line import DONE, INTERRUPTED, defaults_of, flags_of, idle_flags, make_parser, run
+from command_line import DONE, INTERRUPTED, check_output_folder, defaults_of, flags_of, idle_flags, make_parser, run
 from run_log import plain_numbers, read_log
 from slide_features import atomic_path
 from stage2_finetune.train import add_arguments
@@ -56,6 +56,7 @@ def parse_arguments():
 
 def main() -> int:
     args = parse_arguments()
+    check_output_folder(args.output_dir)
     output = Path(args.output_dir)
     rows, logs = [], {}
     for method, idle in idle_by_method(args).items():

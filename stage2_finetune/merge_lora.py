@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from jsonargparse.typing import PositiveInt
 
-from command_line import DONE, make_parser, run
+from command_line import DONE, check_output_folder, make_parser, run
+from language_model import load_llm_config, stored_dtype
 from slide_vlm import SlideVLM
 from stage2_finetune.merge_check import (
     MergeCheck,
@@ -65,6 +66,7 @@ def main() -> int:
         raise ValueError(f"--output_dir {output} is the model itself; name another folder")
     if output.exists() and not args.overwrite:
         raise ValueError(f"--output_dir {output} exists; name another folder, or add --overwrite")
+    check_output_folder(output.parent if output.is_dir() else output)
     where = {"device": args.device, "llm_name": args.llm_name, "encoder_name": args.vision_model_name}
 
     # Unmerged
@@ -111,10 +113,7 @@ def dtypes_to_try(choice: str, llm_name: str) -> list[str]:
     """The dtype asked for, or, of the language model's own files first, those that may do."""
     if choice != "auto":
         return [choice]
-    from transformers import AutoConfig
-
-    own = AutoConfig.from_pretrained(llm_name, trust_remote_code=False).get_text_config().dtype
-    return ["fp32"] if own == torch.float32 else ["bf16", "fp32"]
+    return ["fp32"] if stored_dtype(load_llm_config(llm_name)) == torch.float32 else ["bf16", "fp32"]
 
 
 def save_merged(model: SlideVLM, tokenizer, folder: Path, dtype: torch.dtype, *, encoder: bool) -> None:

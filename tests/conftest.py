@@ -1,5 +1,6 @@
 """Fixtures: a small corpus on disk, and a way to run the project's commands as a user does."""
 
+import errno
 import json
 import os
 
@@ -151,6 +152,11 @@ def environment() -> dict[str, str]:
 def heed_interrupts() -> None:
     """For a child that is to be interrupted: a background job of a shell ignores interrupts, and hands that down."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def no_access(*_: object, **__: object) -> None:
+    """In place of what makes a file: the tests may run as a user to whom everything is allowed."""
+    raise PermissionError(errno.EACCES, "Permission denied")
 
 
 def run_on_two(*arguments: object) -> str:

@@ -467,7 +467,7 @@ def test_what_an_output_does_not_depend_on_stops_learning():
 def test_convolutions_take_no_lora():
     import timm
 
-    from encoders import ImageEncoder
+    from image_encoder import ImageEncoder
 
     backbone = timm.create_model("resnet10t", pretrained=False, num_classes=0)
     encoder = ImageEncoder(backbone, None, name="resnet10t", image_size=32, mean=(0,) * 3, std=(1,) * 3)

@@ -30,11 +30,13 @@ FLOORS = [
         "sharded_weights",
         "token_nll",
         "vlm_settings",
+        "weight_reading",
     },
     {
         "projectors",
         "encoder_lora",
         "encoders",
+        "image_encoder",
         "four_bit",
         "slide_encoders",
         "language_model",

@@ -1,6 +1,8 @@
 import argparse
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -18,7 +20,7 @@ from encoders import load_encoder
 from longnet import LongNet, attend, attend_plainly, dilated_attention, sincos_positions
 from slide_encoders import GatedAttention, TilePool, check_tokens, load_slide_encoder, save_slide_encoder, tile_cells
 from slide_features import read_slide_features, write_slide_features
-from stage0_tiling import encode_slides
+from stage0_tiling import encode_slides, full_disk
 from stage0_tiling.claims import Claims
 from stage0_tiling.slide_tokens import encoders_named
 from tests.conftest import ROOT, environment, run_command
@@ -454,6 +456,28 @@ def test_a_second_process_shares_the_slides_and_leaves_what_the_first_is_writing
     monkeypatch.setattr(encode_slides, "encode_features", dies)
     encode(tmp_path, "--overwrite", status=1)
     assert not list(folder.iterdir()) and "failed: c: MemoryError" in caplog.text
+
+
+def test_a_full_disk_ends_the_command_and_the_next_one_goes_on(tmp_path, monkeypatch, caplog):
+    for slide_id in "abcd":
+        write_tiles(tmp_path / "features", slide_id)
+    write = encode_slides.write_tokens
+
+    def full_at_b(path, *how):
+        if path.stem == "b":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, *how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(encode_slides, "write_tokens", full_at_b)
+        patched.setattr(full_disk, "FREE_BYTES", 1 << 62)
+        encode(tmp_path, status=1)
+    folder = tmp_path / "slide_features_mean"
+    assert "1 done, 1 failed, 2 not done; see" in caplog.text
+    assert f"failed: b: no space left in {folder}; free some, then run again" in caplog.text
+    assert [path.stem for path in folder.iterdir()] == ["a"] and not list((tmp_path / "claims" / folder.name).iterdir())
+    encode(tmp_path)
+    assert sorted(path.stem for path in folder.iterdir()) == list("abcd")
 
 
 def test_a_slide_that_kills_its_process_twice_is_given_up(tmp_path, caplog):

@@ -321,6 +321,29 @@ def test_training_refuses_a_patient_of_its_test_split(corpus_of_8):
         )
 
 
+def test_no_table_is_made_where_a_slide_is_of_two_patients(corpus_of_8):
+    """Neither where records repeat a slide or picture, nor where sets of a meta file name theirs alike."""
+    rows = json.loads((corpus_of_8 / "r.json").read_text())
+    rows += [rows[3] | {"question": "Which organ?"}, {"id": "case", "slides": ["b", "b.svs"], "report": "x"}]
+    split = ["slide_reports/split.py", "--train_json", corpus_of_8 / "r.json", "--output", corpus_of_8 / "s.csv"]
+    (corpus_of_8 / "r.json").write_text(json.dumps(rows))
+    run_command(*split)
+    before = (corpus_of_8 / "s.csv").read_bytes()
+    for twice in (rows[0] | {"patient_id": "somebody"}, {"id": "other", "slides": ["PIT_01_00000_00"], "report": "x"}):
+        (corpus_of_8 / "r.json").write_text(json.dumps([*rows, twice]))
+        told = "error: PIT_01_00000_00 under two patients, who may fall into two splits; give all records of a slide"
+        assert told in run_command(*split, status=2).stderr
+    assert (corpus_of_8 / "s.csv").read_bytes() == before
+    pictures = [{"image": "0.png", "caption": "x"}, {"image": "./0.png", "caption": "y", "patient_id": "p"}]
+    meta = {name: {"root": name, "annotation": f"{name}.json"} for name in ("a", "b")}
+    for name, row in zip(meta, pictures, strict=True):
+        (corpus_of_8 / f"{name}.json").write_text(json.dumps([row]))
+    (corpus_of_8 / "r.json").write_text(json.dumps(meta))
+    run_command(*split)
+    (corpus_of_8 / "r.json").write_text(json.dumps(pictures))
+    assert "error: 0.png under two patients" in run_command(*split, status=2).stderr
+
+
 def test_training_refuses_a_slide_in_two_splits_under_two_patients(corpus_of_8):
     folder, rows = corpus_of_8, json.loads((corpus_of_8 / "r.json").read_text())
     flags = {"val_fraction": 0, "seed": 0, "features_dir": str(folder / "f")}

@@ -20,7 +20,7 @@ from stage0_tiling.slide import SlideError
 from stage0_tiling.slide_list import find_slides
 from stage0_tiling.slide_run import SlideRun
 from stage0_tiling.user_masks import read_mask
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, environment, no_access
 from tests.slides import DrawnSlide
 
 
@@ -203,17 +203,15 @@ def test_flags_that_mean_nothing_are_refused(slides, tmp_path, command, wrong, m
 
 def test_folders_and_slides_without_access_are_named(slides, tmp_path, monkeypatch, caplog):
     """The tests may run as a user to whom everything is allowed."""
-    real = os.access
-    monkeypatch.setattr(
-        flags.os, "access", lambda path, mode: False if str(path) == str(tmp_path) else real(path, mode)
-    )
-    for command in (tile, survey):
-        with pytest.raises(PermissionError, match="--output_dir .*/out: .* may not be written to; name another"):
-            command.main(["--slides", str(slides), "--output_dir", str(tmp_path / "out")])
-    with pytest.raises(PermissionError, match="--output_dir .* may not be written to"):
-        command = ["--features_dir", str(slides), "--slide_encoder", "mean", "--output_dir", str(tmp_path)]
-        encode_slides.main(command)
-    slide = slides / "slide_1.tiff"
+    with monkeypatch.context() as patched:
+        patched.setattr("command_line.tempfile.TemporaryFile", no_access)
+        for command in (tile, survey):
+            with pytest.raises(PermissionError, match="--output_dir .*/out: nothing can be written there"):
+                command.main(["--slides", str(slides), "--output_dir", str(tmp_path / "out")])
+        with pytest.raises(PermissionError, match="--output_dir .*: nothing can be written there"):
+            command = ["--features_dir", str(slides), "--slide_encoder", "mean", "--output_dir", str(tmp_path)]
+            encode_slides.main(command)
+    real, slide = os.access, slides / "slide_1.tiff"
     monkeypatch.setattr(flags.os, "access", lambda path, mode: path != slide and real(path, mode))
     assert run_tile(slides, tmp_path / "out") == 1
     assert "failed: slide_1: slide_1.tiff may not be read by this user: get access to it" in caplog.text

@@ -371,6 +371,18 @@ def test_a_rerun_makes_nothing_again_and_overwrite_everything(slides, tmp_path):
     assert not squares.exists() and all(folder.path(kind, "good").stat().st_mtime_ns > made[kind] for kind in kinds)
 
 
+def test_squares_of_other_tiles_do_not_stay(slides, tmp_path):
+    """A slide whose file has changed is tiled again, and its squares are made again where they are asked for."""
+    slide, out = tmp_path / "s.tiff", tmp_path / "out"
+    slide.write_bytes((slides / "good.tiff").read_bytes())
+    assert run_tile(slide, out, "--geojson_tiles") == 0
+    squares = RunFolder(out).path("geojson_tiles", "s")
+    DrawnSlide(width=384, height=256, num_levels=1).write(slide)
+    assert run_tile(slide, out) == 0 and not squares.exists()
+    assert run_tile(slide, out, "--geojson_tiles") == 0
+    assert len(json.loads(squares.read_text())["features"]) == RunFolder(out).read_state("s").row.n_tiles
+
+
 def test_tiles_of_a_slide_that_is_gone_fail_alone(slides, tmp_path):
     gone, good = tmp_path / "gone.tiff", tmp_path / "good.tiff"
     for path in (gone, good):

@@ -10,8 +10,9 @@ import torch
 from encoders import load_encoder
 from slide_features import read_slide_features
 from stage0_tiling import encode as stage0_encode
+from stage0_tiling import tile as stage0_tile
 from stage0_tiling.run_table import RunFolder
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, environment, run_on_two
 from tests.slides import DrawnSlide
 
 # Runs a script with a line added to a log whenever a slide is encoded, slowly.
@@ -105,6 +106,20 @@ def test_a_run_joins_another_that_is_then_killed(slides, encoder, plain, tmp_pat
     assert encode(slides, out, encoder) == 0
     assert content(out) == content(plain)
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
+
+
+def test_squares_are_written_by_the_encoding_script_too(slides, encoder, tmp_path):
+    """As by the tiling script, also for slides encoded before."""
+    slide, squares = slides / "slide_0.tiff", "geojson_tiles/slide_0.geojson"
+    tiling = ("--tile_size", "64", "--mpp", "1.0", "--geojson_tiles")
+    assert stage0_tile.main(["--slides", str(slide), "--output_dir", str(tmp_path / "tiled"), *tiling]) == 0
+    assert encode(slide, tmp_path / "out", encoder) == 0
+    features = (tmp_path / "out" / "features" / "slide_0.h5").stat().st_mtime_ns
+    assert encode(slide, tmp_path / "out", encoder, "--geojson_tiles") == 0
+    assert (tmp_path / "out" / squares).read_bytes() == (tmp_path / "tiled" / squares).read_bytes()
+    assert (tmp_path / "out" / "features" / "slide_0.h5").stat().st_mtime_ns == features
+    run_on_two("stage0_tiling/encode.py", *flags(slides, tmp_path / "two", encoder, "--geojson_tiles"))
+    assert len(list((tmp_path / "two" / "geojson_tiles").iterdir())) == 6
 
 
 def test_copies_on_a_local_disk_give_the_same(slides, encoder, plain, tmp_path):

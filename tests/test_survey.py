@@ -1,18 +1,22 @@
 import csv
+import errno
+import os
 import shutil
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from stage0_tiling import survey, tile
+from stage0_tiling.lettering import label_font
 from stage0_tiling.pixel_size import SlideError
 from stage0_tiling.plan import TilingSettings, plan_tiles
 from stage0_tiling.slide import Slide
 from stage0_tiling.slide_list import SlideEntry, find_slides
 from stage0_tiling.slide_survey import BLURRED_BELOW, SurveyRow, detail_over_contrast, survey_slide
-from stage0_tiling.survey_pictures import write_charts, write_contact_sheets
+from stage0_tiling.survey_pictures import THUMBNAIL_PX, _shorten, write_charts, write_contact_sheets
 from stage0_tiling.survey_summary import summary_of
 from tests.conftest import ROOT, run_command
 from tests.dicom_slides import write_dicom_slide
@@ -79,6 +83,20 @@ def test_a_collection_in_a_table_in_pictures_and_in_words(collection, tmp_path):
     assert Image.open(tmp_path / "survey.png").size == (1560, 912)
     sheet = Image.open(tmp_path / "survey_thumbnails_01.jpg")
     assert sheet.size[0] == 5 * 336 + 16 and "icc_profile" not in sheet.info
+
+
+@pytest.mark.parametrize("writer", ["write_thumbnail", "write_charts"])
+def test_a_full_disk_ends_the_survey_and_is_no_fault_of_a_slide(collection, tmp_path, monkeypatch, caplog, writer):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(survey, writer, full)
+        assert run_survey(collection / "good.tiff", tmp_path) == 1
+    assert caplog.messages[-1] == f"no space left in {tmp_path}; free some, then run again"
+    assert "good failed" not in caplog.text
+    assert not [bar for bar in getattr(tqdm, "_instances", ()) if bar.desc == "looking"], "a bar is left standing"
+    assert run_survey(collection / "good.tiff", tmp_path) == 0 and table(tmp_path)["good"]["problems"] == ""
 
 
 def test_a_second_run_looks_only_at_what_is_new_or_changed(collection, tmp_path, monkeypatch):
@@ -197,3 +215,14 @@ def test_real_slides_are_sharp_and_their_labels_are_never_read(monkeypatch):
     assert row.has_icc
     with pytest.raises(SlideError, match="unreadable.svs"):
         survey_slide(SlideEntry("u", SHARED / "bad_slides" / "unreadable.svs"), min_tissue=0.1)
+
+
+def test_names_below_thumbnails_are_legible_and_fit():
+    font, draw = label_font(14), ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    blank = bytes(font.getmask("\U0010fffe"))  # what is drawn for a letter that the font has not
+    assert all(bytes(font.getmask(letter)) != blank for letter in "üïéßøłŽЖωµ…²≥")
+    for name in ("W" * 100, "i" * 200, "Ж1" * 60):
+        shown = _shorten(draw, name, 14)
+        assert THUMBNAIL_PX - 20 < draw.textlength(shown, font) <= THUMBNAIL_PX
+        assert shown[:5] == name[:5] and shown[-5:] == name[-5:]
+    assert _shorten(draw, "PIT_06_00633_01", 14) == "PIT_06_00633_01"

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from command_line import run
 from run_checkpoints import check_identity, checkpoint_to_resume, checkpoints, find_run
 from run_log import RunLog
-from tests.conftest import ROOT, command, environment, run_command
+from tests.conftest import ROOT, command, environment, no_access, run_command
 
 STAGE1, STAGE2 = "stage1_projector/train.py", "stage2_finetune/train.py"
 
@@ -83,8 +83,8 @@ def test_a_refused_overwrite_leaves_the_old_run(corpus, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.access", lambda folder, mode: folder != tmp_path)
-    with pytest.raises(ValueError, match=f"--output_dir .*: {tmp_path} cannot be written"):
+    monkeypatch.setattr("command_line.tempfile.TemporaryFile", no_access)
+    with pytest.raises(PermissionError, match=rf"--output_dir .*nothing can be written .*denied in {tmp_path}\)"):
         find_run(output_dir=str(tmp_path / "a" / "run"), overwrite=False, resume_from_checkpoint=None)
     (tmp_path / "run").mkdir()
     monkeypatch.undo()
@@ -254,7 +254,7 @@ BLOWS_UP = {"--learning_rate": 1e30, "--max_grad_norm": 1e30, "--warmup_ratio": 
         (1, {"--best_metric": "rouge_l", "--val_fraction": 0}, "--best_metric rouge_l needs validation records"),
         (1, {"--early_stopping_patience": 2, "--val_fraction": 0}, "--early_stopping_patience needs validation"),
         (1, {"--val_fraction": 1}, "no record is left to train on beside 22 for validation"),
-        (1, {"--output_dir": "/dev/null/run"}, "since /dev/null is a file"),
+        (1, {"--output_dir": "/dev/null/run"}, "--output_dir /dev/null/run: /dev/null is a file"),
         (1, BLOWS_UP | {"--batch_size": 4}, "the gradient norm is nan at a loss of nan, so no step was taken"),
         (1, BLOWS_UP | {"--batch_size": 99}, "step 1: the validation loss is nan; lower --learning_rate"),
         (2, {"--lora_dropout": 1.5}, "--lora_dropout"),
