@@ -62,7 +62,7 @@ def main() -> int:
     for method, idle in idle_by_method(args).items():
         flags = {name: value for name, value in flags_of(args).items() if name not in OWN_FLAGS and value is not None}
         for name in idle:
-            del flags[name]
+            flags.pop(name, None)
         run_dir = output / method
         if not (run_dir / "log.jsonl").exists():  # this method's turn had not come
             flags.pop("resume_from_checkpoint", None)
