@@ -231,9 +231,18 @@ def loss_name(lines: Iterable[Mapping[str, Any]]) -> str:
 
 
 def plain_numbers(axes: Any) -> None:
-    """Write the values of a logarithmic axis as such, not as powers of ten, of which losses span one or two."""
+    """Write the values of a logarithmic axis as such, not as powers of ten, of which losses span one or two.
+
+    Where 6 to 9 would crowd below the next power, 1, 2 and 5 of each are written; of very many powers, themselves.
+    """
+
+    def in_words(value: float, _: int) -> str:
+        low, high = axes.get_ylim()
+        digits = "123456789" if high < 3 * low else "125" if high < 1000 * low else "1"
+        return f"{value:.4g}" if f"{value:.0e}"[0] in digits else ""
+
     for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        set_formatter(lambda value, _: f"{value:.4g}")
+        set_formatter(in_words)
 
 
 def _series(lines: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:

@@ -5,6 +5,9 @@ import textwrap
 from pathlib import Path
 
 NUM_SLIDES = 6
+ROW_INCHES = 2.6
+ROW_PT = 72 * ROW_INCHES - 20  # less the name of the next slide
+LARGEST_PT, LINE_HEIGHT = 11, 1.25
 
 
 def draw_contact_sheet(out: Path, picture: Path) -> None:
@@ -17,8 +20,8 @@ def draw_contact_sheet(out: Path, picture: Path) -> None:
     predictions = {row["id"]: row["report"] for row in json.loads((out / "predictions.json").read_text())}
     references = {row["id"]: row["report"] for row in json.loads((out / "test.json").read_text())}
     slides = list(references)[:: max(1, len(references) // NUM_SLIDES)][:NUM_SLIDES]
-    figure = pyplot.figure(figsize=(16, 2.6 * NUM_SLIDES + 4.5), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[2.6 * NUM_SLIDES, 4.5])
+    figure = pyplot.figure(figsize=(16, ROW_INCHES * NUM_SLIDES + 4.5), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[ROW_INCHES * NUM_SLIDES, 4.5])
     top.suptitle("Held-out slides: the slide, tissue and tiles of stage 0, the written report and the reference")
     axes = top.subplots(NUM_SLIDES, 3, width_ratios=[1, 1, 2.2], squeeze=False)
     for row, slide in zip(axes, slides, strict=False):
@@ -27,11 +30,8 @@ def draw_contact_sheet(out: Path, picture: Path) -> None:
         row[0].set_title(stem, fontsize=9)
         row[1].imshow(pyplot.imread(out / "stage0" / "overlays" / f"{stem}.jpg"))
         written, reference = predictions[slide], references[slide]
-        is_right = written.split() == reference.split()
-        row[2].text(0, 0.95, "written", va="top", fontsize=9, color="grey")
-        row[2].text(0, 0.84, wrap(written), va="top", fontsize=11, color="darkgreen" if is_right else "firebrick")
-        row[2].text(0, 0.45, "reference", va="top", fontsize=9, color="grey")
-        row[2].text(0, 0.34, wrap(reference), va="top", fontsize=11)
+        color = "darkgreen" if written.split() == reference.split() else "firebrick"
+        write_below(row[2], [("written", written, color), ("reference", reference, "black")])
         for axis in row:
             axis.axis("off")
     for axis, stage in zip(bottom.subplots(1, 2), ("stage1", "stage2"), strict=True):
@@ -48,6 +48,22 @@ def thumbnail(slide: Path, side: int = 512):
 
     with openslide.open_slide(slide) as opened:
         return opened.get_thumbnail((side, side))
+
+
+def write_below(axis, reports: list[tuple[str, str, str]]) -> None:
+    """Write (caption, report, colour) below one another, smaller where they would not fit the height of the row."""
+    texts = [(caption, wrap(report), color) for caption, report, color in reports]
+    num_lines = sum(2 + text.count("\n") + 1 for _, text, _ in texts)  # with a caption and a gap each
+    size = min(LARGEST_PT, ROW_PT / (num_lines * LINE_HEIGHT))
+    top = 0.0  # points below the axis' upper edge
+    for caption, text, color in texts:
+        for words, points, ink in ((caption, min(9, size), "grey"), (text, size, color)):
+            axis.annotate(
+                words, (0, 1), (0, -top), xycoords="axes fraction", textcoords="offset points", va="top",
+                fontsize=points, color=ink, linespacing=LINE_HEIGHT, annotation_clip=False,
+            )  # fmt: skip
+            top += (words.count("\n") + 1) * size * LINE_HEIGHT
+        top += size * LINE_HEIGHT
 
 
 def wrap(report: str) -> str:

@@ -81,7 +81,7 @@ def main() -> int:
     about |= {"question": settings.question, "tile_size": settings.tiling["tile_size"], "mpp": settings.tiling["mpp"]}
     about["no_evidence"] = writer.no_evidence
     hosts = LOOPBACK | {args.host.lower(), *(name.lower() for name in args.allowed_hosts)}
-    app = create_app(folder, writer, about, hosts)
+    app = create_app(folder, writer, about, hosts, args.assume_mpp)
     host, port = listening.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     print(f"{len(folder.list())} slides in {folder.root}; Ctrl+C ends", file=sys.stderr)

@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
@@ -112,14 +113,25 @@ class ZoomedSlide:
         return _jpeg(Image.fromarray(self.slide.read_whole(*size)))
 
 
+@dataclass
+class _Borrowed:
+    """A slide that is open, or about to be, and how many read from it."""
+
+    slide: ZoomedSlide | None = None
+    users: int = 0
+    opening: threading.Lock = field(default_factory=threading.Lock)
+
+
 class OpenSlides:
-    """Slides that stay open while they are looked at; the ones not looked at for longest are closed."""
+    """Slides that stay open while they are looked at; the ones not looked at for longest are closed.
+
+    More than ``limit`` are open only while as many are being read at the same moment.
+    """
 
     def __init__(self, limit: int = 8):
         self._limit = limit
         self._lock = threading.Lock()
-        self._slides: OrderedDict[tuple, ZoomedSlide] = OrderedDict()
-        self._users: dict[tuple, int] = {}
+        self._slides: OrderedDict[tuple, _Borrowed] = OrderedDict()
 
     @contextmanager
     def borrow(self, path: Path) -> Iterator[ZoomedSlide]:
@@ -127,23 +139,28 @@ class OpenSlides:
         status = path.stat()
         key = str(path), status.st_mtime_ns, status.st_size
         with self._lock:
-            slide = self._slides.pop(key, None) or ZoomedSlide(path)
-            self._slides[key] = slide
-            self._users[key] = self._users.get(key, 0) + 1
-            self._close_idle()
+            borrowed = self._slides.setdefault(key, _Borrowed())
+            self._slides.move_to_end(key)
+            borrowed.users += 1
         try:
-            yield slide
+            with borrowed.opening:  # its own lock: who looks at another slide does not wait for this one
+                if borrowed.slide is None:
+                    borrowed.slide = ZoomedSlide(path)
+            yield borrowed.slide
         finally:
             with self._lock:
-                self._users[key] -= 1
+                borrowed.users -= 1
+                if borrowed.slide is None and not borrowed.users:
+                    del self._slides[key]
+                self._close_idle()
 
     def _close_idle(self) -> None:
-        for key in list(self._slides):
+        for key, borrowed in list(self._slides.items()):
             if len(self._slides) <= self._limit:
                 return
-            if not self._users[key]:
-                self._slides.pop(key).close()
-                del self._users[key]
+            if not borrowed.users:
+                del self._slides[key]
+                borrowed.slide.close()
 
 
 def _jpeg(picture: Image.Image) -> bytes:

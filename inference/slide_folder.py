@@ -6,15 +6,18 @@ was not listed; and what was listed is looked at again, through links, before it
 
 import errno
 import hashlib
+import logging
 import os
 import re
 import secrets
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from stage0_tiling import slide_files
 from stage0_tiling.slide import Slide, SlideError
 from stage0_tiling.slide_files import WHOLE_SLIDE_SUFFIXES, files_of, slides_below
 
@@ -22,6 +25,9 @@ from stage0_tiling.slide_files import WHOLE_SLIDE_SUFFIXES, files_of, slides_bel
 UPLOAD_SUFFIXES = frozenset(".svs .tif .tiff .ndpi .scn .bif .svslide".split())
 MAX_NAME_BYTES = 200
 MARGIN_BYTES = 256 * 2**20  # of the disk that uploads leave free
+BYTES_BETWEEN_LOOKS = 64 * 2**20  # of an upload, at how much room the disk still has
+PARTIAL = ".upload-"  # an upload before it has its name
+FORGOTTEN_S = 24 * 3600  # a partial upload untouched for so long belongs to a page that was killed
 _BAD_IN_NAMES = re.compile(r"[\x00-\x1f\x7f/\\:*?\"<>|\u202a-\u202e\u2066-\u2069]")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -36,12 +42,26 @@ class NotAccepted(ValueError):
 
 @dataclass(frozen=True)
 class FolderSlide:
-    """A slide of the folder: a key that names it in requests, its path below the folder, and its file."""
+    """A slide of the folder.
+
+    Attributes:
+        key: names it in requests, and stays the same when another file takes its place.
+        name: its path below the folder, as text: bytes that are no UTF-8 are shown as a mark.
+        path: its file.
+        num_bytes: of the file.
+        version: another one as soon as the file is another.
+    """
 
     key: str
     name: str
     path: Path
     num_bytes: int
+    version: str
+
+    @property
+    def has_readable_name(self) -> bool:
+        """Whether its name is UTF-8, as it must be wherever it is written down."""
+        return _is_text(self.path.name)
 
 
 def parse_size(text: str) -> int:
@@ -72,22 +92,29 @@ class SlideFolder:
         self.max_upload = max_upload
         self._listed: dict[str, FolderSlide] = {}
         self._lock = threading.Lock()
+        self._remove_forgotten()
+        if not any(isinstance(known, _OncePerMessage) for known in slide_files.logger.filters):
+            slide_files.logger.addFilter(_OncePerMessage())
 
     def list(self) -> list[FolderSlide]:
-        """Slides that are there now, by name. Plain images are left out, and links that lead out of the folder."""
+        """Slides that are there now, by name.
+
+        Left out are plain images, links that lead out of the folder, and what is no file: a pipe would be waited for.
+        """
         found = {}
         for _, path in slides_below(self.root):
-            if path.suffix.lower() in WHOLE_SLIDE_SUFFIXES and self._is_inside(path):
-                name = path.relative_to(self.root).as_posix()
-                key = hashlib.sha256(os.fsencode(name)).hexdigest()[:20]
+            if path.suffix.lower() in WHOLE_SLIDE_SUFFIXES and path.is_file() and self._is_inside(path):
+                name = os.fsencode(path.relative_to(self.root))
+                key = hashlib.sha256(name).hexdigest()[:20]
                 with suppress(FileNotFoundError):  # removed meanwhile
-                    found[key] = FolderSlide(key, name, path, path.stat().st_size)
+                    slide = FolderSlide(key, name.decode("utf-8", "replace"), path, 0, "")
+                    found[key] = _as_it_is_now(slide)
         with self._lock:
             self._listed = found
         return sorted(found.values(), key=lambda slide: slide.name.lower())
 
     def find(self, key: str) -> FolderSlide:
-        """The slide of a key.
+        """The slide of a key, as its file is now.
 
         Raises:
             KeyError: there is none, or no longer, or it leads out of the folder by now.
@@ -98,7 +125,7 @@ class SlideFolder:
             slide = self._listed[key]
         if not all(self._is_inside(file) for file in files_of(slide.path)):
             raise KeyError(key)
-        return slide
+        return _as_it_is_now(slide)
 
     def _is_inside(self, path: Path) -> bool:
         try:
@@ -144,14 +171,18 @@ class SlideFolder:
         from anyio import to_thread
 
         target = self.check_upload(name, num_bytes)
-        partial = self.root / f".upload-{secrets.token_hex(6)}{target.suffix.lower()}"
+        partial = self.root / f"{PARTIAL}{secrets.token_hex(6)}{target.suffix.lower()}"
         try:
-            written = 0
+            written = looked = 0
             with partial.open("xb") as file:
                 async for chunk in chunks:
                     written += len(chunk)
                     if written > self.max_upload:
                         raise NotAccepted(413, f"more than the {self.max_upload / 1e9:g} GB allowed")
+                    if written - looked >= BYTES_BETWEEN_LOOKS:  # others write to the disk, too
+                        looked = written
+                        if self._free_bytes() < 0:
+                            raise NotAccepted(507, "the folder's disk is full")
                     await to_thread.run_sync(file.write, chunk)
             if num_bytes is not None and written != num_bytes:
                 raise NotAccepted(400, f"{written} of {num_bytes} bytes arrived; send it again")
@@ -170,6 +201,42 @@ class SlideFolder:
     def _free_bytes(self) -> int:
         status = os.statvfs(self.root)
         return status.f_bavail * status.f_frsize - MARGIN_BYTES
+
+    def _remove_forgotten(self) -> None:
+        """Remove what is left of uploads to a page that was killed."""
+        for partial in self.root.glob(f"{PARTIAL}*"):
+            with suppress(OSError):
+                if time.time() - partial.lstat().st_mtime > FORGOTTEN_S:
+                    partial.unlink()
+
+
+class _OncePerMessage(logging.Filter):
+    """Let a message about the folder pass once: the page looks at the folder every few seconds."""
+
+    def __init__(self):
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in self._said
+        self._said.add(message)
+        return is_new
+
+
+def _as_it_is_now(slide: FolderSlide) -> FolderSlide:
+    """The slide with size and version of its file; raises FileNotFoundError."""
+    status = slide.path.stat()
+    facts = f"{status.st_dev} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
+    return replace(slide, num_bytes=status.st_size, version=hashlib.sha256(facts.encode()).hexdigest()[:12])
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _name(partial: Path, target: Path) -> None:

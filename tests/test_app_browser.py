@@ -98,6 +98,19 @@ def painted(page) -> int:
     )
 
 
+def shade(page) -> int:
+    """How opaque the drawings above the slide are, all pixels together."""
+    return page.evaluate(
+        """() => { const c = document.querySelector('.marks');
+        const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+        let n = 0; for (let i = 3; i < d.length; i += 4) n += d[i]; return n; }"""
+    )
+
+
+def painted_navigator(page) -> bool:
+    return page.evaluate("getComputedStyle(document.getElementById('navigator')).visibility") == "visible"
+
+
 def pick(page, name: str) -> None:
     page.get_by_role("button", name=name).click()
 
@@ -117,7 +130,7 @@ def test_list_and_empty_state(page):
     assert page.get_by_role("button", name="Write the report").is_disabled()
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     page.fill("#search", "nothing of this name")
-    assert "No slide" in page.locator("#slides").inner_text()
+    assert "No slide" in page.locator("#slides").text_content()
     page.fill("#search", "")
 
 
@@ -127,10 +140,13 @@ def test_a_slide_opens_zooms_and_shows_tissue_and_tiles(page):
     pick(page, "one.tiff")
     page.locator("#scale").wait_for()
     assert "1,100 × 900 px" in page.locator("#slide-facts").inner_text()
+    assert page.locator("#magnification").inner_text().endswith("×")
+    assert not painted_navigator(page), "the whole slide is in view"
     before = page.locator("#scale-text").inner_text()
     for _ in range(3):
         page.get_by_role("button", name="Zoom in").click()
     until(page, f"document.getElementById('scale-text').textContent !== {before!r}")
+    assert painted_navigator(page)
     page.get_by_role("button", name="Show the whole slide").click()
     until(page, f"document.getElementById('scale-text').textContent === {before!r}")
     assert zooms and all(status == 200 for _, status in zooms)
@@ -159,11 +175,18 @@ def test_a_report_is_written_and_a_click_on_a_line_shows_its_evidence(page):
     before = page.evaluate(width)
     page.locator(".tiles button").first.click()
     until(page, f"{width} !== {before!r}")
+    strong = shade(page)
+    page.locator("#strength").fill("0.1")
+    assert shade(page) < strong, "less colour, more tissue"
     page.get_by_role("button", name="Evidence", exact=True).click()
     assert painted(page) == 0
     page.get_by_role("button", name="Evidence", exact=True).click()
     line.press("Enter")  # by keyboard, and off again
     assert painted(page) == 0 and page.locator(".tiles").count() == 0
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name="Copy").click()
+    page.get_by_role("button", name="Copied").wait_for()
+    assert line.inner_text().strip() in page.evaluate("navigator.clipboard.readText()")
     for name, suffix in (("Report", ".txt"), ("GeoJSON", ".geojson"), ("Overlay (PNG)", ".png")):
         with page.expect_download() as download:
             page.get_by_role("link", name=name, exact=True).click()
@@ -201,7 +224,24 @@ def test_a_slide_is_added_and_opened(page, tmp_path):
     page.set_input_files("#file", tmp_path / "added.tiff")
     until(page, "document.getElementById('slide-name').textContent === 'added.tiff'")
     assert page.locator(".slide").count() == 4
-    assert page.locator("[aria-current=true]").inner_text().startswith("added.tiff")
+    assert page.locator(".slide[aria-current=true] b").text_content().startswith("added.tiff")
+
+
+def test_several_slides_are_added_one_after_another(page, root, tmp_path):
+    for number in (1, 2):
+        DrawnSlide(width=600, height=500, num_levels=1, seed=number).write(tmp_path / f"many {number}.tiff")
+    (tmp_path / "many.pdf").write_bytes(b"x")
+    page.set_input_files("#file", [tmp_path / name for name in ("many 1.tiff", "many.pdf", "many 2.tiff")])
+    until(page, "document.getElementById('slide-name').textContent === 'many 2.tiff'")
+    assert page.locator("#uploads .card").count() == 1 and "many.pdf" in page.locator("#uploads .bad").inner_text()
+    page.locator("#uploads").get_by_role("button", name="Close").click()
+    for number in (1, 2):
+        page.locator(f'.slide[title="many {number}.tiff"]').wait_for()
+        (root / f"many {number}.tiff").unlink()
+    page.get_by_role("button", name="Look at the folder again").click()
+    until(page, "document.querySelector('.slide[title^=many]') === null")
+    pick(page, "added.tiff")
+    page.get_by_role("button", name="Write the report").wait_for()
 
 
 def test_a_report_goes_on_while_others_wait_and_the_page_is_left(page, address):
@@ -219,9 +259,9 @@ def test_a_report_goes_on_while_others_wait_and_the_page_is_left(page, address):
     assert page.get_by_role("button", name="Write the report").is_hidden(), "not a second time"
     pick(page, "one.tiff")
     until(page, "document.querySelectorAll('.lines').length === 2")  # its report and the answer are still there
-    assert "writing" in page.get_by_role("button", name="added.tiff").inner_text()
+    assert "writing" in page.get_by_role("button", name="added.tiff").text_content()
     GATE.set()
-    until(page, "document.querySelector('[title=\"added.tiff\"]').innerText.includes('reported')")
+    until(page, "document.querySelector('[title=\"added.tiff\"]').textContent.includes('reported')")
     pick(page, "added.tiff")
     page.locator(".lines button").first.wait_for()
     assert page.locator(".lines").count() == 1
@@ -256,24 +296,82 @@ def test_a_slide_that_is_taken_away_is_said(page, root):
         shutil.copy(root / "one.tiff", root / name)
     page.reload()
     page.get_by_role("button", name="gone.tiff").wait_for()
+    page.route("**/api/slides", lambda route: route.abort())  # as if it had not been looked at since
     (root / "gone.tiff").unlink()
     pick(page, "gone.tiff")
     until(page, "document.getElementById('view-message').innerText.includes('no such slide')")
-    until(page, "document.querySelector('[title=\"gone.tiff\"]') === null")
+    until(page, "!document.getElementById('offline').hidden")
+    page.unroute("**/api/slides")
+    page.get_by_role("button", name="Look at the folder again").click()
+    until(page, "document.querySelector('.slide[title=\"gone.tiff\"]') === null")
+    assert page.locator("#offline").is_hidden()
     pick(page, "gone later.tiff")
     until(page, "document.getElementById('view-message').innerText === ''")  # a part of it is shown
     (root / "gone later.tiff").unlink()
     for _ in range(4):
         page.get_by_role("button", name="Zoom in").click()
     until(page, "document.getElementById('view-message').innerText.includes('no such slide')")
-    until(page, "document.querySelector('[title=\"gone later.tiff\"]') === null")
+    until(page, "document.querySelector('.slide[title=\"gone later.tiff\"]') === null")
+    assert page.locator("#slide-warning").inner_text() == "No longer in the folder"
+
+
+def test_the_list_follows_the_folder(page, root):
+    names = page.locator(".slide b").all_text_contents()
+    page.locator(".slide").first.focus()
+    (root / "below").mkdir()
+    shutil.copy(root / "one.tiff", root / "below" / "come later.tiff")
+    page.locator('.slide[title="below/come later.tiff"]').wait_for()  # by itself
+    assert page.evaluate("document.activeElement.title") == names[0], "who reads the list is not disturbed"
+    assert page.locator("#count").inner_text() == str(len(names) + 1)
+    (root / "below" / "come later.tiff").unlink()
+    page.get_by_role("button", name="Look at the folder again").click()
+    until(page, "document.querySelector('.slide[title=\"below/come later.tiff\"]') === null")
+    assert page.locator(".slide b").all_text_contents() == names
+
+
+def test_a_slide_whose_file_is_replaced_is_opened_anew(page, root):
+    shutil.copy(root / "one.tiff", root / "changing.tiff")
+    look_again = page.get_by_role("button", name="Look at the folder again")
+    look_again.click()
+    pick(page, "changing.tiff")
+    page.get_by_role("button", name="Write the report").click()
+    page.locator(".lines button").first.wait_for()
+    DrawnSlide(width=600, height=500, num_levels=1, seed=5).write(root / "next.tiff")
+    (root / "next.tiff").rename(root / "changing.tiff")
+    look_again.click()
+    until(page, "document.getElementById('slide-facts').textContent.includes('600 × 500 px')")
+    until(page, "document.querySelector('.uncertain')?.innerText.includes('file that was here before')")
+    assert "Another file" in page.locator("#slide-warning").inner_text()
+    assert page.locator(".lines button").count() == 0, "no evidence of one slide over another"
+    page.get_by_role("button", name="Write anew").click()
+    page.locator(".lines button").first.wait_for()
+    assert page.locator(".uncertain").count() == 0
+    (root / "changing.tiff").unlink()
+
+
+def test_a_report_survives_a_server_that_does_not_answer_for_a_while(page):
+    pick(page, "blank.tiff")
+    page.get_by_role("button", name="Write the report").wait_for()
+    GATE.clear()
+    page.get_by_role("button", name="Write the report").click()
+    until(page, "document.querySelector('.card .row')?.innerText.includes('Before the gate')")
+    page.route("**/api/**", lambda route: route.abort())
+    until(page, "document.querySelector('.card .row')?.innerText.includes('trying again')")
+    page.get_by_role("button", name="Cancel").click()
+    page.unroute("**/api/**")
+    until(page, "document.querySelector('.card .row')?.innerText.includes('Before the gate')")
+    page.get_by_role("button", name="Cancel").click()  # once more, since nobody heard it
+    page.get_by_role("button", name="Write the report").wait_for()
+    GATE.set()
 
 
 def test_the_keyboard_goes_through_the_list_with_one_stop(page):
     page.locator("#search").focus()
     page.keyboard.press("Tab")
-    names = page.locator(".slide b").all_inner_texts()
+    names = page.locator(".slide b").all_text_contents()
     focused = "document.activeElement.title"
+    assert page.evaluate(focused) == "blank.tiff" and page.locator('.slide[tabindex="0"]').count() == 1
+    page.keyboard.press("Home")
     assert page.evaluate(focused) == names[0] and page.locator('.slide[tabindex="0"]').count() == 1
     page.keyboard.press("ArrowDown")
     assert page.evaluate(focused) == names[1]
@@ -281,6 +379,8 @@ def test_the_keyboard_goes_through_the_list_with_one_stop(page):
     assert page.evaluate(focused) == names[-1]
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "file"
+    page.keyboard.press("Shift+Tab")
+    assert page.evaluate(focused) == names[-1], "back to where one was"
     pick(page, "added.tiff")
     page.locator("#scale").wait_for()
 

@@ -4,15 +4,18 @@ import hashlib
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
 import numpy as np
 import openslide
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from demo.contact_sheet import ROW_INCHES, write_below
 from demo.make_slides import draw_slide, list_slides
 from demo.reports import CASES
 from encoders import load_encoder
@@ -211,3 +214,15 @@ def test_stage0_finds_the_tissue_of_every_class(tmp_path: Path, capsys: pytest.C
         print(f"\nmean IoU of tissue on {len(ious)} demo slides {mean:.3f}, worst {ious[worst]:.3f} ({worst})")
     assert mean >= 0.9
     assert ious[worst] >= 0.75
+
+
+@pytest.mark.parametrize("num_lines", [1, 5, 12])
+def test_reports_of_a_contact_sheet_stay_apart_and_in_their_row(num_lines):
+    figure = Figure(figsize=(7, ROW_INCHES))
+    axis = figure.add_axes((0, 0, 1, 1))
+    report = "\n".join(["Urinary bladder, transurethral resection;"] * num_lines)
+    write_below(axis, [("written", report, "black"), ("reference", report, "black")])
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert len(boxes) == 4 and boxes[-1].y0 >= 0
+    assert all(above.y0 >= below.y1 for above, below in pairwise(boxes))

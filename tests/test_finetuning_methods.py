@@ -27,7 +27,7 @@ from image_ablation import image_ablation, other_records
 from language_model import add_lora, fingerprint, load_llm, unfreeze_llm
 from projector_average import averaged, begin_average, update_average
 from run_checkpoints import RunState
-from run_log import draw_curves, finished_line, loss_name
+from run_log import draw_curves, finished_line, loss_name, plain_numbers
 from slide_reports import RecordBatches, ReportDataset, make_loader, read_records
 from stage2_finetune.compare_peft import idle_by_method, train
 from stage2_finetune.merge_check import (
@@ -333,6 +333,28 @@ def test_a_run_that_stops_early_says_so(capsys):
     assert epochs == [0, 1, 2, 3] and told in capsys.readouterr().err
     assert list(epochs_to_go(state, 5, 9, 2)) == [] and told in capsys.readouterr().err  # resumed
     assert list(epochs_to_go(state, 5, 9, 0)) == [4, 5, 6, 7, 8] and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("limits", "written"),
+    [
+        ((0.55, 0.95), ["0.6", "0.7", "0.8", "0.9"]),
+        ((0.009, 0.3), ["0.01", "0.02", "0.05", "0.1", "0.2"]),
+        ((0.0001, 1.0), ["0.0001", "0.001", "0.01", "0.1", "1"]),
+    ],
+)
+def test_numbers_of_a_logarithmic_axis_do_not_crowd(limits, written):
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(5, 3.5)).subplots()
+    axes.set(yscale="log", ylim=limits)
+    plain_numbers(axes)
+    ticks = [*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks()]
+    axes.figure.draw_without_rendering()
+    shown = {
+        tick.get_loc(): tick.label1.get_text() for tick in ticks if limits[0] <= round(tick.get_loc(), 9) <= limits[1]
+    }
+    assert [words for _, words in sorted(shown.items()) if words] == written
 
 
 def test_curves_show_the_metric_and_plain_numbers(tmp_path, monkeypatch):

@@ -37,4 +37,14 @@ export function bytesInWords(bytes) {
   return `${bytes} bytes`;
 }
 
+/** The ends of a long name, which tell slides of one case apart. */
+export function shortened(name, longest) {
+  return name.length <= longest ? name : `${name.slice(0, longest / 2)}…${name.slice(1 - longest / 2)}`;
+}
+
+/** A file name that lines may break behind its marks, not amid a word. */
+export function breakable(name) {
+  return name.split(/(?<=[_/-])/).flatMap((part) => [part, element("wbr")]);
+}
+
 export const sleep = (milliseconds) => new Promise((wake) => setTimeout(wake, milliseconds));

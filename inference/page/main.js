@@ -1,12 +1,14 @@
-// The page: its list of slides, the slide in view, what is added, light and dark.
+// The page: the slide in view, what is drawn on it, light and dark.
 
-import { $, ask, bytesInWords, element } from "./dom.js";
-import { request, showSlide, startReports, stateOf } from "./report.js";
-import { closeSlide, openSlide, setMarks, setShown } from "./viewer.js";
+import { $, ask, breakable, element, shortened } from "./dom.js";
+import { markCurrent, markStateOf, refresh, slideOf, startList } from "./list.js";
+import { request, showSlide, startReports } from "./report.js";
+import { limitUploads, say, startUploads } from "./uploads.js";
+import { closeSlide, openSlide, setMarks, setShown, setStrength } from "./viewer.js";
 
-let slides = [];
-let about = { upload_suffixes: [], max_upload: 0 };
-let asked = null; // key of the slide that was picked last
+const LONGEST = 64; // characters of a name above the slide
+
+let asked = null; // the slide that was picked last
 
 /** Words over the place of the slide, below a picture: "glyph", "spinner" or none. */
 function viewMessage(title, text = "", picture = null) {
@@ -15,83 +17,23 @@ function viewMessage(title, text = "", picture = null) {
   $("view-message").replaceChildren(...parts);
 }
 
-async function listSlides() {
-  try {
-    slides = await ask("/api/slides");
-  } catch (error) {
-    $("slides").replaceChildren(element("li", { className: "empty", textContent: error.message }));
-    return;
-  }
-  drawList();
-}
-
-function drawList() {
-  const words = $("search").value.trim().toLowerCase();
-  const found = slides.filter((slide) => slide.name.toLowerCase().includes(words));
-  $("count").textContent = slides.length || "";
-  $("slides").replaceChildren(...found.map(listed));
-  if (!slides.length) $("slides").append(element("li", { className: "empty", textContent: "The folder holds no slides yet. Add one below." }));
-  else if (!found.length) $("slides").append(element("li", { className: "empty", textContent: "No slide has this in its name." }));
-  letTabStopAt(document.querySelector(".slide[aria-current]") ?? document.querySelector(".slide"));
-}
-
-/** One stop of the tab key for the whole list, however long; arrow keys go through it. */
-function letTabStopAt(here) {
-  for (const button of document.querySelectorAll(".slide")) button.tabIndex = button === here ? 0 : -1;
-}
-
-function listed(slide) {
-  const picture = element("img", { src: `/api/slides/${slide.key}/thumbnail.jpg`, alt: "", loading: "lazy" });
-  picture.onerror = () => picture.replaceWith(element("span", { className: "blank", textContent: "!", "aria-hidden": "true" }));
-  const facts = element("small", { textContent: bytesInWords(slide.num_bytes) });
-  const words = element("span", {}, element("b", {}, ...breakable(slide.name)), facts);
-  const button = element("button", { type: "button", className: "slide", title: slide.name }, picture, words);
-  button.dataset.key = slide.key;
-  if (slide.key === asked) button.setAttribute("aria-current", "true");
-  button.onclick = () => pick(slide);
-  markState(button, facts);
-  return element("li", {}, button);
-}
-
-/** A file name that lines may break behind its marks, not amid a word. */
-function breakable(name) {
-  return name.split(/(?<=[_/-])/).flatMap((part) => [part, element("wbr")]);
-}
-
-const STATES = { working: "writing …", written: "reported" };
-
-/** Say in the list how far the report of a slide is. */
-function markState(button, facts = button.querySelector("small")) {
-  const state = stateOf(button.dataset.key) ?? "";
-  if ((facts.dataset.state ?? "") === state) return;
-  facts.dataset.state = state;
-  facts.querySelector("em")?.remove();
-  if (state) facts.append(element("em", { textContent: ` ${STATES[state]}` }));
-}
-
 async function pick(slide) {
-  asked = slide.key;
-  for (const button of document.querySelectorAll(".slide")) {
-    if (button.dataset.key === asked) {
-      button.setAttribute("aria-current", "true");
-      letTabStopAt(button);
-      button.scrollIntoView({ block: "nearest", inline: "nearest" });
-    } else button.removeAttribute("aria-current");
-  }
+  asked = slide;
+  markCurrent(slide.key);
   history.replaceState(null, "", `#${slide.key}`);
   showSlide(null);
   closeSlide();
   for (const name of ["tissue", "tiles"]) setLayer(name, false, true);
-  $("slide-name").textContent = slide.name;
-  $("slide-facts").textContent = "";
+  $("slide-name").replaceChildren(...breakable(shortened(slide.name, LONGEST)));
+  $("slide-name").title = slide.name;
+  document.title = `${slide.name} · SlideScribe`;
+  $("slide-facts").textContent = $("slide-warning").textContent = "";
   viewMessage("Opening the slide", "", "spinner");
   try {
     const opened = await ask(`/api/slides/${slide.key}`);
-    if (asked !== slide.key) return;
-    const size = opened.mpp ? `${(opened.width * opened.mpp / 1000).toFixed(1)} × ${(opened.height * opened.mpp / 1000).toFixed(1)} mm` : "";
-    const facts = [`${opened.width.toLocaleString("en")} × ${opened.height.toLocaleString("en")} px`, size,
-      opened.mpp ? `${+opened.mpp.toFixed(3)} µm/px` : "no resolution stated"];
-    $("slide-facts").textContent = facts.filter(Boolean).join("  ·  ");
+    if (asked !== slide) return;
+    $("slide-facts").textContent = factsOf(opened);
+    $("slide-warning").textContent = warningOf(opened);
     openSlide(opened, { onShown: () => viewMessage(""), onFailed: () => lookWhatFailed(slide) });
     showSlide(opened);
     for (const name of ["tissue", "tiles"]) setLayer(name, false, false);
@@ -100,9 +42,25 @@ async function pick(slide) {
   }
 }
 
+function factsOf({ width, height, mpp, mpp_source }) {
+  const facts = [`${width.toLocaleString("en")} × ${height.toLocaleString("en")} px`];
+  if (mpp) {
+    const source = { assumed: ", assumed", objective: ", from its objective" }[mpp_source] ?? "";
+    facts.push(`${(width * mpp / 1000).toFixed(1)} × ${(height * mpp / 1000).toFixed(1)} mm`, `${+mpp.toFixed(3)} µm/px${source}`);
+  }
+  return facts.join("  ·  ");
+}
+
+function warningOf({ mpp, stated_mpp, mpp_source }) {
+  if (mpp_source === "assumed" && stated_mpp) return `States ${+stated_mpp.toPrecision(4)} µm/px, which cannot be`;
+  if (mpp) return "";
+  const why = stated_mpp ? `States ${+stated_mpp.toPrecision(4)} µm/px, which cannot be` : "States no resolution";
+  return `${why}: no report without --assume_mpp`;
+}
+
 function sayItCannotBeShown(slide, error) {
-  if (asked === slide.key) viewMessage("This slide cannot be shown", error.message);
-  if (error.status === 404) listSlides(); // it is no longer in the folder
+  if (asked === slide) viewMessage("This slide cannot be shown", error.message);
+  if (error.status === 404) refresh(); // it is no longer in the folder
 }
 
 /** A part of the slide could not be had: say so, or if it is the whole slide by now, why. */
@@ -110,22 +68,13 @@ async function lookWhatFailed(slide) {
   try {
     await ask(`/api/slides/${slide.key}`);
   } catch (error) {
+    if (!error.status) return; // the server is gone, which is said elsewhere
     return sayItCannotBeShown(slide, error);
   }
-  if (asked !== slide.key) return;
+  await refresh(); // opens it again where another file has taken its place
+  if (asked !== slide || !slideOf(slide.key)) return;
   viewMessage("");
-  $("slide-facts").textContent += "  ·  parts of it cannot be read";
-}
-
-function walkList(event) {
-  const buttons = [...document.querySelectorAll(".slide")];
-  const here = buttons.indexOf(document.activeElement);
-  const places = { ArrowDown: here + 1, ArrowRight: here + 1, ArrowUp: here - 1, ArrowLeft: here - 1, Home: 0, End: buttons.length - 1 };
-  const next = buttons[places[event.key]];
-  if (here < 0 || !next) return;
-  event.preventDefault();
-  letTabStopAt(next);
-  next.focus();
+  $("slide-warning").textContent = "Parts of it cannot be read";
 }
 
 function setLayer(name, isShown, isDisabled = false) {
@@ -134,20 +83,27 @@ function setLayer(name, isShown, isDisabled = false) {
   setShown(name, isShown);
 }
 
-const outlines = new Map();
+const outlines = new Map(); // by key and version
+const OUTLINES_KEPT = 16;
+
+async function outlineOf({ key, version }) {
+  const address = `/api/slides/${key}/outline?v=${version}`;
+  if (!outlines.has(address)) outlines.set(address, await ask(address));
+  if (outlines.size > OUTLINES_KEPT) outlines.delete(outlines.keys().next().value);
+  return outlines.get(address);
+}
 
 async function toggleOutline(name) {
   const button = $(`show-${name}`);
-  const key = asked;
+  const slide = asked;
   if (button.getAttribute("aria-pressed") === "true") return setLayer(name, false);
   setLayer(name, true);
   button.setAttribute("aria-busy", "true");
   try {
-    if (!outlines.has(key)) outlines.set(key, await ask(`/api/slides/${key}/outline`));
-    if (asked !== key) return;
-    setMarks("outline", outlines.get(key));
+    const outline = await outlineOf(slide);
+    if (asked === slide) setMarks("outline", outline);
   } catch (error) {
-    if (asked !== key) return;
+    if (asked !== slide) return;
     setLayer(name, false);
     say(error.message, true);
   } finally {
@@ -155,94 +111,17 @@ async function toggleOutline(name) {
   }
 }
 
-function say(text, isBad = false) {
-  const line = element("div", { className: isBad ? "card bad" : "card" }, element("p", { textContent: text }));
-  const close = element("button", { type: "button", textContent: "Close" });
-  close.onclick = () => line.remove();
-  line.append(close);
-  $("uploads").replaceChildren(line);
-}
-
-function add(file) {
-  const suffix = file.name.includes(".") ? file.name.slice(file.name.lastIndexOf(".")).toLowerCase() : "";
-  if (!about.upload_suffixes.includes(suffix))
-    return say(`${file.name} is no slide of one file (${about.upload_suffixes.join(" ")}).`, true);
-  if (file.size > about.max_upload)
-    return say(`${file.name} has ${bytesInWords(file.size)}, more than the ${bytesInWords(about.max_upload)} allowed.`, true);
-  const bar = element("progress", { max: 1, value: 0 });
-  const stop = element("button", { type: "button", textContent: "Cancel" });
-  $("uploads").replaceChildren(
-    element("div", { className: "card" }, element("h3", { textContent: `Adding ${file.name}` }), bar, element("div", { className: "row" }, element("span"), stop)));
-  const sending = new XMLHttpRequest(); // fetch cannot say how much was sent
-  stop.onclick = () => {
-    sending.abort();
-    $("uploads").replaceChildren();
-  };
-  sending.open("PUT", `/api/uploads/${encodeURIComponent(file.name)}`);
-  sending.setRequestHeader("X-SlideScribe", "page");
-  sending.responseType = "json";
-  sending.upload.onprogress = (event) => {
-    bar.value = event.loaded / event.total;
-    if (event.loaded === event.total) bar.removeAttribute("value");
-  };
-  sending.onerror = () => say(`${file.name} was not taken; the connection broke.`, true);
-  sending.onload = async () => {
-    if (sending.status !== 201) return say(sending.response?.error ?? `Refused (${sending.status}).`, true);
-    $("uploads").replaceChildren();
-    $("search").value = "";
-    await listSlides();
-    pick(sending.response);
-  };
-  sending.send(file);
-}
-
-function startDrops() {
-  let depth = 0; // dragenter and dragleave also come from what lies inside
-  const isFile = (event) => event.dataTransfer?.types.includes("Files");
-  const cover = (change) => {
-    depth = Math.max(0, depth + change);
-    $("drop").hidden = depth === 0;
-  };
-  addEventListener("dragenter", (event) => isFile(event) && cover(1));
-  addEventListener("dragleave", (event) => isFile(event) && cover(-1));
-  addEventListener("dragover", (event) => isFile(event) && event.preventDefault());
-  addEventListener("drop", (event) => {
-    if (!isFile(event)) return;
-    event.preventDefault();
-    cover(-depth);
-    const files = [...event.dataTransfer.files];
-    if (files.length === 1) add(files[0]);
-    else say("Drop one slide at a time.", true);
-  });
-  $("file").onchange = () => {
-    if ($("file").files.length) add($("file").files[0]);
-    $("file").value = "";
-  };
-}
-
-function startTheme() {
-  const dark = matchMedia("(prefers-color-scheme: dark)");
-  const apply = () => {
-    document.documentElement.dataset.theme = localStorage.getItem("theme") ?? (dark.matches ? "dark" : "light");
-  };
-  dark.addEventListener("change", apply);
+function startControls() {
   $("theme").onclick = () => {
-    localStorage.setItem("theme", document.documentElement.dataset.theme === "dark" ? "light" : "dark");
-    apply();
+    const root = document.documentElement;
+    root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark";
+    localStorage.setItem("theme", root.dataset.theme);
     setMarks(); // colours on the slide follow
   };
-  apply();
-}
-
-async function start() {
-  startTheme();
-  startDrops();
-  viewMessage("Pick a slide", "or drop one anywhere on this page", "glyph");
-  $("search").oninput = drawList;
-  $("slides").onkeydown = walkList;
   $("write").onclick = () => request();
   for (const name of ["tissue", "tiles"]) $(`show-${name}`).onclick = () => toggleOutline(name);
   $("show-evidence").onclick = () => setLayer("evidence", $("show-evidence").getAttribute("aria-pressed") !== "true");
+  $("strength").oninput = () => setStrength(Number($("strength").value));
   $("ask").onsubmit = (event) => {
     event.preventDefault();
     const question = $("question").value.trim();
@@ -256,21 +135,40 @@ async function start() {
       $("ask").requestSubmit();
     }
   };
+}
+
+async function learnAbout() {
   try {
-    about = await ask("/api/about");
+    const about = await ask("/api/about");
     $("model").textContent = about.model.split("/").slice(-2).join("/");
     $("model").title = `${about.model}: ${about.llm}, ${about.encoder}, tiles of ${about.tile_size} px at ${about.mpp} µm/px`;
+    $("how").textContent = `The model looks at the tissue in tiles of ${about.tile_size} px at ${about.mpp} µm/px, then writes. The slides stay on the machine that runs this page.`;
     $("show-evidence").hidden = Boolean(about.no_evidence);
-    $("file").accept = about.upload_suffixes.join(",");
+    limitUploads(about);
   } catch (error) {
     viewMessage("The page cannot be used", error.message);
   }
-  startReports((key) => {
-    const button = document.querySelector(`.slide[data-key="${key}"]`);
-    if (button) markState(button);
+}
+
+async function start() {
+  startControls();
+  startUploads(async (added) => {
+    $("search").value = "";
+    await refresh();
+    pick(slideOf(added.key) ?? added);
   });
-  await listSlides();
-  const named = slides.find((slide) => `#${slide.key}` === location.hash);
+  viewMessage("Pick a slide", "or drop some anywhere on this page", "glyph");
+  await learnAbout();
+  startReports(markStateOf);
+  await startList({
+    onPick: pick,
+    onGone: () => ($("slide-warning").textContent = "No longer in the folder"),
+    onReplaced: async (slide) => {
+      await pick(slide);
+      if (asked === slide) $("slide-warning").textContent = "Another file has just taken its place";
+    },
+  });
+  const named = slideOf(location.hash.slice(1));
   if (named) pick(named);
 }
 

@@ -5,10 +5,12 @@ import { $, ask, element, sleep } from "./dom.js";
 import { lookAt, setMarks, setShown } from "./viewer.js";
 
 const POLL_MS = 400;
+const LOST_MS = 2000; // between tries where the server does not answer
+const ETA_AFTER_MS = 3000; // of a step, before what is left of it is guessed
 const HARDLY = 0.05; // a change of a line's probability by 5 % by all tiles together
-const KEPT = "slidescribe requests"; // in the tab's storage: [slide key, job id, question] of each
+const KEPT = "slidescribe requests"; // in the tab's storage: [slide key, job id, question, version] of each
 let current = null; // the slide that cards are about
-let requests = []; // {key, id, question, job, error, card}
+let requests = []; // {key, version, id, question, job, error, card}
 let onChange = () => {};
 
 const isGoingOn = (one) => !one.error && (!one.job || ["waiting", "running"].includes(one.job.state));
@@ -17,7 +19,8 @@ const isGoingOn = (one) => !one.error && (!one.job || ["waiting", "running"].inc
 export function startReports(changed) {
   onChange = changed;
   try {
-    for (const [key, id, question] of JSON.parse(sessionStorage.getItem(KEPT)) ?? []) requests.push({ key, id, question });
+    for (const [key, id, question, version] of JSON.parse(sessionStorage.getItem(KEPT)) ?? [])
+      requests.push({ key, id, question, version });
   } catch {
     requests = [];
   }
@@ -35,7 +38,6 @@ export function showSlide(slide) {
   current = slide;
   for (const one of requests) one.card = null;
   $("cards").replaceChildren();
-  $("report-hint").hidden = Boolean(slide);
   $("show-evidence").disabled = true;
   if (slide) for (const one of requests.filter((one) => one.key === slide.key)) draw(one);
   showControls();
@@ -43,7 +45,7 @@ export function showSlide(slide) {
 
 /** Write the report of the slide in view, or answer a question about it. */
 export async function request(question = null) {
-  const one = { key: current.key, question };
+  const one = { key: current.key, version: current.version, question };
   requests.push(one);
   await send(one);
 }
@@ -51,9 +53,10 @@ export async function request(question = null) {
 async function send(one) {
   one.error = one.job = one.id = null;
   one.isGone = one.isGivenUp = false;
+  if (one.key === current?.key) one.version = current.version; // of a second try, the file may be another
   draw(one, true);
   try {
-    one.job = await ask("/api/jobs", { method: "POST", body: { slide: one.key, question: one.question } });
+    one.job = await ask("/api/jobs", { method: "POST", body: { slide: one.key, version: one.version, question: one.question } });
     one.id = one.job.id;
     remember();
   } catch (error) {
@@ -69,19 +72,21 @@ async function follow(one) {
   while (requests.includes(one)) {
     try {
       one.job = await ask(`/api/jobs/${one.id}`);
+      one.isLost = false;
     } catch (error) {
+      one.isLost = !error.status; // no answer at all: the report may well go on meanwhile
       one.isGone = error.status === 404;
-      one.error = error.message;
+      if (!one.isLost) one.error = error.message;
     }
     if (one.job?.state === "cancelled" || (one.isGone && !one.card)) return forget(one);
     draw(one);
     if (!isGoingOn(one)) return;
-    await sleep(POLL_MS);
+    await sleep(one.isLost ? LOST_MS : POLL_MS);
   }
 }
 
 function remember() {
-  sessionStorage.setItem(KEPT, JSON.stringify(requests.filter((one) => one.id).map((one) => [one.key, one.id, one.question])));
+  sessionStorage.setItem(KEPT, JSON.stringify(requests.filter((one) => one.id).map((one) => [one.key, one.id, one.question, one.version])));
 }
 
 function forget(one) {
@@ -94,12 +99,13 @@ function forget(one) {
   if (hadFocus) ($("write").hidden ? $("question") : $("write")).focus();
 }
 
-/** The button for a report, until there is one; the form for questions, as soon as there is an answer. */
+/** The button for a report, until there is one; the form for questions, as soon as there is a slide. */
 function showControls() {
   const here = current ? requests.filter((one) => one.key === current.key) : [];
   $("write").disabled = !current;
   $("write").hidden = here.some((one) => one.question === null);
-  $("ask").hidden = !here.some((one) => one.job?.state === "done");
+  $("report-hint").hidden = $("write").hidden;
+  $("ask").hidden = !current;
 }
 
 function draw(one, isNew = false) {
@@ -111,7 +117,7 @@ function draw(one, isNew = false) {
   }
   const title = one.question ?? "Report";
   if (isGoingOn(one)) showProgress(one, title);
-  else if (one.job?.state === "done" && !one.error) showResult(one.card, title, one.job, one.question === null);
+  else if (one.job?.state === "done" && !one.error) showResult(one, title);
   else showFailure(one, title);
   showControls();
   if (isNew || !isGoingOn(one)) one.card.scrollIntoView({ block: "nearest" });
@@ -124,7 +130,7 @@ function showProgress(one, title) {
     const stop = element("button", { type: "button", textContent: "Cancel" });
     stop.onclick = () => {
       stop.disabled = one.isGivenUp = true;
-      ask(`/api/jobs/${one.id}`, { method: "DELETE" }).catch(() => {});
+      ask(`/api/jobs/${one.id}`, { method: "DELETE" }).catch(() => (one.isGivenUp = false)); // to be tried again
     };
     const bar = element("progress", { "aria-label": `Progress of: ${title}` });
     const row = element("div", { className: "row" }, element("span", { role: "status" }), stop);
@@ -134,15 +140,30 @@ function showProgress(one, title) {
   if (job?.done) [bar.max, bar.value] = [job.total, job.done];
   else bar.removeAttribute("value");
   stop.disabled = !one.id || one.isGivenUp;
-  const text = progressInWords(job);
+  const text = one.isLost ? "No answer from the server; trying again" : progressInWords(one);
   if (where.textContent !== text) where.textContent = text;
 }
 
-function progressInWords(job) {
+function progressInWords(one) {
+  const { job } = one;
   if (!job) return "Sending";
-  if (job.state !== "waiting") return (job.step || "Starting") + (job.total ? `, ${job.done} of ${job.total}` : "");
-  if (!job.before) return "Waiting";
-  return `Waiting, ${job.before === 1 ? "1 other" : `${job.before} others`} before you`;
+  if (job.state === "waiting") {
+    if (!job.before) return "Waiting";
+    return `Waiting, ${job.before === 1 ? "1 other" : `${job.before} others`} before you`;
+  }
+  const step = job.step || "Starting";
+  if (!job.total) return step;
+  return `${step}, ${job.done.toLocaleString("en")} of ${job.total.toLocaleString("en")}${leftInWords(one)}`;
+}
+
+/** How long the rest of a step will take, judged by what was seen of it. */
+function leftInWords(one) {
+  const { step, done, total } = one.job;
+  if (one.pace?.step !== step) one.pace = { step, done, since: performance.now() };
+  const took = performance.now() - one.pace.since;
+  if (took < ETA_AFTER_MS || done <= one.pace.done) return "";
+  const left = (took / (done - one.pace.done)) * (total - done) / 1000;
+  return left < 60 ? `, ${Math.ceil(left)} s left` : `, ${Math.round(left / 60)} min left`;
 }
 
 function showFailure(one, title) {
@@ -158,17 +179,21 @@ function showFailure(one, title) {
     element("div", { className: "buttons" }, again, close));
 }
 
-function showResult(card, title, job, isReport) {
+function showResult(one, title) {
+  const { card, job } = one;
   const { result } = job;
+  const isReport = one.question === null;
+  const isOfOtherFile = Boolean(one.version && one.version !== current.version);
   const file = (name) => `/api/jobs/${job.id}/files/${name}`;
   const name = result.slides[0].slide_id;
   const downloads = element("div", { className: "downloads" }, link(isReport ? "Report" : "Answer", file("report.txt"), `${name}.txt`));
   const head = isReport ? [] : [element("h3", { className: "asked", textContent: title })]; // the panel is headed "Report" already
-  if (result.uncertain) head.push(element("p", { className: "uncertain", textContent: "Uncertain: have it read." }));
-  if (result.unread_question_tokens)
-    head.push(element("p", { className: "uncertain", textContent: "The question is too long: its end was not read." }));
+  const warn = (textContent) => head.push(element("p", { className: "uncertain", textContent }));
+  if (isOfOtherFile) warn("Of the file that was here before: another one has taken its place.");
+  if (result.uncertain) warn("Uncertain: have it read.");
+  if (result.unread_question_tokens) warn("The question is too long: its end was not read.");
   let lines, hint;
-  if (result.no_evidence) {
+  if (result.no_evidence || isOfOtherFile) {
     lines = plainLines(result);
     hint = result.no_evidence;
   } else {
@@ -179,10 +204,35 @@ function showResult(card, title, job, isReport) {
       link("GeoJSON", file("evidence.geojson"), `${name}.geojson`), overlay,
       link("JSON", file("evidence.json"), `${name}_evidence.json`));
   }
-  const hints = isReport ? [element("p", { className: "hint", textContent: hint })] : [];
+  const hints = isReport && hint ? [element("p", { className: "hint", textContent: hint })] : [];
   const facts = element("p", { className: "facts", textContent: factsOf(result) });
-  card.className = "card";
+  if (isOfOtherFile && isReport) downloads.prepend(writeAnew(one));
+  downloads.prepend(...copyButton(result));
+  card.className = isReport ? "card written" : "card";
   card.replaceChildren(...head, ...hints, lines, element("footer", {}, downloads, facts));
+}
+
+function writeAnew(one) {
+  const button = element("button", { type: "button", className: "small", textContent: "Write anew" });
+  button.onclick = () => send(one);
+  return button;
+}
+
+/** A button that copies the text; none where the browser allows none, as at addresses that are not this machine's. */
+function copyButton(result) {
+  if (!navigator.clipboard) return [];
+  const button = element("button", { type: "button", className: "small", textContent: "Copy" });
+  button.onclick = async () => {
+    try {
+      await navigator.clipboard.writeText(result.report);
+      button.textContent = "Copied";
+    } catch {
+      button.textContent = "Not allowed";
+    }
+    await sleep(1500);
+    button.textContent = "Copy";
+  };
+  return [button];
 }
 
 function plainLines(result) {

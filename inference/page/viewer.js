@@ -5,6 +5,8 @@ import { $ } from "./dom.js";
 
 const canvas = Object.assign(document.createElement("canvas"), { className: "marks" });
 const shown = { tissue: false, tiles: false, evidence: true };
+const OBJECTIVE_TIMES_MPP = 10; // 10x is 1 um a pixel by convention
+let strength = 0.75; // of the colours of evidence: 1 hides the tissue below the strongest
 let viewer = null;
 let slide = null;
 let whenShown = null;
@@ -20,7 +22,7 @@ export function openSlide(opened, { onShown, onFailed }) {
   viewer.open({
     width: slide.width, height: slide.height, tileSize: slide.tile_px, tileOverlap: 1,
     minLevel: 0, maxLevel: slide.max_level,
-    getTileUrl: (level, x, y) => `/api/slides/${slide.key}/zoom/${level}/${x}_${y}.jpg`,
+    getTileUrl: (level, x, y) => `/api/slides/${slide.key}/zoom/${level}/${x}_${y}.jpg?v=${slide.version}`,
   });
   $("zoom").hidden = false;
 }
@@ -31,6 +33,7 @@ export function closeSlide() {
   marks = {};
   whenShown = whenFailed = null;
   $("scale").hidden = $("zoom").hidden = true;
+  $("navigator").classList.add("away");
   draw();
 }
 
@@ -41,6 +44,11 @@ export function setMarks(name, value) {
 
 export function setShown(name, isShown) {
   shown[name] = isShown;
+  draw();
+}
+
+export function setStrength(value) {
+  strength = value;
   draw();
 }
 
@@ -60,8 +68,11 @@ function start() {
   viewer = OpenSeadragon({
     element: $("viewer"), showNavigationControl: false, drawer: "canvas", crossOriginPolicy: false,
     visibilityRatio: 0.5, maxZoomPixelRatio: 4, animationTime: calm ? 0 : 0.6, gestureSettingsMouse: { clickToZoom: false },
+    showNavigator: true, navigatorId: "navigator",
   });
   viewer.canvas.append(canvas);
+  viewer.canvas.setAttribute("role", "application");
+  viewer.canvas.setAttribute("aria-label", "The slide; arrow keys move, plus and minus zoom, 0 shows all of it");
   viewer.addHandler("update-viewport", draw);
   viewer.addHandler("resize", draw);
   viewer.addHandler("open", draw);
@@ -76,6 +87,8 @@ function start() {
   $("zoom-in").onclick = () => viewer.viewport.zoomBy(1.6).applyConstraints();
   $("zoom-out").onclick = () => viewer.viewport.zoomBy(1 / 1.6).applyConstraints();
   $("zoom-all").onclick = lookAtAll;
+  $("zoom-full").hidden = !document.fullscreenEnabled;
+  $("zoom-full").onclick = () => (document.fullscreenElement ? document.exitFullscreen() : $("view").requestFullscreen());
 }
 
 function draw() {
@@ -88,6 +101,8 @@ function draw() {
   const item = viewer?.world.getItemAt(0);
   drawLegend();
   if (!item || !slide) return;
+  const isWhole = viewer.viewport.getZoom(true) < 1.4 * viewer.viewport.getHomeZoom();
+  $("navigator").classList.toggle("away", isWhole); // not `hidden`: it has to know its size
   const corner = viewer.viewport.pixelFromPoint(item.imageToViewportCoordinates(0, 0), true);
   const far = viewer.viewport.pixelFromPoint(item.imageToViewportCoordinates(slide.width, 0), true);
   const scale = (far.x - corner.x) / slide.width; // screen pixels per level-0 pixel
@@ -110,6 +125,7 @@ function drawLegend() {
     $(`key-${name}`).hidden = !told;
     if (typeof told === "string") $(`key-${name}`).querySelector("span").textContent = told;
   }
+  $("key-strength").hidden = !keys.evidence;
   $("legend").hidden = !slide || !Object.values(keys).some(Boolean);
 }
 
@@ -122,7 +138,7 @@ function drawEvidence(pen, { values, coords, width, height, top }, pixel) {
   pen.lineWidth = pixel;
   pen.strokeStyle = "rgb(60 60 75 / 45%)";
   coords.forEach(([x, y], tile) => {
-    pen.globalAlpha = 0.75 * Math.abs(values[tile]) / strongest;
+    pen.globalAlpha = strength * Math.abs(values[tile]) / strongest;
     pen.fillStyle = values[tile] > 0 ? speaksFor : against;
     pen.fillRect(x, y, width, height);
     pen.globalAlpha = 1;
@@ -166,5 +182,6 @@ function drawScale(scale) {
   const power = 10 ** Math.floor(Math.log10(longest));
   const length = [5, 2, 1].map((step) => step * power).find((um) => um <= longest);
   $("scale-text").textContent = length >= 1000 ? `${length / 1000} mm` : `${+length.toPrecision(1)} µm`;
+  $("magnification").textContent = `${+(OBJECTIVE_TIMES_MPP * scale / slide.mpp).toPrecision(2)}×`;
   $("scale").querySelector("i").style.width = `${(length / slide.mpp) * scale}px`;
 }
