@@ -22,6 +22,7 @@ from jsonargparse.typing import (
     restricted_number_type,
 )
 
+from command_line import refuse_idle
 from deepspeed_zero import is_zero, load_whole, precision, whole_shape, zero_plugin
 
 # Processes wait for the slowest of them, which may be writing a large model; torch's default is 10 to 30 minutes.
@@ -121,10 +122,10 @@ def add_optimizer_arguments(parser, *, learning_rate: float, num_epochs: int) ->
     )
 
 
-def refuse_contradictions(args) -> None:
+def refuse_contradictions(args, defaults: dict[str, Any]) -> None:
     """Raise ValueError for flags of :func:`add_optimizer_arguments` of which one would make the other idle."""
-    if args.lr_num_cycles > 1 and args.lr_scheduler_type != "cosine_with_restarts":
-        raise ValueError(f"--lr_num_cycles {args.lr_num_cycles} needs --lr_scheduler_type cosine_with_restarts")
+    restarts = args.lr_scheduler_type == "cosine_with_restarts"
+    refuse_idle(args, defaults, {"lr_num_cycles": (restarts, "--lr_scheduler_type cosine_with_restarts")})
     if args.packing and args.random_batches:
         raise ValueError("--packing puts the questions about a case together, so --random_batches cannot be; drop one")
 
@@ -275,6 +276,33 @@ def forget_frozen(optimizer: torch.optim.Optimizer) -> None:
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
 
 
+def freeze_unused(module: torch.nn.Module, output: torch.Tensor) -> list[str]:
+    """Freeze the parameters that an output does not depend on, as those of a head or pooler that is not asked for.
+
+    They would get no gradient, for which distributed data parallel would have to search in every step.
+
+    Args:
+        module: of which something learns.
+        output: what it gives, with its graph.
+
+    Returns:
+        Names of what is frozen now and was not before.
+    """
+    used, seen, functions = set(), set(), [output.grad_fn]
+    while functions:
+        function = functions.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        if hasattr(function, "variable"):  # where a gradient arrives
+            used.add(id(function.variable))
+        functions += [following for following, _ in function.next_functions]
+    unused = [name for name, each in module.named_parameters() if each.requires_grad and id(each) not in used]
+    for name in unused:
+        module.get_parameter(name).requires_grad_(False)
+    return unused
+
+
 def windows(batches: Iterable, size: int) -> Iterator[list]:
     """Consecutive groups of ``size`` micro-batches: one optimizer step each."""
     window = []
@@ -334,18 +362,21 @@ def write_run_json(
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, str]:
-    """For each part of the model, ``trainable / all`` parameters."""
+    """For each part of the model that has parameters, ``trainable / all`` of them."""
     counts = {}
     for name, part in model.named_children():
         sizes = [(whole_shape(parameter).numel(), parameter.requires_grad) for parameter in part.parameters()]
         learning = sum(size for size, learns in sizes if learns)
-        counts[name] = f"{learning:,} / {sum(size for size, _ in sizes):,}"
+        if sizes:
+            counts[name] = f"{learning:,} / {sum(size for size, _ in sizes):,}"
     return counts
 
 
-def end_run(accelerator: Accelerator, result: Path) -> None:
+def end_run(accelerator: Accelerator, result: Path, message: str = "") -> None:
     """Print where the result is on stdout, and let the processes end together. Collective: call on every rank."""
     if accelerator.is_main_process:
+        if message:
+            print(message, file=sys.stderr)
         print(result)
     accelerator.wait_for_everyone()
     accelerator.end_training()

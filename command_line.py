@@ -98,6 +98,55 @@ def flags_of(args: Namespace) -> dict[str, Any]:
     return {name: value if isinstance(value, plain) else str(value) for name, value in values.items()}
 
 
+def defaults_of(*adding: Callable[[ArgumentParser], Any]) -> dict[str, Any]:
+    """Defaults of the flags that some functions add to a parser."""
+    parser = make_parser(None)
+    for add in adding:
+        add(parser)
+    return dict(vars(parser.get_defaults()))
+
+
+def idle_flags(args: Namespace, defaults: dict[str, Any], needs: dict[str, tuple[Any, str]]) -> dict[str, list[str]]:
+    """Flags that would do nothing: for each thing that is needed, those that want for it.
+
+    A flag with its default is never among them: a run's own flags, saved whole, can be given again as ``--config``.
+
+    Args:
+        args: as parsed.
+        defaults: of the same flags, see :func:`defaults_of`.
+        needs: for a flag, whether there is what gives it an effect, and what that is.
+    """
+    idle: dict[str, list[str]] = {}
+    for name, (is_there, need) in needs.items():
+        if not is_there and getattr(args, name) != defaults[name]:
+            idle.setdefault(need, []).append(name)
+    return idle
+
+
+def refuse_idle(args: Namespace, defaults: dict[str, Any], needs: dict[str, tuple[Any, str]]) -> None:
+    """Refuse the flags that :func:`idle_flags` finds.
+
+    Raises:
+        ValueError: names them all, and what they need.
+    """
+    idle = idle_flags(args, defaults, needs)
+    if not idle:
+        return
+    said = [
+        f"{' and '.join(_as_typed(name, getattr(args, name)) for name in names)} need{'s' * (len(names) == 1)} {need}"
+        for need, names in idle.items()
+    ]
+    flags = "the flag" if sum(map(len, idle.values())) == 1 else "the flags"
+    raise ValueError(f"{'; '.join(said)}: add that, or leave {flags} out")
+
+
+def _as_typed(name: str, value: Any) -> str:
+    """A flag and its value as on the command line."""
+    if isinstance(value, bool):
+        return f"--{name}"
+    return " ".join([f"--{name}", *map(str, value if isinstance(value, list) else [value])])
+
+
 def chosen(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
     """Some of the flags, as keyword arguments."""
     return {name: getattr(args, name) for name in names}

@@ -5,7 +5,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
@@ -117,18 +117,18 @@ class RunLog:
             self._write({"step": step, "image_ablation": ablation})
         if not self.accelerator.is_main_process:
             return
+        self.draw()
         evaluations = [line for line in read_log(self.path) if "val_loss" in line]
         run = json.loads((self.run_dir / "run.json").read_text()) | {
             "steps_taken": step,
             "seconds_since_start_or_resume": round(time.perf_counter() - self.began, 1),
             "peak_memory_bytes": peak_memory_bytes(),
-            "lowest_val_loss": min((line["val_loss"] for line in evaluations), default=None),
-            "image_ablation": ablation,
+            **({"lowest_val_loss": min(line["val_loss"] for line in evaluations)} if evaluations else {}),
+            **({"image_ablation": ablation} if ablation else {}),
         }
         temporary = self.run_dir / "run.json.writing"
         temporary.write_text(json.dumps(run, indent=2) + "\n")
-        os.replace(temporary, self.run_dir / "run.json")
-        self.draw()
+        os.replace(temporary, self.run_dir / "run.json")  # last of all: it says that the run is finished
 
     def draw(self) -> None:
         """Draw ``curves.png``."""
@@ -142,6 +142,27 @@ class RunLog:
         values = {key: value for key, value in line.items() if key != "step"}
         values |= {f"image_ablation/{key}": value for key, value in values.pop("image_ablation", {}).items()}
         self.accelerator.log(values, step=line["step"])
+
+
+# Flags that a resumed run may change, and that decide what its end is.
+OF_THE_END = ("early_stopping_patience", "image_ablation_records")
+
+
+def finished_line(run_dir: Path, step: int, flags: dict[str, Any]) -> str | None:
+    """What to say of a run that is to be resumed and came to its end at this step; None where it has to go on.
+
+    Args:
+        run_dir: of the run.
+        step: of the checkpoint to resume.
+        flags: of this command; with other ones for the end, as for stopping early, a run goes on.
+    """
+    record, result = run_dir / "run.json", run_dir / "final_model"
+    if flags["resume_from_checkpoint"] is None or not record.is_file() or not result.is_dir():
+        return None
+    run = json.loads(record.read_text())
+    if run.get("steps_taken") != step or any(run["arguments"].get(name) != flags.get(name) for name in OF_THE_END):
+        return None
+    return f"{run_dir} is finished, after {step:,} steps; its result is {result}"
 
 
 def _errors_of_wandb() -> tuple[type[Exception], ...]:
@@ -181,8 +202,7 @@ def draw_curves(log: Path, picture: Path) -> None:
     if evaluations:
         axes[0].plot(*_series(evaluations, "val_loss"), "o-", ms=3, color="tab:orange", label="validation")
         _mark_extreme(axes[0], evaluations, "val_loss", min)
-    unit = " per supervised token" if any("supervised_tokens_per_s" in step for step in steps) else ""
-    axes[0].set(ylabel=f"loss{unit}", yscale="log")
+    axes[0].set(ylabel=loss_name(lines), yscale="log")
     plain_numbers(axes[0])
     for key in sorted({key for step in steps for key in step if key == "lr" or key.startswith("lr_")}):
         axes[1].plot(*_series(steps, key), label=key.removeprefix("lr_") if key != "lr" else "all else")
@@ -200,6 +220,14 @@ def draw_curves(log: Path, picture: Path) -> None:
     figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
     os.replace(temporary, picture)
+
+
+def loss_name(lines: Iterable[Mapping[str, Any]]) -> str:
+    """What the losses of a log are, by what its steps say beside them; of runs of several kinds, a loss."""
+    told_by = {"supervised_tokens_per_s": "loss per supervised token", "logit_scale": "contrastive loss"}
+    steps = (line for line in lines if "loss" in line)
+    kinds = {next((kind for key, kind in told_by.items() if key in s), "cross-entropy per label") for s in steps}
+    return kinds.pop() if len(kinds) == 1 else "loss"
 
 
 def plain_numbers(axes: Any) -> None:

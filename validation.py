@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from command_line import refuse_idle
 from deepspeed_zero import autocast, whole_to_generate
 from projector_average import averaged
 from report_loss import evaluation_loss
@@ -59,6 +60,30 @@ def add_validation_arguments(parser, metrics: Sequence[str]) -> None:
 
 METRIC_FLAGS = ("best_metric", "metric_records", "batch_size")
 STOPPING_FLAGS = ("best_metric", "early_stopping_patience")
+
+
+def refuse_idle_validation(args, defaults: dict[str, Any]) -> None:
+    """Refuse flags about validation that would do nothing beside the others.
+
+    Raises:
+        ValueError: names them, and what they need.
+    """
+    refuse_idle(args, defaults, {"metric_records": (args.best_metric != "loss", "--best_metric other than loss")})
+    refuse_two_validations(args, defaults)
+
+
+def refuse_two_validations(args, defaults: dict[str, Any]) -> None:
+    """Refuse a share to split off for validation beside something else that says what validation is.
+
+    Raises:
+        ValueError: names both.
+    """
+    for flag in ("val_json", "splits"):
+        given = getattr(args, flag)
+        if given and args.val_fraction not in (0, defaults["val_fraction"]):
+            raise ValueError(
+                f"--val_fraction {args.val_fraction} and --{flag} {given} both say what validation is: give one of them"
+            )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -167,6 +168,8 @@ def survival_figure(times: np.ndarray, events: np.ndarray, groups: Sequence[str]
 
 def curves_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Training loss (thin), validation loss (dots) and learning rate of several runs over one another."""
+    from run_log import loss_name
+
     figure = Figure(figsize=(9.6, 3.6), layout="constrained")
     losses, rates = figure.subplots(1, 2, width_ratios=[3, 2])
     for (name, lines), color in zip(runs.items(), COLORS * len(runs), strict=False):
@@ -179,7 +182,7 @@ def curves_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                 [e["step"] for e in evaluations], [e["val_loss"] for e in evaluations], "o-", ms=3, lw=1.4, color=color
             )
         rates.plot([s["step"] for s in steps], [s["lr"] for s in steps], color=color, lw=1.2)
-    losses.set(xlabel="step", ylabel="loss per supervised token", yscale="log")
+    losses.set(xlabel="step", ylabel=loss_name(chain.from_iterable(runs.values())), yscale="log")
     losses.set_title("training (thin) and validation (dots)", loc="left", fontsize=9.5, color=INK)
     low, high = losses.get_ylim()
     losses.yaxis.set_major_formatter("{x:g}")

@@ -152,7 +152,9 @@ def _training_rows(settings: VLMSettings, run_json: dict[str, Any]) -> dict[str,
         parts = ", ".join(f"{name} {count}" for name, count in parts.items() if not str(count).startswith("0 /"))
     if parts:
         rows["trainable parameters"] = parts
-    flags = ("llm_training", "lora_rank", "learning_rate", "num_epochs", "batch_size", "mixed_precision", "seed")
+    adapts = settings.training.get("llm_training") in ("lora", "qlora")
+    flags = ("lora_rank", "learning_rate", "num_epochs", "batch_size", "mixed_precision", "seed")
+    flags = ("llm_training", *flags[0 if adapts else 1 :])
     rows |= {name: settings.training[name] for name in flags if settings.training.get(name) is not None}
     if settings.training.get("train_json"):
         rows["training records"] = Path(str(settings.training["train_json"])).name

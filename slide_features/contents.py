@@ -89,6 +89,10 @@ class SlideCoords:
     quality: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+class NotFiniteError(ValueError):
+    """Features that were read are not all finite; the message counts those."""
+
+
 def check_arrays(path: str | Path, features: np.ndarray | None, coords: np.ndarray) -> None:
     """Raise ValueError unless positions are (N, 2) integers, N >= 1, and features, if any, (N, D) and finite."""
     if coords.ndim != 2 or coords.shape[1] != 2 or not np.issubdtype(coords.dtype, np.integer):
@@ -101,7 +105,7 @@ def check_arrays(path: str | Path, features: np.ndarray | None, coords: np.ndarr
         raise ValueError(f"{path}: features {features.shape} do not fit {len(coords)} positions; expected (N, D)")
     if not _all_finite(features):
         bad = int((~np.isfinite(features).all(axis=1)).sum())
-        raise ValueError(f"{path}: {bad} of {len(features)} features are not finite: make the file again")
+        raise NotFiniteError(f"{path}: {bad} of {len(features)} features are not finite: make the file again")
 
 
 def _all_finite(features: np.ndarray) -> bool:

@@ -8,7 +8,15 @@ import numpy as np
 
 from feature_containers import SUFFIXES, attributes_path, format_of, open_arrays, read_attributes, read_tensor
 from hdf5_rows import read_rows_directly
-from slide_features.contents import COORD_KEYS, FEATURE_KEYS, QUALITY_KEYS, SlideCoords, SlideFeatures, check_arrays
+from slide_features.contents import (
+    COORD_KEYS,
+    FEATURE_KEYS,
+    QUALITY_KEYS,
+    NotFiniteError,
+    SlideCoords,
+    SlideFeatures,
+    check_arrays,
+)
 from slide_features.header import Version, read_header
 from slide_features.stored import (
     as_float,
@@ -44,9 +52,27 @@ def read_slide_features(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read, or its features and positions do not fit.
+        ValueError: if it cannot be read, its features and positions do not fit, or a feature that was asked for is not
+            finite; the message then says how many of all are not.
     """
-    path = Path(path)
+    return _counting_bad(_read_slide, Path(path), rows)
+
+
+def _counting_bad(read: Callable, path: Path, rows: Any) -> Any:
+    """What ``read`` gives of some rows; where one is bad, it reads all, so that its message counts in the whole file.
+
+    Raises:
+        NotFiniteError: of all rows.
+    """
+    try:
+        return read(path, rows)
+    except NotFiniteError:
+        if rows is not None:
+            read(path, None)
+        raise
+
+
+def _read_slide(path: Path, rows: np.ndarray | Callable[[np.ndarray], np.ndarray] | None) -> SlideFeatures:
     if format_of(path) == "pt":
         features = read_tensor(_existing(path))
         coords, on_coords = _positions_beside(path, len(features))
@@ -87,7 +113,7 @@ def read_patches(
     if format_of(path) == "pt":
         slide = read_slide_features(path, rows)
         return slide.features, slide.coords
-    return _read(path, rows)[:2]
+    return _counting_bad(_read, path, rows)[:2]
 
 
 def _read(

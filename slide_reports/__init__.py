@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from slide_reports.cases import case_of_slides, read_case, read_images, share_budget
     from slide_reports.inputs import describe_features, with_inputs
+    from slide_reports.lengths import tell_cut_answers
     from slide_reports.prompt import (
         DEFAULT_QUESTIONS,
         Prompt,
@@ -74,6 +75,7 @@ __all__ = [
     "share_budget",
     "slide_id_of",
     "split_by_patient",
+    "tell_cut_answers",
     "with_inputs",
 ]
 
@@ -84,6 +86,7 @@ _HOMES = {  # module -> what it offers here
     ),
     "cases": "case_of_slides read_case read_images share_budget",
     "inputs": "describe_features with_inputs",
+    "lengths": "tell_cut_answers",
     "prompt": "DEFAULT_QUESTIONS Prompt",
     "record": "Record patient_of slide_id_of",
     "record_batches": "RecordBatches SampleKey",

@@ -16,7 +16,7 @@ from slide_features import FEATURE_SUFFIXES, read_slide_features, slide_id_of_fe
 from slide_reports.edits import Edits
 from slide_reports.inputs import input_faults
 from slide_reports.record import Record
-from slide_reports.table import column, fields, select
+from slide_reports.table import column, distinct, fields, select
 
 WRONG, LEFT_OUT, ODD = "wrong", "left out", "odd"
 NAMED = 5  # examples in one line
@@ -95,9 +95,12 @@ def find_wrong(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
 
 
 def find_odd(splits: dict[str, Sequence[Record]]) -> Iterator[Finding]:
-    """What is odd about texts, or left out for them, found in one pass over the records; and about their splits."""
+    """What is odd about texts, or left out for them, found in one pass over the records; and about their splits.
+
+    Records that a meta file repeats are meant to be, and count once.
+    """
     yield from without_split(splits)
-    texts = {split: _Texts.of(records) for split, records in splits.items()}
+    texts = {split: _Texts.of(distinct(records)) for split, records in splits.items()}
     for split, of_split in texts.items():
         yield from repeated_questions(of_split, split)
         yield from empty_answers(of_split, split)

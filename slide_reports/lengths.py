@@ -1,7 +1,11 @@
 """How many tokens each record will be to the language model, before any of them is read."""
 
+import os
+import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from slide_reports.record import Record
 from slide_reports.table import fields
 
 RECORDS_AT_ONCE = 4096  # whose texts stand in memory together
+WORTH_A_WARNING = 0.01  # of the answers cut
 
 
 def record_lengths(
@@ -66,6 +71,63 @@ def record_lengths(
         bar.update(len(some))
     bar.close()
     return lengths
+
+
+@dataclass(frozen=True)
+class CutAnswers:
+    """How many answers a limit cuts.
+
+    Attributes:
+        cut: longer than the limit, so that they lose their end.
+        total: answers that are not empty.
+        longest: tokens of the longest of those cut; 0 where there is none.
+    """
+
+    cut: int
+    total: int
+    longest: int
+
+    @property
+    def is_much(self) -> bool:
+        """Whether it is worth a warning."""
+        return self.cut > WORTH_A_WARNING * self.total
+
+
+def cut_answers(records: Sequence[Record], tokenizer: Any, max_answer_tokens: int) -> CutAnswers:
+    """Count the answers of all turns that are longer than the limit.
+
+    A token has at least one byte, so that only answers of more bytes than the limit has tokens are tokenized.
+    """
+    cut, total, longest = 0, 0, 0
+    for some in _chunks(fields(records, "turns")):
+        answers = Counter(answer for (turns,) in some for _, answer in turns if answer)
+        total += answers.total()
+        long = [answer for answer in answers if len(answer.encode()) >= max_answer_tokens]
+        found = tokenizer(long, add_special_tokens=False)["input_ids"] if long else []
+        for answer, ids in zip(long, found, strict=True):
+            if len(ids) > max_answer_tokens:
+                cut += answers[answer]
+                longest = max(longest, len(ids))
+    return CutAnswers(cut, total, longest)
+
+
+def tell_cut_answers(tokenizer: Any, max_answer_tokens: int, **splits: Sequence[Record]) -> dict[str, str]:
+    """``cut of all`` answers of each split that has some, for ``run.json``.
+
+    Warns where they are more than one in a hundred. The first process alone looks.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return {}
+    found = {name: cut_answers(records, tokenizer, max_answer_tokens) for name, records in splits.items()}
+    for name, answers in found.items():
+        if answers.is_much:
+            print(
+                f"warning: {name}: {answers.cut:,} of {answers.total:,} answers ({answers.cut / answers.total:.1%}) "
+                f"have more than {max_answer_tokens} tokens, the longest {answers.longest:,}; they lose their end, "
+                "and the model does not learn to end them: raise --max_answer_tokens",
+                file=sys.stderr,
+            )
+    return {name: f"{answers.cut:,} of {answers.total:,}" for name, answers in found.items() if answers.total}
 
 
 def _asked_ids(tokenizer: Any, prompt: Prompt, question: str, num_images: int, max_question_tokens: int) -> list[int]:

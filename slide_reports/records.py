@@ -4,10 +4,13 @@ import hashlib
 import math
 import os
 import re
+import sys
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
@@ -68,11 +71,12 @@ def read_records(
     if slides is not None:
         folders = GivenSlides(slides)
     edits = edits or Edits(exclude, revise)
-    table = RecordTable.of(_records(Path(annotation), folders, group_pattern, edits))
+    repetitions = array("q")
+    table = RecordTable.of(_records(Path(annotation), folders, group_pattern, edits, repetitions))
     if not len(table):
         besides = " but excluded ones" if edits.exclude else ""
         raise ValueError(f"{annotation}: expected at least one record, found none{besides}")
-    return table
+    return table.select(np.repeat(np.arange(len(table)), repetitions))
 
 
 def _records(
@@ -80,16 +84,17 @@ def _records(
     folders: Folders | GivenSlides | JustNames,
     group_pattern: str | None,
     edits: Edits,
+    repetitions: array,
 ) -> Iterator[Record]:
+    """Each record once; how often a meta file repeats it is appended to ``repetitions``."""
     for source, in_folders, times in annotation_sources(annotation, folders):
         rows = tqdm(read_rows(source), desc=f"reading {source.name}", unit="record", delay=5, leave=False)
         for row in rows:
             for draft in read_drafts(row):
                 if edits.leaves_out(draft.id):
                     continue
-                record = _record(row.where, draft, in_folders, group_pattern, edits)
-                for _ in range(times):
-                    yield record
+                repetitions.append(times)
+                yield _record(row.where, draft, in_folders, group_pattern, edits)
 
 
 def _record(
@@ -279,7 +284,21 @@ def read_splits_of_training(
     else:
         train, val = split_by_patient(records, val_fraction, seed)
     test = read_records(test_json, **reading) if test_json else _of_split(records, stated, "test")
+    _tell_left_out(stated, {"val": val_json, "test": test_json})
     return {"train": train, "val": val, "test": test}
+
+
+def _tell_left_out(stated: list[str], instead: dict[str, str | None]) -> None:
+    """Say of how many records of ``--train_json`` another file takes the place, by split."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for split, file in instead.items():
+        if file and (count := stated.count(split)):
+            print(
+                f"warning: {count:,} of the {len(stated):,} records of --train_json are of the split {split} and left "
+                f"out, since --{split}_json {file} stands in their place",
+                file=sys.stderr,
+            )
 
 
 def _of_split(records: Sequence[Record], stated: list[str], *names: str) -> Sequence[Record]:

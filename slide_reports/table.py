@@ -75,6 +75,10 @@ class RecordTable(Sequence[Record]):
         """The records at some positions, in that order; one may come more than once."""
         return RecordTable(self._dataset, self._rows[np.asarray(positions, dtype=np.int64)])
 
+    def distinct(self) -> "RecordTable":
+        """Every record of the table once, in the order of the file: one that a meta file repeats is the same record."""
+        return RecordTable(self._dataset, np.unique(self._rows))
+
     def fields(self, *names: str) -> Iterator[tuple[Any, ...]]:
         """Some fields of every record, as `fields` gives them, without making the records."""
         for chunk in self._chunks(list(names)):
@@ -123,6 +127,11 @@ def select(records: Sequence[Record], positions: Sequence[int] | np.ndarray) -> 
     if isinstance(records, RecordTable):
         return records.select(positions)
     return [records[position] for position in positions]
+
+
+def distinct(records: Sequence[Record]) -> Sequence[Record]:
+    """The records without the repetitions of a table; a list has none."""
+    return records.distinct() if isinstance(records, RecordTable) else records
 
 
 def _batch(records: list[Record]) -> pa.RecordBatch:

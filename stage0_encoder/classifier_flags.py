@@ -3,9 +3,11 @@
 from jsonargparse import Namespace
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from command_line import defaults_of, refuse_idle
 from slide_reports import add_record_arguments
 from stage0_encoder.classifier import OWN_NETWORKS
 from stage0_encoder.classifier_data import INPUTS
+from validation import refuse_two_validations
 
 READING_FLAGS = ("image_root", "val_fraction", "seed", "splits", "fold", "group_pattern", "exclude", "revise")
 READING_FLAGS += ("min_class_patients",)
@@ -33,6 +35,9 @@ def check_flags(args: Namespace) -> None:
     Raises:
         ValueError: names the flag and what would do.
     """
+    defaults = defaults_of(add_arguments)
+    refuse_two_validations(args, defaults)
+    refuse_idle(args, defaults, needs_of_flags(args))
     for flag in NEEDED[args.input]:
         if not getattr(args, flag):
             raise ValueError(f"--input {args.input} needs --{flag}")
@@ -49,6 +54,22 @@ def check_flags(args: Namespace) -> None:
         raise ValueError("--mixup and --cutmix mix pictures; leave them out with --input bags")
     if args.input == "montage" and args.max_tiles < args.montage_side**2:
         raise ValueError(f"--max_tiles {args.max_tiles}: a montage has {args.montage_side**2} tiles; raise it")
+
+
+def needs_of_flags(args: Namespace) -> dict[str, tuple[bool, str]]:
+    """For each flag that does nothing without another: whether that is there, and what it is.
+
+    The sizes of a vit and a cnn are not among them: a recipe has them once for all encoders that it compares.
+    """
+    lora = (args.encoder_training == "lora", "--encoder_training lora")
+    bags = (args.input == "bags", "--input bags")
+    return {
+        **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout"), lora),
+        **dict.fromkeys(("bag_width", "bag_attention_width", "bag_dropout"), bags),
+        "encoder_learning_rate": (args.encoder_training != "frozen", "--encoder_training full or lora"),
+        "decay_epochs": (args.lr_scheduler_type == "step", "--lr_scheduler_type step"),
+        "montage_side": (args.input == "montage", "--input montage"),
+    }
 
 
 def _add_data_arguments(parser) -> None:

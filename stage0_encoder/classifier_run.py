@@ -26,7 +26,7 @@ from stage0_encoder.classification_scores import for_log, save_scores, score_all
 from stage0_encoder.classifier import OWN_NETWORKS, Classifier, balanced_weights, own_cnn, own_vit
 from stage0_encoder.classifier_data import Examples, make_loader, sources_of
 from stage0_encoder.classifier_flags import PLACES, READING_FLAGS
-from stage0_encoder.encoder_run import save_result, share_statistics
+from stage0_encoder.encoder_run import freeze_unused_of_encoder, save_result, share_statistics
 from stage0_encoder.labels import UNLABELLED, LabelledRecords, labels_digest, read_labelled
 from stage0_encoder.tile_files import write_all_tiles
 
@@ -108,13 +108,12 @@ def build_classifier(args, encoder, train: LabelledRecords, class_names: dict[st
 
 
 def choose_what_learns(args, encoder) -> None:
-    """Freeze the encoder, put adapters on it, or let all of it learn."""
-    if args.input == "bags" or args.encoder in OWN_NETWORKS or args.encoder_training == "full":
-        encoder.requires_grad_(True)
-        return
-    encoder.requires_grad_(False)
-    if args.encoder_training == "lora":
+    """Freeze the encoder, put adapters on it, or let all of it learn that its vector depends on."""
+    learns_whole = args.input == "bags" or args.encoder in OWN_NETWORKS or args.encoder_training == "full"
+    encoder.requires_grad_(learns_whole)
+    if not learns_whole and args.encoder_training == "lora":
         add_encoder_lora(encoder, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout)
+    freeze_unused_of_encoder(encoder)
 
 
 def weights_of_classes(args, train: LabelledRecords, class_names: dict[str, list[str]]):

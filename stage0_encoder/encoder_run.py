@@ -8,9 +8,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast
 from torch import nn
 
-from accelerator_setup import ACCELERATOR_FLAGS, make_accelerator
+from accelerator_setup import ACCELERATOR_FLAGS, freeze_unused, make_accelerator
 from command_line import chosen
+from encoders import ImageEncoder
 from run_checkpoints import RunState
+from stage0_encoder.text_encoder import TextEncoder
 from validation import stops_early
 
 
@@ -20,14 +22,33 @@ def make_encoder_accelerator(args, run_dir: Path) -> Accelerator:
     Raises:
         ValueError: the configuration shards weights.
     """
-    accelerator = make_accelerator(
-        output_dir=run_dir,
-        find_unused_parameters=True,  # many published encoders have a head or a pooler that is not used here
-        **chosen(args, ACCELERATOR_FLAGS),
-    )
+    accelerator = make_accelerator(output_dir=run_dir, **chosen(args, ACCELERATOR_FLAGS))
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError("an encoder's weights are not sharded; use recipes/accelerate/ddp.yaml")
     return accelerator
+
+
+def freeze_unused_of_encoder(encoder: nn.Module) -> None:
+    """Freeze what an encoder's vector does not depend on: many published ones have a head or pooler of no use here.
+
+    Args:
+        encoder: an `ImageEncoder`, a `TextEncoder`, or a slide encoder.
+    """
+    device = next((parameter.device for parameter in encoder.parameters() if parameter.requires_grad), None)
+    if device is None:
+        return
+    was_training = encoder.training
+    encoder.eval()  # draws nothing at random, and keeps running statistics
+    if isinstance(encoder, ImageEncoder):
+        output = encoder.encode_tiles(torch.zeros(1, 3, encoder.image_size, encoder.image_size, device=device))
+    elif isinstance(encoder, TextEncoder):
+        ids = torch.ones(1, 2, dtype=torch.long, device=device)
+        output = encoder(ids, ids.bool())
+    else:
+        cells = torch.zeros(1, 2, 2, dtype=torch.long, device=device)
+        output = encoder(torch.zeros(1, 2, encoder.input_width, device=device), cells, cells[..., 0] == 0)
+    freeze_unused(encoder, output)
+    encoder.train(was_training)
 
 
 @torch.no_grad()

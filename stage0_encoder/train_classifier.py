@@ -26,7 +26,7 @@ from run_checkpoints import (
     refuse_existing_run,
     save_checkpoint,
 )
-from run_log import RunLog
+from run_log import RunLog, finished_line
 from stage0_encoder.classifier_flags import add_arguments, check_flags
 from stage0_encoder.classifier_run import (
     best_scores,
@@ -85,13 +85,16 @@ def main() -> int:
     # Resume
     identity = identity_of(flags, batches, train, val, begins_as)
     check_identity(checkpoint, identity)
+    if finished := finished_line(run_dir, state.step, flags):
+        end(accelerator, run_dir, finished)
+        return DONE
     model, optimizer, train_loader, val_loader = accelerator.prepare(classifier, optimizer, *loaders)
     classifier.begin_average(args.ema_decay)
     begin_run_dir(accelerator, run_dir, overwrite=args.overwrite and checkpoint is None)
     if checkpoint:
         load_checkpoint(accelerator, run_dir, checkpoint, model, optimizer, scheduler)
-    log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     write_run_json(accelerator, run_dir, flags, problems, **facts_of(classifier, train, val, batches, num_steps))
+    log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     resuming = {"state": state, "identity": identity, "keep": args.keep_checkpoints}
     save = partial(save_checkpoint, accelerator, run_dir, model, optimizer, scheduler, **resuming)
     validate = partial(evaluate, accelerator, classifier.result, val_loader, val, args, state)

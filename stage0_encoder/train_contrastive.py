@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from accelerator_setup import SCHEDULE_FLAGS, add_run_arguments, learning_rates_now, make_scheduler, write_run_json
-from command_line import DONE, SOME_FAILED, chosen, flags_of, make_parser, run
+from command_line import DONE, SOME_FAILED, chosen, defaults_of, flags_of, make_parser, refuse_idle, run
 from run_checkpoints import (
     begin_run_dir,
     check_identity,
@@ -28,7 +28,7 @@ from run_checkpoints import (
     refuse_existing_run,
     save_checkpoint,
 )
-from run_log import RunLog
+from run_log import RunLog, finished_line
 from slide_reports import add_record_arguments
 from stage0_encoder.contrastive_flags import add_alignment_validation_arguments, add_step_arguments
 from stage0_encoder.contrastive_run import (
@@ -45,19 +45,29 @@ from stage0_encoder.contrastive_step import contrastive_step, refuse_batch_stati
 from stage0_encoder.encoder_run import end, is_over, make_encoder_accelerator, save_result
 from stage0_encoder.retrieval import evaluate
 from stage0_encoder.waiting import TimedBatches
-from stage0_encoder.what_aligns import add_model_arguments, build_model
+from stage0_encoder.what_aligns import add_model_arguments, build_model, needs_of_flags
+from validation import refuse_two_validations
 
 STEP_FLAGS = ("chunk_size", "max_grad_norm", "max_logit_scale")
 
 
 def parse_arguments():
     parser = make_parser(__doc__)
+    add_arguments(parser)
+    args = parser.parse_args()
+    defaults = defaults_of(add_arguments)
+    refuse_two_validations(args, defaults)
+    refuse_idle(args, defaults, needs_of_flags(args))
+    return args
+
+
+def add_arguments(parser) -> None:
+    """All flags of this command."""
     add_record_arguments(parser)
     add_model_arguments(parser)
     add_step_arguments(parser)
     add_alignment_validation_arguments(parser)
     add_run_arguments(parser)
-    return parser.parse_args()
 
 
 def main() -> int:
@@ -88,14 +98,17 @@ def main() -> int:
     # Resume
     identity = identity_of(flags, train_batches, train_records, val_records, model)
     check_identity(checkpoint, identity)
+    if finished := finished_line(run_dir, state.step, flags):
+        end(accelerator, run_dir, finished)
+        return DONE
     model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
     bare = accelerator.unwrap_model(model)
     begin_run_dir(accelerator, run_dir, overwrite=args.overwrite and checkpoint is None)
     if checkpoint:
         load_checkpoint(accelerator, run_dir, checkpoint, model, optimizer, scheduler)
-    log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     facts = facts_of(bare, train_records, val_records, train_batches, num_steps)
     write_run_json(accelerator, run_dir, flags, problems, **facts)
+    log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     resuming = {"state": state, "identity": identity, "keep": args.keep_checkpoints}
     save = partial(save_checkpoint, accelerator, run_dir, model, optimizer, scheduler, **resuming)
 

@@ -23,6 +23,7 @@ from stage0_encoder.alignment_model import (
     text_fingerprint,
 )
 from stage0_encoder.contrastive_loss import KINDS
+from stage0_encoder.encoder_run import freeze_unused_of_encoder
 from stage0_encoder.text_encoder import POOLINGS, load_text_encoder
 
 NEW_SLIDE_ENCODERS = ("abmil", "longnet")
@@ -86,6 +87,21 @@ def add_model_arguments(parser) -> None:
     group.add_argument("--max_logit_scale", type=PositiveFloat, default=100, help="bound of the inverse temperature")
 
 
+def needs_of_flags(args) -> dict[str, tuple[bool, str]]:
+    """For each flag that does nothing without another: whether that is there, and what it is."""
+    adapts = {"lora", "qlora"} & {args.image_training, args.text_training}
+    abmil, longnet = NEW_SLIDE_ENCODERS
+    deep = (args.slide_encoder == longnet, f"--slide_encoder {longnet}")
+    return {
+        **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout"), (bool(adapts), "lora or qlora of an encoder")),
+        **dict.fromkeys(("slide_depth", "slide_heads"), deep),
+        "slide_width": (args.slide_encoder in NEW_SLIDE_ENCODERS, f"--slide_encoder {abmil} or {longnet}"),
+        "num_patches": (bool(args.features_dir), "--features_dir"),
+        "text_learning_rate": (args.text_training != "frozen", "--text_training other than frozen"),
+        "projection_learning_rate": (args.embedding_width != 0, "--embedding_width other than 0"),
+    }
+
+
 def build_model(args, device: torch.device, first_input: Path) -> AlignmentModel:
     """The model of the flags, with what learns of it freed and adapters put on.
 
@@ -144,6 +160,8 @@ def free_what_learns(args, model: AlignmentModel, device: torch.device) -> None:
         model.image.requires_grad_(args.image_training == "full")
     choose_what_learns(model.text.backbone, args.text_training, flag="--text_training", **lora)
     model.bias.requires_grad_("siglip" in args.loss)
+    freeze_unused_of_encoder(model.image)
+    freeze_unused_of_encoder(model.text)
     if not any(map(learns, (model.image, model.text, model.image_projection, model.text_projection))):
         raise ValueError("nothing would learn; free an encoder with --image_training or --text_training")
 

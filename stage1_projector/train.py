@@ -12,6 +12,7 @@ or on images, with the image encoder in the model:
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveInt
@@ -32,7 +33,7 @@ from accelerator_setup import (
     windows,
     write_run_json,
 )
-from command_line import DONE, SOME_FAILED, chosen, flags_of, make_parser, run
+from command_line import DONE, SOME_FAILED, chosen, defaults_of, flags_of, make_parser, run
 from deepspeed_zero import precision
 from encoders import load_encoder
 from evaluation.metrics.for_validation import METRICS
@@ -56,7 +57,7 @@ from run_checkpoints import (
     run_identity,
     save_checkpoint,
 )
-from run_log import RunLog
+from run_log import RunLog, finished_line
 from sharded_weights import prepare, save_result
 from slide_reports import (
     DEFAULT_QUESTIONS,
@@ -70,6 +71,7 @@ from slide_reports import (
     digests,
     make_loaders,
     read_training_records,
+    tell_cut_answers,
 )
 from slide_vlm import SlideVLM
 from validation import (
@@ -78,6 +80,7 @@ from validation import (
     add_validation_arguments,
     epochs_to_go,
     evaluate_epoch,
+    refuse_idle_validation,
     refuse_unmeasurable,
     written_reports,
 )
@@ -86,6 +89,12 @@ from vlm_settings import VLMSettings
 
 def parse_arguments():
     parser = make_parser(__doc__)
+    add_arguments(parser)
+    return parser.parse_args()
+
+
+def add_arguments(parser) -> None:
+    """All flags of this command."""
     add_data_arguments(parser)
     group = parser.add_argument_group("Model")
     group.add_argument("--llm_name", required=True, help="Hugging Face causal language model: hub name or folder")
@@ -111,7 +120,6 @@ def parse_arguments():
     add_optimizer_arguments(parser, learning_rate=1e-3, num_epochs=3)
     add_validation_arguments(parser, METRICS)
     add_run_arguments(parser)
-    return parser.parse_args()
 
 
 def main() -> int:
@@ -120,7 +128,7 @@ def main() -> int:
     run_dir, checkpoint, state = find_run(**chosen(args, RUN_FOLDER_FLAGS))
 
     # Data
-    refuse_contradictions(args)
+    refuse_contradictions(args, defaults_of(add_arguments))
     train_records, val_records, problems = read_training_records(**chosen(args, RECORD_FLAGS))
     accelerator = make_accelerator(output_dir=run_dir, **chosen(args, ZERO_FLAGS))
     refuse_unmeasurable(accelerator, val_records, **chosen(args, STOPPING_FLAGS))
@@ -145,14 +153,19 @@ def main() -> int:
     # Resume
     identity = run_identity(flags, train_batches, digests(train_records, val_records), model.settings.fingerprints())
     check_identity(checkpoint, identity)
+    if finished := finished_line(run_dir, state.step, flags):
+        end_run(accelerator, run_dir / "final_model", finished)
+        return DONE
     model, optimizer, train_loader, val_loader = prepare(accelerator, model, optimizer, train_loader, val_loader)
     vlm = accelerator.unwrap_model(model)
     if args.projector_ema:
         begin_average(vlm)
     begin_or_resume(accelerator, run_dir, checkpoint, model, optimizer, scheduler, overwrite=args.overwrite)
-    log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     counts = {"train_records": len(train_records), "val_records": len(val_records), "optimizer_steps": num_steps}
+    texts = {"train": train_records, "val": val_records}
+    counts |= {"cut_answers": tell_cut_answers(tokenizer, vlm.settings.max_answer_tokens, **texts)}
     write_run_json(accelerator, run_dir, flags, problems, **counts, trainable_parameters=trainable_parameters(vlm))
+    log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     saved = {"state": state, "identity": identity, "keep": args.keep_checkpoints}
     save = partial(save_checkpoint, accelerator, run_dir, model, optimizer, scheduler, **saved)
 
@@ -184,9 +197,12 @@ def main() -> int:
     return SOME_FAILED if problems or num_bad else DONE
 
 
-def refuse_contradictions(args) -> None:
-    """Raise ValueError for flags that cannot go together."""
-    accelerator_setup.refuse_contradictions(args)
+def refuse_contradictions(args, defaults: dict[str, Any]) -> None:
+    """Raise ValueError for flags that cannot go together, or of which one would do nothing."""
+    accelerator_setup.refuse_contradictions(args, defaults)
+    refuse_idle_validation(args, defaults)
+    if args.llm_revision and Path(args.llm_name).is_dir():
+        raise ValueError(f"--llm_revision {args.llm_revision} is of the hub, and --llm_name {args.llm_name} a folder")
     if args.image_root and not args.vision_model_name:
         raise ValueError("--image_root needs an image encoder; name it with --vision_model_name")
     if args.vision_model_name and not args.image_root:

@@ -19,10 +19,11 @@ from typing import Any
 from jsonargparse.typing import PositiveInt
 
 from accelerator_setup import runs_on_cpu
-from command_line import DONE, INTERRUPTED, check_output_folder, flags_of, make_parser, run
+from command_line import DONE, INTERRUPTED, check_output_folder, defaults_of, flags_of, idle_flags, make_parser, run
 from run_log import plain_numbers, read_log
 from slide_features import atomic_path
 from stage2_finetune.train import add_arguments
+from stage2_finetune.what_learns import needs_of_flags
 
 OWN_FLAGS = ("methods", "num_processes", "llm_training", "output_dir", "config")
 TRAIN = Path(__file__).with_name("train.py")
@@ -57,9 +58,11 @@ def main() -> int:
     args = parse_arguments()
     check_output_folder(args.output_dir)
     output = Path(args.output_dir)
-    flags = {name: value for name, value in flags_of(args).items() if name not in OWN_FLAGS and value is not None}
     rows, logs = [], {}
-    for method in dict.fromkeys(args.methods):
+    for method, idle in idle_by_method(args).items():
+        flags = {name: value for name, value in flags_of(args).items() if name not in OWN_FLAGS and value is not None}
+        for name in idle:
+            flags.pop(name, None)
         run_dir = output / method
         if not (run_dir / "log.jsonl").exists():  # this method's turn had not come
             flags.pop("resume_from_checkpoint", None)
@@ -73,8 +76,31 @@ def main() -> int:
     return DONE
 
 
+def idle_by_method(args) -> dict[str, list[str]]:
+    """The methods to compare, in order, and for each the flags that are there for others of them only.
+
+    A flag that no method has a use for is left to the first run, which refuses it.
+
+    Raises:
+        ValueError: ``--llm_training`` is given, which the methods stand for.
+    """
+    defaults = defaults_of(add_arguments)
+    if args.llm_training != defaults["llm_training"]:
+        raise ValueError(f"--llm_training {args.llm_training}: say with --methods what to compare")
+    idle = {}
+    for method in args.methods:
+        of_method = args.clone()
+        of_method.llm_training = method
+        found = idle_flags(of_method, defaults, needs_of_flags(of_method))
+        idle[method] = {name for names in found.values() for name in names}
+    of_no_use = set.intersection(*idle.values())
+    return {method: sorted(names - of_no_use) for method, names in idle.items()}
+
+
 def train(flags: dict[str, Any], num_processes: int, output: Path) -> float:
     """Run train.py in a process of its own, whose peak memory is then its own too; the seconds it took.
+
+    Of a run that was resumed and had nothing left to do, they are those of the time before.
 
     Raises:
         ValueError: it refused or failed; it has said why on stderr.
@@ -88,9 +114,12 @@ def train(flags: dict[str, Any], num_processes: int, output: Path) -> float:
     if status in (INTERRUPTED, -2):
         raise KeyboardInterrupt
     # Launchers leave with 1 whatever their processes left with, so the run itself must say that it has ended.
-    if status not in (0, 1) or not has_ended(Path(flags["output_dir"]), began_ns):
-        raise ValueError(f"{TRAIN.name} with --llm_training {flags['llm_training']} left with {status}; see above")
-    return time.perf_counter() - began
+    run_dir, seconds = Path(flags["output_dir"]), time.perf_counter() - began
+    if status in (0, 1) and has_ended(run_dir, began_ns):
+        return seconds
+    if status == 0 and has_ended(run_dir, 0):
+        return json.loads((run_dir / "run.json").read_text())["seconds_since_start_or_resume"]
+    raise ValueError(f"{TRAIN.name} with --llm_training {flags['llm_training']} left with {status}; see above")
 
 
 def launcher(num_processes: int) -> list[str]:

@@ -27,7 +27,7 @@ from accelerator_setup import (
     windows,
     write_run_json,
 )
-from command_line import DONE, SOME_FAILED, chosen, flags_of, make_parser, run
+from command_line import DONE, SOME_FAILED, chosen, defaults_of, flags_of, make_parser, run
 from evaluation.metrics.for_validation import METRICS
 from image_ablation import ABLATION_FLAGS, image_ablation
 from projector_average import averaged, begin_average, update_average
@@ -40,7 +40,7 @@ from run_checkpoints import (
     run_identity,
     save_checkpoint,
 )
-from run_log import RunLog
+from run_log import RunLog, finished_line
 from sharded_weights import prepare, save_result
 from slide_reports import (
     LOADER_FLAGS,
@@ -50,13 +50,13 @@ from slide_reports import (
     make_loaders,
     making_of,
     read_training_records,
+    tell_cut_answers,
 )
 from slide_vlm import VISUAL_PARTS
 from stage2_finetune.what_learns import (
     ENCODER_LEARNING_FLAGS,
     LLM_LEARNING_FLAGS,
     add_learning_arguments,
-    encoder_learns,
     freeze_encoder,
     let_encoder_learn,
     let_llm_learn,
@@ -104,11 +104,12 @@ def main() -> int:
 
     # Data
     settings = VLMSettings.read(args.stage1_projector_path)
-    refuse_contradictions(args, settings)
+    refuse_contradictions(args, settings, defaults_of(add_arguments))
     made = making_of(settings)
     train_records, val_records, problems = read_training_records(**chosen(args, RECORD_FLAGS), expected=made)
+    is_frozen_later = args.train_ve_first_epoch and args.num_epochs > 1  # its gradients are then missed
     accelerator = make_accelerator(
-        output_dir=run_dir, find_unused_parameters=encoder_learns(args), **chosen(args, ZERO_FLAGS)
+        output_dir=run_dir, find_unused_parameters=is_frozen_later, **chosen(args, ZERO_FLAGS)
     )
     refuse_unmeasurable(accelerator, val_records, **chosen(args, STOPPING_FLAGS))
 
@@ -137,6 +138,9 @@ def main() -> int:
     models = model.settings.fingerprints() | stage1_digest(args.stage1_projector_path)
     identity = run_identity(flags, train_batches, digests(train_records, val_records), models)
     check_identity(checkpoint, identity)
+    if finished := finished_line(run_dir, state.step, flags):
+        end_run(accelerator, run_dir / "final_model", finished)
+        return DONE
     if args.train_ve_first_epoch and state.step >= steps_per_epoch:
         freeze_encoder(model, optimizer)
     model, optimizer, train_loader, val_loader = prepare(accelerator, model, optimizer, train_loader, val_loader)
@@ -144,9 +148,11 @@ def main() -> int:
     if args.projector_ema:
         begin_average(vlm)
     begin_or_resume(accelerator, run_dir, checkpoint, model, optimizer, scheduler, overwrite=args.overwrite)
-    log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     counts = {"train_records": len(train_records), "val_records": len(val_records), "optimizer_steps": num_steps}
+    texts = {"train": train_records, "val": val_records}
+    counts |= {"cut_answers": tell_cut_answers(tokenizer, vlm.settings.max_answer_tokens, **texts)}
     write_run_json(accelerator, run_dir, flags, problems, **counts, trainable_parameters=trainable_parameters(vlm))
+    log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     saved = {"state": state, "identity": identity, "keep": args.keep_checkpoints}
     save = partial(save_checkpoint, accelerator, run_dir, model, optimizer, scheduler, **saved)
 

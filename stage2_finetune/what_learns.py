@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,8 +12,8 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 import accelerator_setup
-from accelerator_setup import BelowOne, forget_frozen, git_revision
-from command_line import flags_of
+from accelerator_setup import BelowOne, forget_frozen, freeze_unused, git_revision
+from command_line import flags_of, refuse_idle
 from deepspeed_zero import is_zero, is_zero3, precision
 from encoder_lora import add_encoder_lora
 from four_bit import FourBit
@@ -20,6 +21,7 @@ from language_model import add_lora, unfreeze_llm
 from run_checkpoints import file_digest
 from slide_reports import check_input_kind
 from slide_vlm import SlideVLM
+from validation import refuse_idle_validation
 from vlm_loading import load_vlm
 from vlm_settings import VLMSettings
 
@@ -144,11 +146,17 @@ def let_encoder_learn(
     lora_alpha: float,
     lora_dropout: float,
 ) -> None:
-    """Let the frozen image encoder learn in full or through new adapters; or leave it frozen."""
+    """Let the frozen image encoder learn in full or through new adapters; or leave it frozen.
+
+    What patch tokens do not depend on, such as a pooler, stays frozen.
+    """
     if train_ve or train_ve_first_epoch:
         model.unfreeze_encoder()
     if encoder_lora_rank:
         add_encoder_lora(model.encoder, rank=encoder_lora_rank, alpha=lora_alpha, dropout=lora_dropout)
+    if train_ve or train_ve_first_epoch or encoder_lora_rank:
+        side = model.encoder.image_size
+        freeze_unused(model.encoder, model.encoder.eval().encode_patches(torch.zeros(1, 3, side, side)))
 
 
 def encoder_learns(args) -> bool:
@@ -186,9 +194,27 @@ def refuse_another_split(args, settings: VLMSettings) -> None:
             )
 
 
-def refuse_contradictions(args, settings: VLMSettings) -> None:
-    """Raise ValueError for flags that cannot go together, or not with this result of stage 1."""
-    accelerator_setup.refuse_contradictions(args)
+def needs_of_flags(args) -> dict[str, tuple[Any, str]]:
+    """For each flag that does nothing without another: whether that is there, and what it is."""
+    adapts = args.llm_training in ("lora", "qlora")
+    lora, projector = "--llm_training lora or qlora", "--unfreeze_projection_layer"
+    return {
+        "unfreeze_last_layers": (args.llm_training == "full", "--llm_training full"),
+        "lora_rank": (adapts, lora),
+        "lora_target_modules": (adapts, lora),
+        "lora_alpha": (adapts or args.encoder_lora_rank, f"{lora}, or --encoder_lora_rank"),
+        "lora_dropout": (adapts or args.encoder_lora_rank, f"{lora}, or --encoder_lora_rank"),
+        "projector_learning_rate": (args.unfreeze_projection_layer, projector),
+        "projector_ema": (args.unfreeze_projection_layer, projector),
+        "vision_model_name": (args.image_root, "--image_root"),
+        "encoder_learning_rate": (encoder_learns(args), "--train_ve or --encoder_lora_rank"),
+    }
+
+
+def refuse_contradictions(args, settings: VLMSettings, defaults: dict[str, Any]) -> None:
+    """Raise ValueError for flags that cannot go together or would do nothing, or not with this result of stage 1."""
+    accelerator_setup.refuse_contradictions(args, defaults)
+    refuse_idle_validation(args, defaults)
     ways = {"--train_ve_first_epoch": args.train_ve_first_epoch, "--train_ve": args.train_ve}
     ways = [flag for flag, given in (ways | {"--encoder_lora_rank": args.encoder_lora_rank}).items() if given]
     if ways and settings.input_kind == "features":
@@ -198,21 +224,7 @@ def refuse_contradictions(args, settings: VLMSettings) -> None:
         )
     if len(ways) > 1:
         raise ValueError(f"{' and '.join(ways)} are two ways for the image encoder to learn; choose one")
-    adapts = args.llm_training in ("lora", "qlora")
-    needs = {
-        "--unfreeze_last_layers": (args.unfreeze_last_layers, args.llm_training == "full", "--llm_training full"),
-        "--lora_target_modules": (args.lora_target_modules, adapts, "--llm_training lora or qlora"),
-        "--projector_learning_rate": (
-            *(args.projector_learning_rate, args.unfreeze_projection_layer),
-            "--unfreeze_projection_layer",
-        ),
-        "--projector_ema": (args.projector_ema, args.unfreeze_projection_layer, "--unfreeze_projection_layer"),
-        "--vision_model_name": (args.vision_model_name, args.image_root, "--image_root"),
-        "--encoder_learning_rate": (args.encoder_learning_rate, ways, "--train_ve or --encoder_lora_rank"),
-    }
-    for flag, (given, has_need, need) in needs.items():
-        if given and not has_need:
-            raise ValueError(f"{flag} needs {need}")
+    refuse_idle(args, defaults, needs_of_flags(args))
     if args.llm_training == "frozen" and not args.unfreeze_projection_layer and not ways:
         raise ValueError(
             "nothing would learn; choose --llm_training lora, qlora or full, or --unfreeze_projection_layer"

@@ -159,8 +159,8 @@ def no_access(*_: object, **__: object) -> None:
     raise PermissionError(errno.EACCES, "Permission denied")
 
 
-def run_on_two(*arguments: object) -> None:
-    """Run a script on two processes that know of each other, each a fork as of :func:`run_command`."""
+def run_on_two(*arguments: object) -> str:
+    """Run a script on two processes that know of each other, each a fork as of :func:`run_command`; their stderr."""
     from tests.forked_runs import free_port
 
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -171,7 +171,9 @@ def run_on_two(*arguments: object) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(start, (0, 1)))
-    assert [each.returncode for each in done] == [0, 0], done[0].stderr + done[1].stderr
+    stderr = done[0].stderr + done[1].stderr
+    assert [each.returncode for each in done] == [0, 0], stderr
+    return stderr
 
 
 def run_command(*arguments: object, processes: int | None = None, status: int = 0) -> subprocess.CompletedProcess:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from encoders import load_encoder
 from slide_encoders import load_slide_encoder
 from slide_reports import Record, SampleKey
+from stage0_encoder import train_contrastive
 from stage0_encoder.alignment_model import load_alignment
 from stage0_encoder.contrastive_step import refuse_batch_statistics
 from stage0_encoder.pairs import Items, PairDataset, collate_pairs
@@ -290,6 +291,29 @@ def test_contradictions_are_refused(changes, message, corpus, models):
         build_model(model_flags(models, **changes), torch.device("cpu"), None)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--text_training", "lora", "--slide_width", 8],
+            "--slide_width 8 needs --slide_encoder abmil or longnet: add",
+        ),
+        (
+            ["--lora_rank", 4, "--num_patches", 9],
+            "--lora_rank 4 needs lora or qlora of an encoder; --num_patches 9 needs",
+        ),
+        (["--text_training", "frozen", "--text_learning_rate", 1], "needs --text_training other than frozen"),
+        (["--embedding_width", 0, "--projection_learning_rate", 1], "needs --embedding_width other than 0"),
+        (["--val_json", "v.json", "--val_fraction", 0.3], "both say what validation is"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(flags, message, monkeypatch, tmp_path):
+    words = [TRAIN, "--train_json", "x.json", "--image_root", "x", "--encoder", "y", "--text_model", "z", *flags]
+    monkeypatch.setattr("sys.argv", [*map(str, words), "--output_dir", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match=message):
+        train_contrastive.main()
+
+
 def test_chunks_are_refused_with_batch_normalisation():
     encoder = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
     encoder.name = "resnet"
@@ -335,6 +359,8 @@ def test_a_resumed_run_ends_with_the_same_bits(corpus, models, slides, tmp_path)
     for name in ("space.safetensors", "slide_encoder/model.safetensors", "text_encoder/model.safetensors"):
         ours, theirs = (load_file(run / "final_model" / name) for run in (resumed, slides))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+    finished = run_command(*flags, "--output_dir", resumed, "--resume_from_checkpoint", "latest")
+    assert f"{resumed} is finished, after 15 steps; its result is {resumed / 'final_model'}\n" in finished.stderr
     refused = run_command(
         *flags, "--output_dir", resumed, "--resume_from_checkpoint", "latest", "--loss", "clip", status=2
     )
@@ -352,7 +378,9 @@ def test_two_processes_and_chunks_learn_what_one_does(corpus, models, tmp_path):
 
     run_command(*words("one"))
     run_command(*words("chunks"))
-    run_on_two(*words("two"))
+    assert "find_unused_parameters" not in run_on_two(*words("two"))
+    learned = json.loads((tmp_path / "two" / "run.json").read_text())["trainable_parameters"]["text"].split(" / ")
+    assert learned[0] != learned[1]  # the pooler is frozen
     lines = {name: log_lines(tmp_path / name) + log_lines(tmp_path / name, "val_loss") for name in layouts}
     for name in ("chunks", "two"):
         for key in ("loss", "grad_norm", "logit_scale", "mean_positives", "val_loss", "val_recall_at_1"):

@@ -17,17 +17,19 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import BitsAndBytesConfig, Gemma3nForCausalLM
 
-from accelerator_setup import learning_rates_now, make_scheduler, parameter_groups
-from command_line import run
+from accelerator_setup import freeze_unused, learning_rates_now, make_scheduler, parameter_groups
+from command_line import defaults_of, flags_of, make_parser, run
 from encoder_lora import add_encoder_lora, merged_encoder
 from encoders import load_encoder
+from evaluation.figures import curves_figure
 from four_bit import KEPT_LINEAR, FourBit, dequantize, quantize
 from image_ablation import image_ablation, other_records
 from language_model import add_lora, fingerprint, load_llm, unfreeze_llm
 from projector_average import averaged, begin_average, update_average
 from run_checkpoints import RunState
-from run_log import draw_curves, plain_numbers
+from run_log import draw_curves, finished_line, loss_name, plain_numbers
 from slide_reports import RecordBatches, ReportDataset, make_loader, read_records
+from stage2_finetune.compare_peft import idle_by_method, train
 from stage2_finetune.merge_check import (
     MergeCheck,
     example_prompts,
@@ -36,7 +38,8 @@ from stage2_finetune.merge_check import (
     mean_divergence,
     round_as_merged,
 )
-from stage2_finetune.what_learns import open_stage1, refuse_another_split
+from stage2_finetune.train import add_arguments
+from stage2_finetune.what_learns import open_stage1, refuse_another_split, refuse_contradictions
 from tests.conftest import run_command
 from tests.tiny_models import generate_answers, make_batch, make_llm, make_model
 from validation import epochs_to_go, greedy_answers, stops_early
@@ -367,8 +370,20 @@ def test_curves_show_the_metric_and_plain_numbers(tmp_path, monkeypatch):
     draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
     losses, rates, metrics = figures[0].axes
     words = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in (losses, rates, metrics)]
+    assert losses.get_ylabel() == "loss per supervised token"
     assert words == [["training", "validation", "lowest, 5.7"], ["all else", "projector"], ["rouge_l", "highest, 0.3"]]
     assert "10" not in losses.yaxis.get_minor_formatter()(5.8) and list(tmp_path.glob("curves*.png"))
+
+
+def test_losses_are_called_what_they_are():
+    steps = {"loss per supervised token": {"supervised_tokens_per_s": 9.0}, "contrastive loss": {"logit_scale": 14.0}}
+    steps |= {"cross-entropy per label": {"samples_per_s": 2.0}}
+    runs = {
+        name: [{"step": 1, "loss": 1.0, "lr": 0.1} | more, {"step": 1, "val_loss": 1}] for name, more in steps.items()
+    }
+    for name, lines in runs.items():
+        assert curves_figure({"a": lines, "b": lines}).axes[0].get_ylabel() == loss_name(lines) == name
+    assert curves_figure(runs).axes[0].get_ylabel() == "loss"
 
 
 def test_last_layers_alone_learn():
@@ -460,6 +475,17 @@ def test_a_run_that_adapts_the_encoder_keeps_what_it_learned(corpus, tmp_path, m
     assert again["right"] == pytest.approx(ablation["right"], abs=1e-5)
 
 
+def test_what_an_output_does_not_depend_on_stops_learning():
+    parts = {"used": torch.nn.Linear(3, 3), "frozen": torch.nn.Linear(3, 3), "pooler": torch.nn.Linear(3, 2)}
+    network = torch.nn.ModuleDict(parts)
+    network["frozen"].requires_grad_(False)
+    output = network["frozen"](network["used"](torch.ones(1, 3)))
+    assert freeze_unused(network, output) == ["pooler.weight", "pooler.bias"]
+    assert [name for name, each in network.named_parameters() if each.requires_grad] == ["used.weight", "used.bias"]
+    assert freeze_unused(network, output) == []
+    assert freeze_unused(network, torch.ones(1)) == ["used.weight", "used.bias"]  # which has no graph
+
+
 def test_convolutions_take_no_lora():
     import timm
 
@@ -498,6 +524,16 @@ def test_convolutions_take_no_lora():
         (["--early_stopping_patience", 1, "--val_fraction", 0], "--early_stopping_patience needs validation records"),
         (["--best_metric", "rouge_l", "--val_fraction", 0], "--best_metric rouge_l needs validation records"),
         (["--lr_num_cycles", 2], "needs --lr_scheduler_type cosine_with_restarts"),
+        (
+            ["--llm_training", "full", "--lora_rank", 4, "--lora_dropout", 0],
+            "--lora_rank 4 needs --llm_training lora or qlora; --lora_dropout 0.0 needs --llm_training lora or qlora, "
+            "or --encoder_lora_rank: add that, or leave the flags out",
+        ),
+        (
+            ["--metric_records", 9],
+            "--metric_records 9 needs --best_metric other than loss: add that, or leave the flag",
+        ),
+        (["--val_json", "v.json"], "--val_fraction 0.3 and --val_json v.json both say what validation is"),
     ],
 )
 def test_unsafe_or_contradictory_flags_are_one_line(corpus, stage1, tmp_path, monkeypatch, capsys, flags, message):
@@ -599,7 +635,7 @@ def test_a_run_with_every_option_resumes_bit_for_bit_and_saves_the_average(corpu
     assert len(log_lines(tmp_path / "run", "image_ablation")) == 1
 
 
-def test_early_stopping_ends_the_run_and_a_resumed_one_does_not_go_on(corpus, tmp_path, monkeypatch):
+def test_early_stopping_ends_the_run_and_a_resumed_one_does_not_go_on(corpus, tmp_path, monkeypatch, capsys):
     flags = ["--train_json", corpus.reports, "--features_dir", corpus.features, "--llm_name", corpus.llm]
     flags += ["--num_visual_tokens", 8, "--num_workers", 0, "--learning_rate", 1e-30, "--num_epochs", 9]
     flags += ["--batch_size", 8, "--val_fraction", 0.3, "--output_dir", tmp_path / "run", "--image_ablation_records", 0]
@@ -607,12 +643,39 @@ def test_early_stopping_ends_the_run_and_a_resumed_one_does_not_go_on(corpus, tm
     assert call(STAGE1, monkeypatch, *flags) == 0
     assert len(log_lines(tmp_path / "run", "val_loss")) == 3  # the first is the best
     assert not log_lines(tmp_path / "run", "image_ablation")
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert "\nleft out records: 0\n" in capsys.readouterr().err  # on a line of its own, before the bar
     assert call(STAGE1, monkeypatch, *flags, "--resume_from_checkpoint", "latest") == 0
+    told, result = capsys.readouterr(), tmp_path / "run" / "final_model"
+    steps = log_lines(tmp_path / "run")[-1]["step"]
+    assert f"{tmp_path / 'run'} is finished, after {steps} steps; its result is {result}\n" in told.err
+    assert told.out == f"{result}\n"
+    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    flags[flags.index("--image_ablation_records") + 1] = 4  # which it has yet to do
+    assert call(STAGE1, monkeypatch, *flags, "--resume_from_checkpoint", "latest") == 0
+    assert "is finished" not in capsys.readouterr().err and log_lines(tmp_path / "run", "image_ablation")
     assert len(log_lines(tmp_path / "run", "val_loss")) == 3
     assert (
         json.loads((tmp_path / "run" / "run.json").read_text())["steps_taken"]
         == log_lines(tmp_path / "run")[-1]["step"]
     )
+
+
+def test_a_run_is_finished_at_its_last_step_with_the_same_flags_for_the_end(tmp_path):
+    flags = {"resume_from_checkpoint": "latest", "early_stopping_patience": 0, "image_ablation_records": 9}
+
+    def write(**facts: object) -> None:
+        (tmp_path / "run.json").write_text(json.dumps({"arguments": flags} | facts))
+
+    assert finished_line(tmp_path, 5, flags) is None  # begun by nobody
+    write(steps_taken=5)
+    assert finished_line(tmp_path, 5, flags) is None  # no result
+    (tmp_path / "final_model").mkdir()
+    assert finished_line(tmp_path, 5, flags).startswith(f"{tmp_path} is finished, after 5 steps; its result is ")
+    for step, other in ((4, {}), (5, {"early_stopping_patience": 2}), (5, {"resume_from_checkpoint": None})):
+        assert finished_line(tmp_path, step, flags | other) is None
+    write()  # killed while it was resumed
+    assert finished_line(tmp_path, 5, flags) is None
 
 
 def test_the_best_score_is_remembered():
@@ -690,6 +753,34 @@ def test_comparison_of_lora_and_qlora(corpus, stage1, tmp_path, monkeypatch, cap
     assert (tmp_path / "both" / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_flags_of_one_method_are_not_given_to_another():
+    def idle(*flags: object) -> dict[str, list[str]]:
+        parser = make_parser(None)
+        parser.add_argument("--methods", nargs="+")
+        add_arguments(parser)
+        words = ["--train_json", "a", "--stage1_projector_path", "b", "--output_dir", "c", "--methods", *flags]
+        return idle_by_method(parser.parse_args([*map(str, words)]))
+
+    assert idle("lora", "full", "--lora_rank", 4, "--unfreeze_last_layers", 1) == {
+        "lora": ["unfreeze_last_layers"],
+        "full": ["lora_rank"],
+    }
+    assert idle("lora", "qlora", "lora", "--unfreeze_last_layers", 1) == {"lora": [], "qlora": []}  # which refuse it
+    with pytest.raises(ValueError, match="--llm_training full: say with --methods what to compare"):
+        idle("lora", "--llm_training", "full")
+
+
+def test_flags_that_a_run_saved_can_be_given_again(corpus, stage1, tmp_path):
+    parser = make_parser(None)
+    add_arguments(parser)
+    saved = tmp_path / "saved.yaml"
+    args = parser.parse_args([*map(str, stage2_flags(corpus, stage1, tmp_path / "run", "--llm_training", "full"))])
+    saved.write_text(json.dumps(flags_of(args)))
+    again = parser.parse_args(["--config", str(saved)])
+    assert flags_of(again) == flags_of(args) and again.lora_rank == 16
+    refuse_contradictions(again, VLMSettings.read(stage1 / "final_model"), defaults_of(add_arguments))
+
+
 def test_a_comparison_does_not_take_a_failed_launch_for_a_run(corpus, stage1, tmp_path, monkeypatch, capsys):
     """A launcher of several processes leaves with 1 when they refuse, which a run does that left records out."""
     commands = []
@@ -707,3 +798,16 @@ def test_a_comparison_does_not_take_a_failed_launch_for_a_run(corpus, stage1, tm
     assert call("stage2_finetune.compare_peft", monkeypatch, *flags) == 2
     assert "with --llm_training lora left with 1; see above" in capsys.readouterr().err
     assert len(commands) == 1 and "--nproc_per_node=2" in commands[0]
+
+
+def test_a_comparison_that_is_resumed_keeps_the_time_of_a_finished_run(tmp_path, monkeypatch):
+    launch = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr("stage2_finetune.compare_peft.subprocess.run", lambda command, **_: launch)
+    flags = {"llm_training": "lora", "output_dir": str(tmp_path / "lora")}
+    with pytest.raises(ValueError, match="left with 0"):
+        train(flags, 1, tmp_path)
+    (tmp_path / "lora").mkdir()
+    facts = tmp_path / "lora" / "run.json"
+    facts.write_text('{"steps_taken": 3, "seconds_since_start_or_resume": 78.9}')
+    os.utime(facts, (1, 1))
+    assert train(flags, 1, tmp_path) == 78.9

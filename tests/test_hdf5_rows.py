@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hdf5_rows import read_rows_directly
-from slide_features import choose_patches, read_slide_features, write_slide_features
+from slide_features import choose_patches, read_patches, read_slide_features, write_slide_features
 
 PLAIN = ["contiguous", "chunks"]
 OTHER = ["compressed", "narrow chunks", "userblock", "never written", "in memory"]
@@ -101,7 +101,9 @@ def test_a_feature_that_is_not_finite_is_found(tmp_path, dtype, bad):
     facts = {"encoder": "e", "mpp": 0.5, "tile_size": 256, "overlap": 0, "patch_size_level0": 256}
     write_slide_features(tmp_path / "x.h5", features, np.zeros((6, 2), dtype=np.int64), name="x", **facts)
     with h5py.File(tmp_path / "x.h5", "r+") as file:
-        file["features"][4, 2] = bad
+        file["features"][4, 2] = file["features"][1, 0] = bad
     read_slide_features(tmp_path / "x.h5", rows=np.array([3]))
-    with pytest.raises(ValueError, match="1 of 2 features are not finite"):
-        read_slide_features(tmp_path / "x.h5", rows=np.array([3, 4]))
+    for read in (read_slide_features, read_patches):
+        for rows in (np.array([4]), np.array([1, 4]), lambda coords: np.array([1]), None):
+            with pytest.raises(ValueError, match="2 of 6 features are not finite"):  # of the file, whatever is read
+                read(tmp_path / "x.h5", rows)

@@ -277,6 +277,39 @@ def test_training_tells_what_the_check_finds_in_texts(corpus_of_8, capsys, monke
     assert "warning" not in capsys.readouterr().err
 
 
+def test_records_that_another_file_stands_for_are_counted(corpus_of_8, capsys, monkeypatch):
+    folder, rows = corpus_of_8, json.loads((corpus_of_8 / "r.json").read_text())
+    for number, row in enumerate(rows):
+        row["split"] = ("train", "train", "val", "val", "val", "val", "test", "test")[number]
+    (folder / "r.json").write_text(json.dumps(rows))
+    (folder / "val.json").write_text(json.dumps([{"id": "PIT_01_00009_00.tiff", "report": "x"}]))
+    write_features(folder / "f" / "PIT_01_00009_00.h5", np.ones((5, 4)))
+    reading = {"val_fraction": 0, "seed": 0, "features_dir": str(folder / "f"), "image_root": None}
+    files = [str(folder / name) for name in ("r.json", "val.json")]
+    train, val, _ = read_training_records(*files, **reading)
+    assert (len(train), len(val)) == (2, 1)
+    told = f"warning: 4 of the 8 records of --train_json are of the split val and left out, since --val_json {files[1]}"
+    assert capsys.readouterr().err.startswith(told)
+    read_training_records(files[0], None, **reading)
+    assert "left out" not in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    read_training_records(*files, **reading)
+    assert not capsys.readouterr().err
+
+
+def test_repetitions_that_a_meta_file_asks_for_are_no_finding(corpus_of_8, capsys):
+    folder, rows = corpus_of_8, json.loads((corpus_of_8 / "r.json").read_text())
+    entry = {"root": "f", "annotation": "r.json", "length": 8}
+    (folder / "meta.json").write_text(json.dumps({"reports": entry | {"repeat_time": 3}}))
+    reading = {"val_fraction": 0.25, "seed": 0, "features_dir": str(folder / "f"), "image_root": None}
+    train, val, _ = read_training_records(str(folder / "meta.json"), None, **reading)
+    assert len(train) + len(val) == 24 and [record.id for record in train[:4]] == [train[0].id] * 3 + [train[3].id]
+    assert "warning" not in capsys.readouterr().err
+    (folder / "r.json").write_text(json.dumps([*rows, rows[0]]))
+    read_training_records(str(folder / "meta.json"), None, **reading)
+    assert f"{rows[0]['id']} repeated word for word" in capsys.readouterr().err
+
+
 def test_training_refuses_a_patient_of_its_test_split(corpus_of_8):
     rows = json.loads((corpus_of_8 / "r.json").read_text())
     for number, row in enumerate(rows):

@@ -377,6 +377,12 @@ def test_montages_are_made_of_the_slides_tiles(tmp_path, train_here, monkeypatch
         (["--image_root", "x", "--features_dir", "y"], "--features_dir is not for --input images"),
         (["--image_root", "x", "--encoder_training", "lora"], "needs published weights"),
         (["--input", "bags", "--features_dir", "x", "--mixup", "1"], "mix pictures"),
+        (["--image_root", "x", "--lora_rank", "4"], "--lora_rank 4 needs --encoder_training lora: add that, or leave"),
+        (
+            ["--encoder", "x", "--encoder_training", "frozen", "--encoder_learning_rate", "1", "--decay_epochs", "2"],
+            "--encoder_learning_rate 1.0 needs --encoder_training full or lora; --decay_epochs 2 needs --lr_scheduler",
+        ),
+        (["--image_root", "x", "--splits", "s.csv", "--val_fraction", "0.3"], "both say what validation is"),
     ],
 )
 def test_contradicting_flags_are_refused(flags, message, monkeypatch, tmp_path):

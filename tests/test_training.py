@@ -58,6 +58,9 @@ def test_stage1_leaves_a_whole_run_folder(stage1):
     assert settings["tiling"] == {"tile_size": 256, "mpp": 0.5, "overlap": 0, "min_tissue": 0.1}
     assert settings["encoder"] == "made-up"
     assert settings["llm_fingerprint"]
+    run_facts = json.loads((stage1 / "run.json").read_text())
+    assert run_facts["cut_answers"] == {"train": "0 of 20", "val": "0 of 2"}
+    assert set(run_facts["trainable_parameters"]) == {"llm", "projector"}  # the reducer has none
 
 
 def test_checkpoints_hold_only_what_learns(stage1):
@@ -255,7 +258,8 @@ BLOWS_UP = {"--learning_rate": 1e30, "--max_grad_norm": 1e30, "--warmup_ratio": 
         (1, BLOWS_UP | {"--batch_size": 4}, "the gradient norm is nan at a loss of nan, so no step was taken"),
         (1, BLOWS_UP | {"--batch_size": 99}, "step 1: the validation loss is nan; lower --learning_rate"),
         (2, {"--lora_dropout": 1.5}, "--lora_dropout"),
-        (2, {"--vision_model_name": "vit"}, "--vision_model_name needs --image_root"),
+        (2, {"--vision_model_name": "vit"}, "--vision_model_name vit needs --image_root"),
+        (1, {"--llm_revision": "v2"}, "--llm_revision v2 is of the hub, and --llm_name"),
         (1, {"--resume_from_checkpoint": "nowhere/step_3"}, "no such checkpoint"),
         (2, {"--train_ve_first_epoch": None}, "--train_ve_first_epoch needs images"),
         (2, {"--llm_training": "frozen"}, "nothing would learn"),
