@@ -25,13 +25,14 @@ from inference.answers import Answering, unread_line
 from inference.arguments import SAVED, add_decoding_arguments, check_decoding_arguments
 from inference.case_batches import CaseBatch, batches_of, read_ahead, records_of_slides, records_to_answer
 from inference.decoding import open_model
-from inference.loading import model_folder
+from inference.loading import dtype_name, model_folder
 from inference.new_slides import SlideReader, add_slide_arguments, check_slide_arguments
 from inference.progress import (
     answers_everything,
     open_journal,
     prepare_progress,
     read_progress,
+    refuse_another_dtype,
     refuse_foreign_file,
     run_description,
     run_file,
@@ -121,8 +122,12 @@ def main() -> int:
     model, tokenizer = open_model(args, args.device or state.device)
     model.settings.question = args.question or settings.question
     reader = SlideReader(args, model) if args.slides else None
+    description["dtype"] = dtype_name(model)
 
     # Resume
+    if not args.overwrite:
+        earlier_default = "fp32" if model.device.type == "cpu" else "bf16"
+        refuse_another_dtype(progress_dir, description["dtype"], earlier_default)
     if state.is_main_process:
         tell_unread_questions(records, model.settings, tokenizer)
         prepare_progress(progress_dir, output, description, overwrite=args.overwrite)
@@ -198,9 +203,10 @@ def answer_batch(
 def tell_unread_questions(records, settings: VLMSettings, tokenizer) -> None:
     """Say how many records ask what the model does not read to its end."""
     lines = {
-        question: unread_line(settings, tokenizer, question) for question in {record.question for record in records}
+        question: unread_line(settings, tokenizer, question)
+        for question in {record.question or settings.question for record in records}
     }
-    if cut := sum(bool(lines[record.question]) for record in records):
+    if cut := sum(bool(lines[record.question or settings.question]) for record in records):
         longest = settings.max_question_tokens
         print(f"{cut} of {len(records)} questions are cut: the model reads {longest} tokens of one", file=sys.stderr)
 
