@@ -6,6 +6,7 @@ the traceback behind a one-line refusal.
 """
 
 import errno
+import json
 import logging
 import os
 import re
@@ -124,11 +125,13 @@ def idle_flags(args: Namespace, defaults: dict[str, Any], needs: dict[str, tuple
 
 
 def refuse_idle(args: Namespace, defaults: dict[str, Any], needs: dict[str, tuple[Any, str]]) -> None:
-    """Refuse the flags that :func:`idle_flags` finds.
+    """Refuse the flags that :func:`idle_flags` finds, but for those that a run to be resumed began with.
 
     Raises:
         ValueError: names them all, and what they need.
     """
+    began_with = flags_of_resumed(args)
+    needs = {name: need for name, need in needs.items() if began_with.get(name) != getattr(args, name)}
     idle = idle_flags(args, defaults, needs)
     if not idle:
         return
@@ -138,6 +141,17 @@ def refuse_idle(args: Namespace, defaults: dict[str, Any], needs: dict[str, tupl
     ]
     flags = "the flag" if sum(map(len, idle.values())) == 1 else "the flags"
     raise ValueError(f"{'; '.join(said)}: add that, or leave {flags} out")
+
+
+def flags_of_resumed(args: Namespace) -> dict[str, Any]:
+    """The flags that a run began with which is to be resumed, if it has begun; else none.
+
+    An earlier version may have let through what is refused now; without it, the run would be another.
+    """
+    record = Path(getattr(args, "output_dir", "")) / "run.json"
+    if getattr(args, "resume_from_checkpoint", None) is None or not record.is_file():
+        return {}
+    return json.loads(record.read_text())["arguments"]
 
 
 def _as_typed(name: str, value: Any) -> str:

@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -308,11 +309,15 @@ def load_checkpoint(
     """
     progress = _read_progress(folder)
     try:
-        with safe_open(folder / "trainable.safetensors", framework="pt") as file:
-            load_weights(accelerator.unwrap_model(model).learned_state(), file.keys(), file.get_tensor)
-        with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
-            groups = progress["optimizer_groups"]
-            load_optimizer_state(accelerator, model, optimizer, file.keys(), file.get_tensor, groups)
+        with safe_open(folder / "optimizer.safetensors", framework="pt") as states:
+            bare = accelerator.unwrap_model(model)
+            learning = [name for name, parameter in bare.named_parameters() if parameter.requires_grad]
+            groups, unused = without_unused(progress["optimizer_groups"], states.keys(), learning)
+            with safe_open(folder / "trainable.safetensors", framework="pt") as file:
+                own = bare.learned_state()
+                names = [name for name in file.keys() if name in own or name.removeprefix("average.") not in unused]
+                load_weights(own, names, file.get_tensor)
+            load_optimizer_state(accelerator, model, optimizer, states.keys(), states.get_tensor, groups)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     scheduler.load_state_dict(progress["scheduler"])
@@ -333,6 +338,24 @@ def load_checkpoint(
         for later in checkpoints(run_dir):
             if int(later.name.removeprefix("step_")) > step:
                 delete_folder(later)
+
+
+def without_unused(
+    groups: list[dict[str, Any]], state_names: Iterable[str], learning: Iterable[str]
+) -> tuple[list[dict[str, Any]], set[str]]:
+    """Groups of an optimizer without what never learned, and the names of that.
+
+    An earlier version gave it weights that no output depends on, such as a pooler's. They got no gradient, so it has no
+    state of them, and their values are those that the model began with.
+
+    Args:
+        groups: with names of parameters under ``params``.
+        state_names: ``<parameter name>/<state name>`` of all states.
+        learning: names of what learns now, which stays.
+    """
+    kept = {name.rsplit("/", 1)[0] for name in state_names} | set(learning)
+    dropped = {name for group in groups for name in group["params"]} - kept
+    return [group | {"params": [name for name in group["params"] if name in kept]} for group in groups], dropped
 
 
 def _read_progress(folder: Path) -> dict[str, Any]:

@@ -518,9 +518,7 @@ def test_a_wrong_value_in_vlm_json_is_named(run_here, model, features, tmp_path,
 def test_an_adapter_that_is_no_more_whole_is_named(tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    import torch
-
-    from tests.tiny_models import PATCH_WIDTH, make_llm
+    from tests.tiny_models import make_llm
     from vlm_loading import open_adapter
 
     folder = tmp_path / "adapter"
