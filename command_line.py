@@ -229,11 +229,15 @@ def _check_writable(folder: Path, named: str) -> None:
 
     Permissions alone tell nothing of a read-only disk, of /proc, or to root.
     """
-    path = folder.expanduser().absolute()
+    try:
+        path = folder.expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(f"{named}: nobody has a home folder of that name here; name another") from error
     existing = next(above for above in (path, *path.parents) if os.path.lexists(above))
     try:
         if existing.is_dir():
-            path.exists()  # raises where its name is too long to be made
+            for tried in (path, *(existing / part for part in path.relative_to(existing).parts)):
+                tried.exists()  # raises where a name is too long to be made
             with tempfile.TemporaryFile(dir=existing):
                 return
     except OSError as error:
