@@ -24,8 +24,7 @@ from command_line import DONE, SOME_FAILED, GatherValues, check_output_file, cho
 from inference.answers import Answering, unread_line
 from inference.arguments import SAVED, add_decoding_arguments, check_decoding_arguments
 from inference.case_batches import CaseBatch, batches_of, read_ahead, records_of_slides, records_to_answer
-from inference.decoding import open_model
-from inference.loading import dtype_name, model_folder
+from inference.loading import dtype_name, model_folder, open_model
 from inference.new_slides import SlideReader, add_slide_arguments, check_slide_arguments
 from inference.progress import (
     answers_everything,

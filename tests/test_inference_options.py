@@ -583,7 +583,7 @@ def test_answers_end_where_the_language_model_reads_no_further(run_here, room, c
     assert whole["num_tokens"] == 9
     short = json.loads(run_here("generate", *flags, "--max_new_tokens", 5).stdout)
     from inference.answers import make_sample, read_inputs
-    from inference.decoding import read_prefixes
+    from inference.prefixes import read_prefixes
     from vlm_loading import load_vlm
 
     vlm, tokenizer = load_vlm(model)
