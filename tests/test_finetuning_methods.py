@@ -634,9 +634,9 @@ def test_projector_average_follows_its_definition_and_leaves_the_weights():
     model, _ = make_model(token_reducer="perceiver")
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="--unfreeze_projection_layer"):
-        begin_average(model)
+        begin_average(model, 0.9)
     model.unfreeze_visual_parts()
-    begin_average(model)
+    begin_average(model, 0.9)
     name, weight = next(iter(model.visual_parameters().items()))
     expected = weight.detach().clone()
     for step in range(1, 6):
