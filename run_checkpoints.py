@@ -18,7 +18,6 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from safetensors.torch import save_file
 
 from command_line import check_output_folder
 from deepspeed_zero import is_zero, precision
-from sharded_weights import load_optimizer_state, load_weights, optimizer_state, whole_on_main
+from sharded_weights import load_optimizer_state, load_weights, optimizer_state, whole_on_main, without_unused
 
 # Flags that may differ when a run is resumed; all others decide what it learns.
 FREE_ON_RESUME = {"output_dir", "resume_from_checkpoint", "overwrite", "save_steps", "keep_checkpoints", "num_workers"}
@@ -338,24 +337,6 @@ def load_checkpoint(
         for later in checkpoints(run_dir):
             if int(later.name.removeprefix("step_")) > step:
                 delete_folder(later)
-
-
-def without_unused(
-    groups: list[dict[str, Any]], state_names: Iterable[str], learning: Iterable[str]
-) -> tuple[list[dict[str, Any]], set[str]]:
-    """Groups of an optimizer without what never learned, and the names of that.
-
-    An earlier version gave it weights that no output depends on, such as a pooler's. They got no gradient, so it has no
-    state of them, and their values are those that the model began with.
-
-    Args:
-        groups: with names of parameters under ``params``.
-        state_names: ``<parameter name>/<state name>`` of all states.
-        learning: names of what learns now, which stays.
-    """
-    kept = {name.rsplit("/", 1)[0] for name in state_names} | set(learning)
-    dropped = {name for group in groups for name in group["params"]} - kept
-    return [group | {"params": [name for name in group["params"] if name in kept]} for group in groups], dropped
 
 
 def _read_progress(folder: Path) -> dict[str, Any]:
