@@ -198,6 +198,11 @@ def check_output_file(output: str | Path | None, **inputs: str | Path | None) ->
             raise ValueError(f"--output {output} is the file given as {flag}, which would be lost; name another")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run(main: Callable[[], int], *, to_go_on: str = "the same command goes on where this one stopped") -> NoReturn:
     """Run ``main`` and leave with its exit status, turning refusals into one line on stderr.
 
