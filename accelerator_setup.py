@@ -287,6 +287,9 @@ def freeze_unused(module: torch.nn.Module, output: torch.Tensor) -> list[str]:
 
     Returns:
         Names of what is frozen now and was not before.
+
+    Raises:
+        ValueError: that is all that was to learn.
     """
     used, seen, functions = set(), set(), [output.grad_fn]
     while functions:
@@ -297,7 +300,13 @@ def freeze_unused(module: torch.nn.Module, output: torch.Tensor) -> list[str]:
         if hasattr(function, "variable"):  # where a gradient arrives
             used.add(id(function.variable))
         functions += [following for following, _ in function.next_functions]
-    unused = [name for name, each in module.named_parameters() if each.requires_grad and id(each) not in used]
+    learning = [name for name, each in module.named_parameters() if each.requires_grad]
+    unused = [name for name in learning if id(module.get_parameter(name)) not in used]
+    if unused and unused == learning:
+        raise ValueError(
+            f"nothing of {type(module).__name__} would learn: its output depends on none of the weights that are to, "
+            f"such as {unused[0]}; adapt other layers, or choose another encoder"
+        )
     for name in unused:
         module.get_parameter(name).requires_grad_(False)
     return unused

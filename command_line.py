@@ -6,6 +6,7 @@ the traceback behind a one-line refusal.
 """
 
 import errno
+import json
 import logging
 import os
 import re
@@ -124,11 +125,13 @@ def idle_flags(args: Namespace, defaults: dict[str, Any], needs: dict[str, tuple
 
 
 def refuse_idle(args: Namespace, defaults: dict[str, Any], needs: dict[str, tuple[Any, str]]) -> None:
-    """Refuse the flags that :func:`idle_flags` finds.
+    """Refuse the flags that :func:`idle_flags` finds, but for those that a run to be resumed began with.
 
     Raises:
         ValueError: names them all, and what they need.
     """
+    began_with = flags_of_resumed(args)
+    needs = {name: need for name, need in needs.items() if began_with.get(name) != getattr(args, name)}
     idle = idle_flags(args, defaults, needs)
     if not idle:
         return
@@ -138,6 +141,17 @@ def refuse_idle(args: Namespace, defaults: dict[str, Any], needs: dict[str, tupl
     ]
     flags = "the flag" if sum(map(len, idle.values())) == 1 else "the flags"
     raise ValueError(f"{'; '.join(said)}: add that, or leave {flags} out")
+
+
+def flags_of_resumed(args: Namespace) -> dict[str, Any]:
+    """The flags that a run began with which is to be resumed, if it has begun; else none.
+
+    An earlier version may have let through what is refused now; without it, the run would be another.
+    """
+    record = Path(getattr(args, "output_dir", "")) / "run.json"
+    if getattr(args, "resume_from_checkpoint", None) is None or not record.is_file():
+        return {}
+    return json.loads(record.read_text())["arguments"]
 
 
 def _as_typed(name: str, value: Any) -> str:
@@ -184,6 +198,11 @@ def check_output_file(output: str | Path | None, **inputs: str | Path | None) ->
             raise ValueError(f"--output {output} is the file given as {flag}, which would be lost; name another")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run(main: Callable[[], int], *, to_go_on: str = "the same command goes on where this one stopped") -> NoReturn:
     """Run ``main`` and leave with its exit status, turning refusals into one line on stderr.
 
@@ -215,11 +234,15 @@ def _check_writable(folder: Path, named: str) -> None:
 
     Permissions alone tell nothing of a read-only disk, of /proc, or to root.
     """
-    path = folder.expanduser().absolute()
+    try:
+        path = folder.expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(f"{named}: nobody has a home folder of that name here; name another") from error
     existing = next(above for above in (path, *path.parents) if os.path.lexists(above))
     try:
         if existing.is_dir():
-            path.exists()  # raises where its name is too long to be made
+            for tried in (path, *(existing / part for part in path.relative_to(existing).parts)):
+                tried.exists()  # raises where a name is too long to be made
             with tempfile.TemporaryFile(dir=existing):
                 return
     except OSError as error:

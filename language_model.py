@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from command_line import first_line
 from per_layer_table import has_per_layer_table, load_with_table_on_cpu
 from weight_reading import class_that_reads
 
@@ -79,11 +80,6 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None, mend: str =
 def why_not_opened(name: str | Path, error: Exception) -> str:
     """The library's reason; it takes a folder that is not there for a misspelt name on the hub."""
     return "no such folder" if Path(name).is_absolute() and not Path(name).exists() else first_line(error)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's message."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
 def load_llm(

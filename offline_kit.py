@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from command_line import DONE, SOME_FAILED, check_output_folder, log_to_stderr, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_folder, first_line, log_to_stderr, make_parser, run
 from encoder_presets import find_preset
 
 ROOT = Path(__file__).resolve().parent
@@ -311,11 +311,6 @@ def sha256_of(file: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 INSTALL = """\

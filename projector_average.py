@@ -13,12 +13,14 @@ from deepspeed_zero import gathered
 from slide_vlm import SlideVLM
 
 
-def begin_average(model: SlideVLM) -> None:
-    """Start the average at the weights as they are. Call it when they are on their device.
+def begin_average(model: SlideVLM, decay: float) -> None:
+    """Start the average at the weights as they are; none for a decay of 0. Call it when they are on their device.
 
     Raises:
         ValueError: projector, reducer and position codes are frozen.
     """
+    if not decay:
+        return
     learned = model.visual_parameters()
     if not learned:
         raise ValueError("--projector_ema averages a projector that learns; add --unfreeze_projection_layer")

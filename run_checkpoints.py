@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 from command_line import check_output_folder
 from deepspeed_zero import is_zero, precision
-from sharded_weights import load_optimizer_state, load_weights, optimizer_state, whole_on_main
+from sharded_weights import load_optimizer_state, load_weights, optimizer_state, whole_on_main, without_unused
 
 # Flags that may differ when a run is resumed; all others decide what it learns.
 FREE_ON_RESUME = {"output_dir", "resume_from_checkpoint", "overwrite", "save_steps", "keep_checkpoints", "num_workers"}
@@ -308,11 +308,15 @@ def load_checkpoint(
     """
     progress = _read_progress(folder)
     try:
-        with safe_open(folder / "trainable.safetensors", framework="pt") as file:
-            load_weights(accelerator.unwrap_model(model).learned_state(), file.keys(), file.get_tensor)
-        with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
-            groups = progress["optimizer_groups"]
-            load_optimizer_state(accelerator, model, optimizer, file.keys(), file.get_tensor, groups)
+        with safe_open(folder / "optimizer.safetensors", framework="pt") as states:
+            bare = accelerator.unwrap_model(model)
+            learning = [name for name, parameter in bare.named_parameters() if parameter.requires_grad]
+            groups, unused = without_unused(progress["optimizer_groups"], states.keys(), learning)
+            with safe_open(folder / "trainable.safetensors", framework="pt") as file:
+                own = bare.learned_state()
+                names = [name for name in file.keys() if name in own or name.removeprefix("average.") not in unused]
+                load_weights(own, names, file.get_tensor)
+            load_optimizer_state(accelerator, model, optimizer, states.keys(), states.get_tensor, groups)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     scheduler.load_state_dict(progress["scheduler"])

@@ -156,6 +156,24 @@ def load_optimizer_state(
     optimizer.load_state_dict({"state": state, "param_groups": packed})
 
 
+def without_unused(
+    groups: list[dict[str, Any]], state_names: Iterable[str], learning: Iterable[str]
+) -> tuple[list[dict[str, Any]], set[str]]:
+    """Groups of an optimizer without what never learned, and the names of that.
+
+    An earlier version gave it weights that no output depends on, such as a pooler's. They got no gradient, so it has no
+    state of them, and their values are those that the model began with.
+
+    Args:
+        groups: with names of parameters under ``params``.
+        state_names: ``<parameter name>/<state name>`` of all states.
+        learning: names of what learns now, which stays.
+    """
+    kept = {name.rsplit("/", 1)[0] for name in state_names} | set(learning)
+    dropped = {name for group in groups for name in group["params"]} - kept
+    return [group | {"params": [name for name in group["params"] if name in kept]} for group in groups], dropped
+
+
 def load_weights(own: Mapping[str, Tensor], names: Iterable[str], read: Callable[[str], Tensor]) -> None:
     """Copy weights into the tensors of the same names. Call on every rank.
 

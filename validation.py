@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from command_line import refuse_idle
+from command_line import flags_of_resumed, refuse_idle
 from deepspeed_zero import autocast, whole_to_generate
 from projector_average import averaged
 from report_loss import evaluation_loss
@@ -73,11 +73,13 @@ def refuse_idle_validation(args, defaults: dict[str, Any]) -> None:
 
 
 def refuse_two_validations(args, defaults: dict[str, Any]) -> None:
-    """Refuse a share to split off for validation beside something else that says what validation is.
+    """Refuse a share to split off for validation beside something else that says what validation is, in a new run.
 
     Raises:
         ValueError: names both.
     """
+    if flags_of_resumed(args).get("val_fraction") == args.val_fraction:
+        return
     for flag in ("val_json", "splits"):
         given = getattr(args, flag)
         if given and args.val_fraction not in (0, defaults["val_fraction"]):

@@ -7,10 +7,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from command_line import first_line
 from encoders import load_encoder
 from four_bit import FourBit, dequantize, quantize
 from image_encoder import ImageEncoder
-from language_model import fingerprint, first_line, load_llm, load_tokenizer
+from language_model import fingerprint, load_llm, load_tokenizer
 from slide_vlm import SlideVLM
 from vlm_settings import VLMSettings
 

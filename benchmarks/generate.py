@@ -37,8 +37,9 @@ from transformers import (
 )
 
 from inference.cpu_products import use_onednn
-from inference.decoding import Decoding, decode, read_batch
+from inference.decoding import Decoding, decode
 from inference.loading import DTYPES
+from inference.prefixes import read_batch
 from language_model import choose_placeholder, text_embedding_rms
 from slide_vlm import IMAGE_MARKER, SlideVLM
 from vlm_settings import VLMSettings

@@ -8,8 +8,9 @@ import torch
 
 from command_line import DONE
 from inference.answers import Answering, make_sample, unread_line
-from inference.decoding import decode, extend_prefix, last_markers, read_prefixes, text_of
+from inference.decoding import decode, text_of
 from inference.loading import room_for_text
+from inference.prefixes import extend_prefix, last_markers, read_prefixes
 from projectors import PROMPT_TOPK
 from slide_reports import Prompt
 from slide_vlm import SlideVLM

@@ -66,8 +66,7 @@ def main() -> int:
         check_output_folder(args.evidence, "--evidence")
 
     from inference.answers import Answering
-    from inference.decoding import open_model
-    from inference.loading import model_folder
+    from inference.loading import model_folder, open_model
     from inference.memory import READING, decoding_mend, memory_told
     from vlm_settings import VLMSettings
 

@@ -64,7 +64,7 @@ def main() -> int:
     check_output_folder(args.output_dir)
 
     from inference.answers import Answering
-    from inference.decoding import open_model
+    from inference.loading import open_model
     from slide_reports import ReportDataset, SampleKey, check_input_kind, read_records
     from stage0_tiling.user_masks import check_masks
     from vlm_settings import VLMSettings

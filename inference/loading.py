@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ def model_folder(name: str) -> str:
 
 @memory_told(LOADING)
 def open_model(args, device: str | torch.device | None = None) -> tuple[SlideVLM, PreTrainedTokenizerBase]:
-    """Model and tokenizer as the flags say, in evaluation mode on its device.
+    """Model and tokenizer as the flags say, in evaluation mode on its device; says on stderr where and in what dtype.
 
     Raises:
         ValueError: it cannot be opened so, or memory is too small for it.
@@ -82,6 +83,9 @@ def open_model(args, device: str | torch.device | None = None) -> tuple[SlideVLM
         use_onednn(model.llm)
     if getattr(args, "compile", False):
         compile_feed_forward(model)
+    if os.environ.get("RANK", "0") == "0":
+        layers = f", linear layers in {load_in}" if load_in else ""
+        print(f"language model in {dtype_name(model)}{layers}, on {device}", file=sys.stderr)
     return model, tokenizer
 
 
@@ -93,6 +97,11 @@ def default_dtype(device: torch.device) -> torch.dtype | None:
         return torch.bfloat16
     able = [name for name, present in torch.cpu.get_capabilities().items() if name.endswith("bf16") and present]
     return None if able else torch.float32
+
+
+def dtype_name(model: SlideVLM) -> str:
+    """The dtype that the language model computes in, as ``--dtype`` names it."""
+    return next(name for name, dtype in DTYPES.items() if dtype == model.base_llm.dtype)
 
 
 def room_for_text(model: SlideVLM) -> float:

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from accelerate import PartialState
@@ -24,14 +25,14 @@ from command_line import DONE, SOME_FAILED, GatherValues, check_output_file, cho
 from inference.answers import Answering, unread_line
 from inference.arguments import SAVED, add_decoding_arguments, check_decoding_arguments
 from inference.case_batches import CaseBatch, batches_of, read_ahead, records_of_slides, records_to_answer
-from inference.decoding import open_model
-from inference.loading import model_folder
+from inference.loading import dtype_name, model_folder, open_model
 from inference.new_slides import SlideReader, add_slide_arguments, check_slide_arguments
 from inference.progress import (
     answers_everything,
     open_journal,
     prepare_progress,
     read_progress,
+    refuse_another_dtype,
     refuse_foreign_file,
     run_description,
     run_file,
@@ -100,11 +101,7 @@ def main() -> int:
     settings = VLMSettings.read(args.model)
     check_input_kind(args.model, settings, args.image_root)
     check_decoding_arguments(args)
-    if args.slides:
-        check_slide_arguments(args, settings)
-        records, slides = records_of_slides(args.slides, args.test_json)
-    else:
-        records, slides = records_to_answer(args.test_json, args.features_dir, args.image_root), {}
+    records, slides = find_records(args, settings)
     FORMATS[args.format].check(records)
     description = run_description(args, settings.decoding, list(slides.values()))
     if not args.overwrite:
@@ -121,8 +118,11 @@ def main() -> int:
     model, tokenizer = open_model(args, args.device or state.device)
     model.settings.question = args.question or settings.question
     reader = SlideReader(args, model) if args.slides else None
+    description["dtype"] = dtype_name(model)
 
     # Resume
+    if not args.overwrite:
+        refuse_another_dtype(progress_dir, description["dtype"], "fp32" if model.device.type == "cpu" else "bf16")
     if state.is_main_process:
         tell_unread_questions(records, model.settings, tokenizer)
         prepare_progress(progress_dir, output, description, overwrite=args.overwrite)
@@ -160,11 +160,7 @@ def main() -> int:
         write_predictions(output, records, answers, form=args.format, details=args.details)
         for index, error in failures.items():
             print(f"failed: {records[int(index)].id}: {error}", file=sys.stderr)
-        if answering.uncertain:
-            uncertain = sum(answer["uncertain"] for answer in answers.values())
-            print(f"uncertain: {uncertain} of {len(answers)} records, to be read by somebody", file=sys.stderr)
-        if cut := sum(answer.get("cut_off", False) for answer in answers.values()):
-            print(f"cut off: {cut} of {len(answers)} records, before their end; see --max_new_tokens", file=sys.stderr)
+        tell_answers(answers.values(), bool(answering.uncertain))
         totals = {key: sum(part[key] for part in parts) for key in ("cases", "records", "tokens")}
         print(throughput(totals, max(part["seconds"] for part in parts)), file=sys.stderr)
         print(f"{len(answers)} of {len(records)} records answered: {output}", file=sys.stderr)
@@ -174,6 +170,14 @@ def main() -> int:
             os.replace(progress_dir / "settings.json", run_file(output))
             shutil.rmtree(progress_dir)
     return SOME_FAILED if failures else DONE
+
+
+def find_records(args, settings: VLMSettings):
+    """The records that the flags name, and the slides by path where they are read themselves."""
+    if not args.slides:
+        return records_to_answer(args.test_json, args.features_dir, args.image_root), {}
+    check_slide_arguments(args, settings)
+    return records_of_slides(args.slides, args.test_json)
 
 
 def answer_batch(
@@ -198,11 +202,21 @@ def answer_batch(
 def tell_unread_questions(records, settings: VLMSettings, tokenizer) -> None:
     """Say how many records ask what the model does not read to its end."""
     lines = {
-        question: unread_line(settings, tokenizer, question) for question in {record.question for record in records}
+        question: unread_line(settings, tokenizer, question)
+        for question in {record.question or settings.question for record in records}
     }
-    if cut := sum(bool(lines[record.question]) for record in records):
+    if cut := sum(bool(lines[record.question or settings.question]) for record in records):
         longest = settings.max_question_tokens
         print(f"{cut} of {len(records)} questions are cut: the model reads {longest} tokens of one", file=sys.stderr)
+
+
+def tell_answers(answers: Collection[dict], tells_uncertain: bool) -> None:
+    """Say how many answers are to be read by somebody, and how many lack their end."""
+    if tells_uncertain:
+        uncertain = sum(answer["uncertain"] for answer in answers)
+        print(f"uncertain: {uncertain} of {len(answers)} records, to be read by somebody", file=sys.stderr)
+    if cut := sum(answer.get("cut_off", False) for answer in answers):
+        print(f"cut off: {cut} of {len(answers)} records, before their end; see --max_new_tokens", file=sys.stderr)
 
 
 def throughput(done: dict, seconds: float) -> str:

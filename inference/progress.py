@@ -61,6 +61,8 @@ def answers_everything(output: Path, progress_dir: Path, description: dict, reco
     earlier = kept if kept.is_file() else run_file(output)
     if earlier.is_file():
         had = json.loads(earlier.read_text())
+        if description.get("dtype") is None:  # known when the model is loaded, see `refuse_another_dtype`
+            had["dtype"] = None
         if earlier is kept and had.get("slide_files", {}).keys() == description.get("slide_files", {}).keys():
             # A slide that has no answer yet may have been mended.
             numbers = [number for number in read_progress(progress_dir) if number < len(records)]
@@ -72,6 +74,26 @@ def answers_everything(output: Path, progress_dir: Path, description: dict, reco
                 f"--output {output} is of other work ({', '.join(others[:3])}{more}); name another, or add --overwrite"
             )
     return output.is_file() and run_file(output).is_file() and not progress_dir.exists()
+
+
+def refuse_another_dtype(progress_dir: Path, dtype: str, default: str) -> None:
+    """Refuse to go on in another dtype than that of the answers so far: defaults depend on the machine.
+
+    Args:
+        progress_dir: of the run.
+        dtype: that the language model has now.
+        default: that an earlier version, which did not note it, had here.
+
+    Raises:
+        ValueError: names both.
+    """
+    kept = progress_dir / "settings.json"
+    had = (json.loads(kept.read_text()).get("dtype") or default) if kept.is_file() else dtype
+    if had != dtype:
+        raise ValueError(
+            f"{progress_dir}: its answers are of a language model in {had}, not {dtype}; go on with --dtype {had}, or "
+            "add --overwrite"
+        )
 
 
 def _only(files: dict, paths: set[str]) -> dict:

@@ -5,8 +5,8 @@ import logging
 import torch
 from torch import Tensor, nn
 
-# lm_head as transformers leaves it; the other three are Gemma-3n's AltUp, which reads them as matrices.
-KEPT = ("lm_head", "correction_coefs", "prediction_coefs", "modality_router")
+from four_bit import KEPT_LINEAR
+
 ADAPTERS = ("lora_A", "lora_B")
 
 
@@ -31,7 +31,7 @@ def quantize_llm(llm: nn.Module, kind: str, device: str | torch.device) -> None:
     # It says with every product that its input is rounded to float16 on the way to int8.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for name, linear in list(llm.named_modules()):
-        if type(linear) is not nn.Linear or any(part in KEPT + ADAPTERS for part in name.split(".")):
+        if type(linear) is not nn.Linear or any(part in KEPT_LINEAR + ADAPTERS for part in name.split(".")):
             continue
         weight, bias, shape = linear.weight.detach(), linear.bias, (linear.in_features, linear.out_features)
         with torch.device("meta"):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from slide_reports.cases import case_of_slides, read_case, read_images, share_budget
     from slide_reports.inputs import describe_features, with_inputs
-    from slide_reports.lengths import tell_cut_texts
+    from slide_reports.lengths import facts_of_texts
     from slide_reports.prompt import (
         DEFAULT_QUESTIONS,
         Prompt,
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_input_kind",
     "default_num_visual_tokens",
+    "facts_of_texts",
     "making_of",
     "DEFAULT_QUESTIONS",
     "LOADER_FLAGS",
@@ -75,7 +76,6 @@ __all__ = [
     "share_budget",
     "slide_id_of",
     "split_by_patient",
-    "tell_cut_texts",
     "with_inputs",
 ]
 
@@ -86,7 +86,7 @@ _HOMES = {  # module -> what it offers here
     ),
     "cases": "case_of_slides read_case read_images share_budget",
     "inputs": "describe_features with_inputs",
-    "lengths": "tell_cut_texts",
+    "lengths": "facts_of_texts",
     "prompt": "DEFAULT_QUESTIONS Prompt",
     "record": "Record patient_of slide_id_of",
     "record_batches": "RecordBatches SampleKey",

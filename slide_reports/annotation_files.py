@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from command_line import first_line
 from slide_features import atomic_path
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
@@ -258,7 +259,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                     yield Row(f"{path}: record {index}", "", _held(values))
                     index += 1
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"{path}: not a readable Parquet file ({reason}); export it again") from error
 
 
@@ -301,13 +302,13 @@ def _open_dataset(name: str) -> dict[str, Any]:
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(
                 f"{name}: a folder, but no dataset that `save_to_disk` of the library datasets wrote "
-                f"({(str(error) or type(error).__name__).splitlines()[0]}); name an annotation file"
+                f"({first_line(error)}); name an annotation file"
             ) from error
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and Path(name).suffix not in FILE_SUFFIXES:
         try:
             found = datasets.load_dataset(name)
         except Exception as error:  # the hub fails in many ways, and all mean the same here
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise FileNotFoundError(f"{name}: no such annotation file, nor a dataset on the hub ({reason})") from error
     else:
         raise FileNotFoundError(f"{name}: no such annotation file")

@@ -17,6 +17,7 @@ from slide_reports.inputs import MAX_OPENED, num_tiles_of_file
 from slide_reports.prompt import Prompt
 from slide_reports.record import Record
 from slide_reports.table import fields
+from vlm_settings import VLMSettings
 
 RECORDS_AT_ONCE = 4096  # whose texts stand in memory together
 WORTH_A_WARNING = 0.01  # of the texts cut
@@ -144,6 +145,15 @@ def tell_cut_texts(tokenizer: Any, limits: dict[str, int], **splits: Sequence[Re
                     file=sys.stderr,
                 )
     return told
+
+
+def facts_of_texts(
+    tokenizer: Any, settings: VLMSettings, train: Sequence[Record], val: Sequence[Record]
+) -> dict[str, Any]:
+    """What ``run.json`` says of the records, see :func:`tell_cut_texts`, for a model with these settings."""
+    limits = {"questions": settings.max_question_tokens, "answers": settings.max_answer_tokens}
+    counts = {"train_records": len(train), "val_records": len(val)}
+    return counts | tell_cut_texts(tokenizer, limits, train=train, val=val)
 
 
 def _asked_ids(tokenizer: Any, prompt: Prompt, question: str, num_images: int, max_question_tokens: int) -> list[int]:

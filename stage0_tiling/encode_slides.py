@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from command_line import DONE, SOME_FAILED, check_output_folder, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_folder, first_line, make_parser, run
 from slide_features import FEATURE_SUFFIXES, read_slide_features, slide_id_of_features
 from stage0_tiling.claims import Claims
 from stage0_tiling.folder_settings import check_same_features, read_settings, record_settings
@@ -93,8 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 num_done += 1
             except Exception as error:  # one bad file costs itself only
                 is_stopped = is_full(error) and is_still_full(folder.parent, error)
-                told = str(DiskFull(folder)) if is_full(error) else str(error) or type(error).__name__
-                failed[slide_id] = told.splitlines()[0]
+                failed[slide_id] = first_line(DiskFull(folder) if is_full(error) else error)
                 logger.error("%s failed: %s", slide_id, failed[slide_id])
                 logger.debug("%s", path, exc_info=True)
                 if is_stopped:

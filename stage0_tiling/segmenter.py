@@ -30,6 +30,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from command_line import first_line
 from stage0_tiling.groups import drop_small, fill_small
 from stage0_tiling.slide import PixelSize, Slide
 from stage0_tiling.tissue import TissueMask, read_thumbnail
@@ -200,7 +201,7 @@ def _load(path: Path, preset: str | None) -> Segmenter:
     try:
         network = _read_network(path, settings, preset)
     except (RuntimeError, ValueError, TypeError, OSError, EOFError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"--segmenter {path}: cannot be loaded ({reason})") from error
     told = json.dumps([getattr(settings, key.name) for key in fields(settings)], sort_keys=True)
     digest = hashlib.sha256(path.read_bytes() + told.encode()).hexdigest()[:12]

@@ -17,10 +17,11 @@ import numpy as np
 import openslide
 from PIL import Image
 
+from command_line import first_line
 from stage0_tiling.icc import ToSrgb, to_srgb
 from stage0_tiling.pixel_size import PixelSize, SlideError, choose_pixel_size, positive, stated_pixel_size
 from stage0_tiling.resample import ON_GRID, on_grid, resize, sample_box
-from stage0_tiling.slide_opening import BACKGROUND, READERS, open_file, reason
+from stage0_tiling.slide_opening import BACKGROUND, READERS, open_file
 from stage0_tiling.strips import strips
 from stage0_tiling.tiff_codecs import TileError
 
@@ -305,7 +306,7 @@ class Slide:
         return resize(rgb, size)
 
     def _unreadable(self, x: int, y: int, level: int, error: Exception) -> SlideError:
-        return SlideError(f"{self.path.name} cannot be read at ({x}, {y}), level {level} ({reason(error)})")
+        return SlideError(f"{self.path.name} cannot be read at ({x}, {y}), level {level} ({first_line(error)})")
 
     def _scanned_bounds(self) -> tuple[int, int, int, int]:
         """OpenSlide's bounds, cut to the slide; the whole slide where they are missing or make no sense."""

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from command_line import first_line
+
 WHOLE_SLIDE_SUFFIXES = frozenset(
     ".svs .tif .tiff .ndpi .mrxs .scn .bif .vms .vmu .svslide .czi .dcm .isyntax".split()  # those of scanners
 )
@@ -163,4 +165,4 @@ def _dicom_header(path: Path) -> tuple[str, str, list[str]]:
             list(header.get("ImageType", ())),
         )
     except (InvalidDicomError, OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
-        raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from error
+        raise ValueError(first_line(error)) from error

@@ -13,6 +13,7 @@ from threading import Lock
 import openslide
 from PIL import Image, UnidentifiedImageError
 
+from command_line import first_line
 from stage0_tiling.icc import openslide_profile, tiff_profile
 from stage0_tiling.memory import return_free_memory
 from stage0_tiling.pixel_size import SlideError, positive
@@ -128,11 +129,6 @@ def open_file(path: Path, reader: str) -> OpenedFile:
     return OpenedFile(_with_cache(slide), vendor, None, profile)
 
 
-def reason(error: Exception) -> str:
-    """The first line of what an error says."""
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 def _hidden_pyramid(path: Path) -> TiledTiff | None:
     """The levels that an OME-TIFF keeps as sub-images of its first, where OpenSlide does not look for them."""
     tiff = TiledTiff.open(path)
@@ -167,7 +163,7 @@ def _open_image(path: Path) -> OpenedFile:
 
 
 def _unopenable(path: Path, error: Exception) -> SlideError:
-    why = reason(error)
+    why = first_line(error)
     mend = "save it in JPEG or another usual compression" if "unsupported" in why.lower() else "is the file whole?"
     return SlideError(f"{path.name} cannot be opened ({why}): {mend}")
 

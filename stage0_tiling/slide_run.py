@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from command_line import DONE, SOME_FAILED, log_to_stderr
+from command_line import DONE, SOME_FAILED, first_line, log_to_stderr
 from stage0_tiling.claims import Claim, Claims
 from stage0_tiling.full_disk import DiskFull, ending_on_full_disk, is_full, is_still_full
 from stage0_tiling.in_threads import in_threads
@@ -276,7 +276,7 @@ class SlideRun:
             raise
 
     def _failed(self, entry: SlideEntry, error: Exception) -> SlideState:
-        message = (str(error) or type(error).__name__).splitlines()[0]
+        message = first_line(error)
         logger.error("%s failed: %s", entry.slide_id, message)
         logger.debug("%s", entry.path, exc_info=True)
         new = SlideState(SlideRow(entry.slide_id, str(entry.path), "failed"))

@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from command_line import DONE, SOME_FAILED, check_output_folder, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_folder, first_line, make_parser, run
 from slide_features import atomic_path
 from stage0_tiling.full_disk import DiskFull, ending_on_full_disk, is_full
 from stage0_tiling.slide_files import SURVEY_FOLDER
@@ -149,7 +149,7 @@ def _look_at(entry: SlideEntry, folder: Path, settings: dict) -> SurveyRow:
     except Exception as error:
         if is_full(error):  # which is nothing about the slide
             raise
-        message = (str(error) or type(error).__name__).splitlines()[0]
+        message = first_line(error)
         logger.error("%s failed: %s", entry.slide_id, message)
         logger.debug("%s", entry.path, exc_info=True)
         for path in (kept, thumbnail):

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from command_line import first_line
 from stage0_tiling.slide import SlideError
 
 SUFFIXES = (".geojson", ".json", ".png")
@@ -158,7 +159,7 @@ def _polygons(path: Path) -> Iterator[list[np.ndarray]]:
         ]
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise SlideError(
-            f"mask {path.name} is no GeoJSON of polygons ({_first_line(error)}): export it again"
+            f"mask {path.name} is no GeoJSON of polygons ({first_line(error)}): export it again"
         ) from error
     if geometries and not polygons:
         raise SlideError(f"mask {path.name} holds no Polygon or MultiPolygon: outline the tissue as areas")
@@ -187,7 +188,3 @@ def _parts(geometry: dict) -> list:
     if geometry["type"] == "Polygon":
         return [geometry["coordinates"]]
     return geometry["coordinates"] if geometry["type"] == "MultiPolygon" else []
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -69,9 +69,9 @@ from slide_reports import (
     describe_encoder,
     describe_features,
     digests,
+    facts_of_texts,
     make_loaders,
     read_training_records,
-    tell_cut_texts,
 )
 from slide_vlm import SlideVLM
 from validation import (
@@ -158,14 +158,11 @@ def main() -> int:
         return DONE
     model, optimizer, train_loader, val_loader = prepare(accelerator, model, optimizer, train_loader, val_loader)
     vlm = accelerator.unwrap_model(model)
-    if args.projector_ema:
-        begin_average(vlm)
+    begin_average(vlm, args.projector_ema)
     begin_or_resume(accelerator, run_dir, checkpoint, model, optimizer, scheduler, overwrite=args.overwrite)
-    counts = {"train_records": len(train_records), "val_records": len(val_records), "optimizer_steps": num_steps}
-    texts = {"train": train_records, "val": val_records}
-    limits = {"questions": vlm.settings.max_question_tokens, "answers": vlm.settings.max_answer_tokens}
-    counts |= tell_cut_texts(tokenizer, limits, **texts)
-    write_run_json(accelerator, run_dir, flags, problems, **counts, trainable_parameters=trainable_parameters(vlm))
+    facts = facts_of_texts(tokenizer, vlm.settings, train_records, val_records)
+    facts |= {"optimizer_steps": num_steps, "trainable_parameters": trainable_parameters(vlm)}
+    write_run_json(accelerator, run_dir, flags, problems, **facts)
     log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     saved = {"state": state, "identity": identity, "keep": args.keep_checkpoints}
     save = partial(save_checkpoint, accelerator, run_dir, model, optimizer, scheduler, **saved)

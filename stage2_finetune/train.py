@@ -47,10 +47,10 @@ from slide_reports import (
     RECORD_FLAGS,
     add_data_arguments,
     digests,
+    facts_of_texts,
     make_loaders,
     making_of,
     read_training_records,
-    tell_cut_texts,
 )
 from slide_vlm import VISUAL_PARTS
 from stage2_finetune.what_learns import (
@@ -107,10 +107,8 @@ def main() -> int:
     refuse_contradictions(args, settings, defaults_of(add_arguments))
     made = making_of(settings)
     train_records, val_records, problems = read_training_records(**chosen(args, RECORD_FLAGS), expected=made)
-    is_frozen_later = args.train_ve_first_epoch and args.num_epochs > 1  # its gradients are then missed
-    accelerator = make_accelerator(
-        output_dir=run_dir, find_unused_parameters=is_frozen_later, **chosen(args, ZERO_FLAGS)
-    )
+    missed = args.train_ve_first_epoch and args.num_epochs > 1  # are gradients of an encoder that is frozen later
+    accelerator = make_accelerator(output_dir=run_dir, find_unused_parameters=missed, **chosen(args, ZERO_FLAGS))
     refuse_unmeasurable(accelerator, val_records, **chosen(args, STOPPING_FLAGS))
 
     # Model
@@ -145,14 +143,11 @@ def main() -> int:
         freeze_encoder(model, optimizer)
     model, optimizer, train_loader, val_loader = prepare(accelerator, model, optimizer, train_loader, val_loader)
     vlm = accelerator.unwrap_model(model)
-    if args.projector_ema:
-        begin_average(vlm)
+    begin_average(vlm, args.projector_ema)
     begin_or_resume(accelerator, run_dir, checkpoint, model, optimizer, scheduler, overwrite=args.overwrite)
-    counts = {"train_records": len(train_records), "val_records": len(val_records), "optimizer_steps": num_steps}
-    texts = {"train": train_records, "val": val_records}
-    limits = {"questions": vlm.settings.max_question_tokens, "answers": vlm.settings.max_answer_tokens}
-    counts |= tell_cut_texts(tokenizer, limits, **texts)
-    write_run_json(accelerator, run_dir, flags, problems, **counts, trainable_parameters=trainable_parameters(vlm))
+    facts = facts_of_texts(tokenizer, vlm.settings, train_records, val_records)
+    facts |= {"optimizer_steps": num_steps, "trainable_parameters": trainable_parameters(vlm)}
+    write_run_json(accelerator, run_dir, flags, problems, **facts)
     log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     saved = {"state": state, "identity": identity, "keep": args.keep_checkpoints}
     save = partial(save_checkpoint, accelerator, run_dir, model, optimizer, scheduler, **saved)

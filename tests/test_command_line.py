@@ -56,6 +56,11 @@ def test_names_that_no_folder_can_have_are_told(tmp_path):
         (tmp_path / "file", f"--evidence {tmp_path}/file: {tmp_path}/file is a file; name a folder"),
         (tmp_path / "file" / "run", f"--evidence {tmp_path}/file/run: {tmp_path}/file is a file; name a folder"),
         (tmp_path / "link" / "run", f"{tmp_path}/link is a link to nothing; name a folder"),
+        (
+            tmp_path / "new" / ("x" * 300),
+            f"nothing can be written there (File name too long in {tmp_path}); name another",
+        ),
+        ("~nobody_of_this_name/run", "nobody has a home folder of that name here; name another"),
         (tmp_path / ("x" * 300), f"nothing can be written there (File name too long in {tmp_path}); name another"),
     ):
         with pytest.raises((ValueError, OSError)) as refused:

@@ -11,14 +11,8 @@ from transformers import GenerationConfig
 from inference.choice import GumbelNoise
 from inference.constraints import AllowedReports, Grammar, nearest
 from inference.cpu_products import product, use_onednn
-from inference.decoding import (
-    Decoding,
-    decode,
-    decode_samples,
-    extend_prefix,
-    read_prefixes,
-    text_of,
-)
+from inference.decoding import Decoding, decode, decode_samples, text_of
+from inference.prefixes import extend_prefix, read_prefixes
 from language_model import add_lora
 from slide_reports import collate
 from tests.tiny_models import REPORTS, generate_answers, make_batch, make_model, make_sample

@@ -377,7 +377,7 @@ def test_generate_writes_evidence_beside_the_report(corpus, model_folder, tmp_pa
     (tmp_path / "taken" / "x.txt").touch()
     monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags), "--evidence", str(tmp_path / "taken")])
     with pytest.raises(ValueError, match="holds something else"), monkeypatch.context() as unloaded:
-        unloaded.setattr("inference.decoding.open_model", None)  # refused before anything is loaded
+        unloaded.setattr("inference.loading.open_model", None)  # refused before anything is loaded
         generate.main()
     more = ["--question", "Which organ?", "Which grade?", "--evidence", str(tmp_path / "asked")]
     monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags), *more])

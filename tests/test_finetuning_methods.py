@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import subprocess
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +27,7 @@ from four_bit import KEPT_LINEAR, FourBit, dequantize, quantize
 from image_ablation import image_ablation, other_records
 from language_model import add_lora, fingerprint, load_llm, unfreeze_llm
 from projector_average import averaged, begin_average, update_average
-from run_checkpoints import RunState
+from run_checkpoints import RunState, load_checkpoint, save_checkpoint
 from run_log import draw_curves, finished_line, loss_name, plain_numbers
 from slide_reports import RecordBatches, ReportDataset, make_loader, read_records
 from stage2_finetune.compare_peft import idle_by_method, train
@@ -484,7 +485,46 @@ def test_what_an_output_does_not_depend_on_stops_learning():
     assert freeze_unused(network, output) == ["pooler.weight", "pooler.bias"]
     assert [name for name, each in network.named_parameters() if each.requires_grad] == ["used.weight", "used.bias"]
     assert freeze_unused(network, output) == []
-    assert freeze_unused(network, torch.ones(1)) == ["used.weight", "used.bias"]  # which has no graph
+    with pytest.raises(ValueError, match="nothing of ModuleDict would learn: .* such as used.weight"):
+        freeze_unused(network, torch.ones(1))  # which has no graph
+
+
+class Pooled(torch.nn.Module):
+    """A network with a pooler that its output does not depend on; as of a training run."""
+
+    def __init__(self, learns: tuple[str, ...]):
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.pooler = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        for name, each in self.named_parameters():
+            each.requires_grad_(name.split(".")[0] in learns)
+        self.optimizer = torch.optim.AdamW([each for each in self.parameters() if each.requires_grad])
+        self.scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer)
+
+    def learned_state(self) -> dict[str, torch.Tensor]:
+        return {name: each for name, each in self.named_parameters() if each.requires_grad}
+
+
+def test_a_run_of_a_version_that_let_an_unused_pooler_learn_can_be_resumed(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    old = Pooled(("used", "pooler"))
+    old.used(torch.ones(1, 2)).sum().backward()
+    old.optimizer.step()
+    state = {"state": RunState(step=1), "identity": {}, "keep": 1}
+    save_checkpoint(accelerator, tmp_path, old, old.optimizer, old.scheduler, **state)
+
+    def resume(new):
+        checkpoint = tmp_path / "checkpoints" / "step_1"
+        load_checkpoint(accelerator, tmp_path, checkpoint, new, new.optimizer, new.scheduler)
+        return new
+
+    new = resume(Pooled(("used",)))
+    assert all(torch.equal(value, old.state_dict()[name]) for name, value in new.state_dict().items())
+    assert [int(new.optimizer.state[each]["step"]) for each in new.used.parameters()] == [1, 1]
+    resume(Pooled(("used", "pooler")))
+    with pytest.raises(ValueError, match=r"other weights learned then \(used.bias\)"):
+        resume(Pooled(("pooler",)))
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_convolutions_take_no_lora():
@@ -594,9 +634,9 @@ def test_projector_average_follows_its_definition_and_leaves_the_weights():
     model, _ = make_model(token_reducer="perceiver")
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="--unfreeze_projection_layer"):
-        begin_average(model)
+        begin_average(model, 0.9)
     model.unfreeze_visual_parts()
-    begin_average(model)
+    begin_average(model, 0.9)
     name, weight = next(iter(model.visual_parameters().items()))
     expected = weight.detach().clone()
     for step in range(1, 6):
@@ -780,6 +820,23 @@ def test_flags_that_a_run_saved_can_be_given_again(corpus, stage1, tmp_path):
     again = parser.parse_args(["--config", str(saved)])
     assert flags_of(again) == flags_of(args) and again.lora_rank == 16
     refuse_contradictions(again, VLMSettings.read(stage1 / "final_model"), defaults_of(add_arguments))
+
+
+def test_a_run_of_a_version_that_let_idle_flags_through_can_be_resumed(corpus, stage1, tmp_path):
+    parser = make_parser(None)
+    add_arguments(parser)
+    flags = stage2_flags(corpus, stage1, tmp_path / "run", "--llm_training", "full", "--lora_rank", 4)
+    flags += ["--resume_from_checkpoint", "latest", "--val_json", "v.json"]
+    check = partial(refuse_contradictions, settings=VLMSettings.read(stage1 / "final_model"))
+    args = parser.parse_args([*map(str, flags)])
+    with pytest.raises(ValueError, match="--val_fraction 0.3 and --val_json"):  # a run that has not begun
+        check(args, defaults=defaults_of(add_arguments))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"arguments": flags_of(args)}))
+    check(args, defaults=defaults_of(add_arguments))
+    args.lora_rank = 8
+    with pytest.raises(ValueError, match="--lora_rank 8 needs"):
+        check(args, defaults=defaults_of(add_arguments))
 
 
 def test_a_comparison_does_not_take_a_failed_launch_for_a_run(corpus, stage1, tmp_path, monkeypatch, capsys):

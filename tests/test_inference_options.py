@@ -583,7 +583,7 @@ def test_answers_end_where_the_language_model_reads_no_further(run_here, room, c
     assert whole["num_tokens"] == 9
     short = json.loads(run_here("generate", *flags, "--max_new_tokens", 5).stdout)
     from inference.answers import make_sample, read_inputs
-    from inference.decoding import read_prefixes
+    from inference.prefixes import read_prefixes
     from vlm_loading import load_vlm
 
     vlm, tokenizer = load_vlm(model)
@@ -630,6 +630,38 @@ def test_chat_tells_of_a_question_that_is_cut_and_an_answer_that_is(run_here, mo
     assert "a question is cut: the model reads 128 tokens of one, not its last " in told[1] and len(told) == 3
 
 
+def test_answers_of_another_dtype_are_not_continued(run_here, monkeypatch, corpus, tmp_path):
+    """On a machine whose default dtype is another, or by a version that did not note it."""
+    import torch
+
+    from tests.tiny_models import PATCH_WIDTH, make_llm
+
+    base = save_model(tmp_path / "final_model", corpus, patch_width=PATCH_WIDTH)
+    make_llm().to(torch.bfloat16).save_pretrained(base / "language_model")
+    records = json.loads(corpus.reports.read_text())[:1]
+    flags = ["--model", base, "--features_dir", corpus.features, "--output", tmp_path / "p.json", "--device", "cpu"]
+    flags += ["--max_new_tokens", 2, "--test_json", write(tmp_path / "t.json", [*records, {"id": "missing.tiff"}])]
+
+    def predict(*more, able):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
+        return run_here("predict", *flags, *more)
+
+    first = predict(able=True)
+    assert first.status == 1 and "language model in bf16, on cpu\n" in first.stderr
+    with pytest.raises(ValueError, match="language model in bf16, not fp32; go on with --dtype bf16, or add --over"):
+        predict(able=False)
+    assert predict("--dtype", "bf16", able=False).status == 1
+    kept = tmp_path / "p.json.progress" / "settings.json"
+    write(kept, json.loads(kept.read_text()) | {"dtype": None})
+    with pytest.raises(ValueError, match="language model in fp32, not bf16"):
+        predict(able=True)
+    assert predict("--overwrite", able=False).status == 1
+    write(tmp_path / "t.json", records)
+    assert predict("--overwrite", able=False).status == 0
+    assert json.loads((tmp_path / "p.json.run.json").read_text())["dtype"] == "fp32"
+    assert "answered before" in predict(able=True).stderr
+
+
 def test_predict_counts_questions_that_are_cut(model, capsys):
     from inference.predict import tell_unread_questions
     from tests.tiny_models import make_tokenizer
@@ -639,5 +671,9 @@ def test_predict_counts_questions_that_are_cut(model, capsys):
     records = [SimpleNamespace(question=question) for question in asked]
     tell_unread_questions(records, VLMSettings.read(model), make_tokenizer())
     assert capsys.readouterr().err == "2 of 4 questions are cut: the model reads 128 tokens of one\n"
-    tell_unread_questions(records[:2], VLMSettings.read(model), make_tokenizer())
+    settings = VLMSettings.read(model)
+    tell_unread_questions(records[:2], settings, make_tokenizer())
     assert not capsys.readouterr().err
+    settings.question = "organ " * 300  # of records that ask nothing of their own
+    tell_unread_questions(records[:2], settings, make_tokenizer())
+    assert capsys.readouterr().err.startswith("1 of 2 questions are cut")

@@ -183,7 +183,8 @@ def make_batch(tokenizer, sizes=(5, 8, 3), answers=None) -> dict[str, torch.Tens
 
 def generate_answers(model: SlideVLM, batch: dict[str, torch.Tensor], *, stop_ids: list[int], **decoding: Any) -> list:
     """The best answer to each prompt of a batch as :class:`SlideVLM` takes it; ``decoding`` as of ``Decoding``."""
-    from inference.decoding import Decoding, decode, last_markers, read_batch
+    from inference.decoding import Decoding, decode
+    from inference.prefixes import last_markers, read_batch
 
     real, cut = batch["attention_mask"].bool(), last_markers(batch["input_ids"])
     questions = [ids[row][end:].tolist() for ids, row, end in zip(batch["input_ids"], real, cut, strict=True)]
