@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from csv_separator import separator_of
 from slide_features import atomic_path
 from slide_reports.annotation_files import split_of
 from slide_reports.record import Record
@@ -153,7 +154,7 @@ def _read_table(path: str | Path, flag: str = "--splits") -> dict[str, tuple[str
     assigned: dict[str, tuple[str, str]] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
+            reader = csv.DictReader(file, delimiter=separator_of(file), strict=True)
             reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             if not {"group", "split"} <= set(reader.fieldnames):
                 found = ", ".join(reader.fieldnames)[:80] or "none"

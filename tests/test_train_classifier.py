@@ -114,6 +114,16 @@ def test_broken_tables_are_refused(tmp_path, rows, message):
         read_label_table(tmp_path / "labels.csv", image_root=tmp_path / "images")
 
 
+def test_tables_of_labels_from_a_spreadsheet(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels.csv").write_text("id;label\na.png;Tumor, mäßig\n", encoding="utf-8-sig")
+    (record,) = read_label_table(tmp_path / "labels.csv", image_root=tmp_path / "images")
+    assert (record.id, record.answer) == ("a.png", "Tumor, mäßig")
+    (tmp_path / "labels.csv").write_text("id;label\na.png;mäßig\n", encoding="cp1252")
+    with pytest.raises(ValueError, match=r"labels\.csv: not in UTF-8 \(byte 16\); save it as UTF-8"):
+        read_label_table(tmp_path / "labels.csv", image_root=tmp_path / "images")
+
+
 def test_the_loss_is_cross_entropy_where_there_are_labels():
     classifier, batch = small_classifier().eval(), small_batch()
     logits = classifier.logits(batch)
