@@ -231,7 +231,8 @@ def _table_rows(path: Path, separator: str | None) -> Iterator[Row]:
                 if None in values or None in values.values():
                     named = SEPARATOR_NAMES[separator]
                     raise ValueError(f"{where} has another number of fields than the header; quote texts with {named}")
-                yield Row(where, "", {name: text for name, text in values.items() if text})
+                if any(values.values()):  # spreadsheets write rows of separators alone
+                    yield Row(where, "", {name: text for name, text in values.items() if text})
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not in UTF-8 (byte {error.start}); save it as UTF-8") from error
     except csv.Error as error:

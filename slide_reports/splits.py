@@ -159,7 +159,7 @@ def _read_table(path: str | Path, flag: str = "--splits") -> dict[str, tuple[str
             if not {"group", "split"} <= set(reader.fieldnames):
                 found = ", ".join(reader.fieldnames)[:80] or "none"
                 raise ValueError(f"{flag} {path}: expected the columns group and split, found {found}")
-            for row in reader:
+            for row in (row for row in reader if any(row.values())):  # spreadsheets write rows of separators alone
                 where = f"{flag} {path}: line {reader.line_num}"
                 try:
                     # programs that hold whole numbers as fractions write 1.0

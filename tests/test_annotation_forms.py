@@ -194,7 +194,7 @@ def test_excluded_and_revised_records(tmp_path, roots):
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_a_table_is_read_with_the_separator_of_its_header(tmp_path, roots, separator):
     answer = "Mammastanzbiopsie, rechts;\tinvasives Karzinom, m\u00e4\u00dfig differenziert"
-    rows = [["id", "report", "split"], ["s1.svs", answer, "train"], ["s2.svs", "Lunge", ""]]
+    rows = [["id", "report", "split"], ["s1.svs", answer, "train"], ["s2.svs", "Lunge", ""], ["", "", ""]]
     with (tmp_path / "excel.csv").open("w", newline="", encoding="utf-8-sig") as file:
         csv.writer(file, delimiter=separator, lineterminator="\r\n").writerows(rows)
     found = read_records(tmp_path / "excel.csv", **roots)

@@ -409,7 +409,7 @@ def test_ids_of_no_record_are_told_of_both_files_together(corpus_of_8, capsys, m
 
 
 def test_a_table_of_splits_may_come_back_from_a_spreadsheet(tmp_path):
-    (tmp_path / "s.csv").write_bytes(b"\xef\xbb\xbfgroup;split;fold\r\na;train;1\r\n7;val;0\r\n")
+    (tmp_path / "s.csv").write_bytes(b"\xef\xbb\xbfgroup;split;fold\r\na;train;1\r\n7;val;0\r\n;;\r\n")
     assert read_splits(tmp_path / "s.csv") == {"a": "train", "7": "val"}
 
 
