@@ -30,12 +30,14 @@ class MergeCheck:
 
     Attributes:
         logits: largest difference to a model with the weights that the file should hold, over the largest logit.
+        rounded: the same to adapter and base apart: what rounding moves single logits by; told, not limited.
         nats: mean divergence of its predictions from those of adapter and base apart.
         adapter_nats: mean divergence of the predictions of the base alone from the same.
         dtype: of the merged weights.
     """
 
     logits: float
+    rounded: float
     nats: float
     adapter_nats: float
     dtype: torch.dtype
@@ -49,8 +51,9 @@ class MergeCheck:
     def __str__(self) -> str:
         """One line for the user."""
         return (
-            f"logits differ by {self.logits:.1e} of the largest from those of the weights meant, predictions by "
-            f"{self.nats:.1e} nats from adapter and base apart, where the adapter makes {self.adapter_nats:.1e}"
+            f"logits differ by {self.logits:.1e} of the largest from those of the weights meant; from adapter and base "
+            f"apart single logits do by {self.rounded:.1e}, predictions by {self.nats:.1e} nats, where the adapter "
+            f"makes {self.adapter_nats:.1e}"
         )
 
 

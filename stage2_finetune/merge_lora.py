@@ -89,7 +89,8 @@ def main() -> int:
         model, _ = load_vlm(temporary, device=args.device, encoder_name=args.vision_model_name)
         logits = logits_of(model, prompts)
         del model
-        check = MergeCheck(largest_difference(logits, meant), mean_divergence(logits, unmerged), adapter_nats, dtype)
+        differences = largest_difference(logits, meant), largest_difference(logits, unmerged)
+        check = MergeCheck(*differences, mean_divergence(logits, unmerged), adapter_nats, dtype)
         print(f"{name}: {check}", file=sys.stderr)
         if check.agrees:
             break

@@ -255,7 +255,8 @@ def test_a_merged_model_that_is_another_is_found_out(adapted, dtype, fault):
             weight.copy_(weight.to(torch.float8_e4m3fn if fault == "rounded to float8" else dtype))
     logits = logits_of(merged, prompts)
     difference = largest_difference(logits, logits_of(meant, prompts))
-    check = MergeCheck(difference, mean_divergence(logits, unmerged), adapter_nats, dtype)
+    apart = largest_difference(logits, unmerged)
+    check = MergeCheck(difference, apart, mean_divergence(logits, unmerged), adapter_nats, dtype)
     assert check.agrees == (fault is None), check
     if dtype == torch.float32 and fault is None:
         assert largest_difference(logits, unmerged) <= 1e-5
@@ -263,7 +264,7 @@ def test_a_merged_model_that_is_another_is_found_out(adapted, dtype, fault):
 
 def test_what_rounding_costs_is_held_against_what_the_adapter_does():
     def agrees(nats, adapter_nats, dtype=torch.bfloat16):
-        return MergeCheck(0.0, nats, adapter_nats, dtype).agrees
+        return MergeCheck(0.0, 0.0, nats, adapter_nats, dtype).agrees
 
     assert agrees(9e-4, 0.1) and not agrees(1.1e-3, 1.0)
     assert agrees(9e-6, 1e-3) and not agrees(2e-5, 1e-3)
