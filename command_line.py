@@ -123,6 +123,11 @@ def idle_flags(args: Namespace, defaults: dict[str, Any], needs: dict[str, tuple
     return idle
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, in the plural but for one: "1 slide", "2,048 slides"."""
+    return f"{number:,} {noun if number == 1 else f'{noun}s'}"
+
+
 def refuse_idle(args: Namespace, defaults: dict[str, Any], needs: dict[str, tuple[Any, str]]) -> None:
     """Refuse the flags that :func:`idle_flags` finds.
 

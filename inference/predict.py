@@ -20,7 +20,7 @@ from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
 from accelerator_setup import LONGEST_WAIT, runs_on_cpu
-from command_line import DONE, SOME_FAILED, GatherValues, check_output_file, chosen, make_parser, run
+from command_line import DONE, SOME_FAILED, GatherValues, check_output_file, chosen, counted, make_parser, run
 from inference.answers import Answering, unread_line
 from inference.arguments import SAVED, add_decoding_arguments, check_decoding_arguments
 from inference.case_batches import CaseBatch, batches_of, read_ahead, records_of_slides, records_to_answer
@@ -113,7 +113,7 @@ def main() -> int:
     state.wait_for_everyone()
     if is_complete:
         if state.is_main_process:
-            print(f"{output}: all {len(records)} records were answered before", file=sys.stderr)
+            print(f"{output}: {counted(len(records), 'record')}, answered before", file=sys.stderr)
         return DONE
 
     # Model
@@ -160,14 +160,15 @@ def main() -> int:
         write_predictions(output, records, answers, form=args.format, details=args.details)
         for index, error in failures.items():
             print(f"failed: {records[int(index)].id}: {error}", file=sys.stderr)
+        told = counted(len(answers), "record")
         if answering.uncertain:
             uncertain = sum(answer["uncertain"] for answer in answers.values())
-            print(f"uncertain: {uncertain} of {len(answers)} records, to be read by somebody", file=sys.stderr)
+            print(f"uncertain: {uncertain} of {told}, to be read by somebody", file=sys.stderr)
         if cut := sum(answer.get("cut_off", False) for answer in answers.values()):
-            print(f"cut off: {cut} of {len(answers)} records, before their end; see --max_new_tokens", file=sys.stderr)
+            print(f"cut off: {cut} of {told}, before their end; see --max_new_tokens", file=sys.stderr)
         totals = {key: sum(part[key] for part in parts) for key in ("cases", "records", "tokens")}
         print(throughput(totals, max(part["seconds"] for part in parts)), file=sys.stderr)
-        print(f"{len(answers)} of {len(records)} records answered: {output}", file=sys.stderr)
+        print(f"{len(answers)} of {counted(len(records), 'record')} answered: {output}", file=sys.stderr)
         if args.save_decoding:
             save_decoding(Path(args.model), answering)
         if not failures:

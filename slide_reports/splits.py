@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from command_line import counted
 from csv_separator import separator_of
 from slide_features import atomic_path
 from slide_reports.annotation_files import split_of
@@ -128,7 +129,8 @@ def read_fold(path: str | Path, fold: int) -> dict[str, str]:
     table = _read_table(path)
     folds = {group: of_group for group, (_, of_group) in table.items()}
     if without := [group for group, of_group in folds.items() if not of_group]:
-        few = f"{len(without)} patients, {without[0]} among them," if len(without) < len(table) else "its patients"
+        some = f"{counted(len(without), 'patient')}, {without[0]} first,"
+        few = some if len(without) < len(table) else "its patients"
         raise ValueError(f"--fold {fold}: --splits {path} gives {few} no fold; make it with slide_reports/split.py")
     held_out = {group for group, of_group in folds.items() if of_group == str(fold) and table[group][0] != "test"}
     if not held_out:
@@ -186,7 +188,7 @@ def splits_of(records: Sequence[Record], assigned: dict[str, str], table: str | 
     groups = column(records, "group")
     if missing := sorted(set(groups) - assigned.keys()):
         raise ValueError(
-            f"--splits {table} lacks {len(missing)} patients, {missing[0]} among them; add them with "
+            f"--splits {table} lacks {counted(len(missing), 'patient')}, {missing[0]} first; add what it lacks with "
             "slide_reports/split.py --earlier"
         )
     return [assigned[group] for group in groups]

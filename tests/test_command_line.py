@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from command_line import check_output_file, check_output_folder, run
+from command_line import check_output_file, check_output_folder, counted, run
 from tests.conftest import run_command
 
 STAGE0 = ("--slides", "SLIDE")
@@ -85,3 +85,7 @@ def test_what_the_system_refuses_is_told_with_its_mend(error, told, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(main)
     assert capsys.readouterr().err == f"error: {told}\n"
+
+
+def test_numbers_agree_with_their_nouns():
+    assert [counted(number, "slide") for number in (0, 1, 2048)] == ["0 slides", "1 slide", "2,048 slides"]

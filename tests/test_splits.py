@@ -169,7 +169,7 @@ def test_training_refuses_a_patient_on_both_sides_and_takes_a_table_of_splits(co
     train, val, problems = read_training_records(str(folder / "r.json"), None, splits=folder / "s.csv", **reading)
     assert (len(train), {record.group for record in val}, problems) == (6, {"PIT_01_00002"}, [])
     (folder / "s.csv").write_text("group,split\nPIT_01_00000,train\n")
-    with pytest.raises(ValueError, match="lacks 3 patients, PIT_01_00001 among them"):
+    with pytest.raises(ValueError, match="lacks 3 patients, PIT_01_00001 first"):
         read_training_records(str(folder / "r.json"), None, splits=folder / "s.csv", **reading)
 
 
@@ -198,7 +198,7 @@ def test_a_fold_is_validation_and_the_others_training(corpus_of_8):
     with pytest.raises(ValueError, match="gives its patients no fold; make it with slide_reports/split.py"):
         patients(0)
     (folder / "folds.csv").write_text("group,split,fold\n" + "\n".join([*rows[:2], "PIT_01_00002,train,"]))
-    with pytest.raises(ValueError, match="gives 1 patients, PIT_01_00002 among them, no fold"):
+    with pytest.raises(ValueError, match="gives 1 patient, PIT_01_00002 first, no fold"):
         patients(0)
 
 

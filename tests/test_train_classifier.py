@@ -331,7 +331,7 @@ def test_a_named_encoder_is_tuned_with_lora_and_a_broken_picture_left_out(corpus
     (images / "3.png").write_bytes(b"no picture")
     flags = ["--encoder", corpus.encoder, "--encoder_training", "lora", "--lora_rank", 2, "--num_epochs", 1]
     done = train(images, tmp_path / "run", *flags, status=1)
-    assert "3.png" in done.stderr and "1 records left out" in done.stderr
+    assert "3.png" in done.stderr and "1 record left out" in done.stderr
     tuned, base = load_encoder(tmp_path / "run" / "final_model"), load_encoder(corpus.encoder)
     assert tuned.backbone.state_dict().keys() == base.backbone.state_dict().keys()
     assert tuned.fingerprint() != base.fingerprint()
