@@ -70,9 +70,9 @@ def assign_splits(
         drawn = {g: names[min(int(np.searchsorted(ends, position_of(g, seed), "right")), len(names) - 1)] for g in free}
         return drawn | {group: earlier[group] for group in set(groups) if group in earlier}
     sizes = Counter(groups)
-    assigned = {}
+    assigned, owed = {}, dict.fromkeys(shares, 0.0)
     for members in _by_stratum(groups, strata).values():
-        assigned |= _fill_up(sorted(members, key=lambda g: position_of(g, seed)), sizes, shares, earlier)
+        assigned |= _fill_up(sorted(members, key=lambda g: position_of(g, seed)), sizes, shares, earlier, owed)
     return assigned
 
 
@@ -205,17 +205,26 @@ def _by_stratum(groups: Sequence[str], strata: Sequence[str]) -> dict[str, list[
 
 
 def _fill_up(
-    ordered: list[str], sizes: Counter[str], shares: dict[str, float], earlier: dict[str, str]
+    ordered: list[str],
+    sizes: Counter[str],
+    shares: dict[str, float],
+    earlier: dict[str, str],
+    owed: dict[str, float],
 ) -> dict[str, str]:
-    """Give each patient of a stratum, in order, to the split that is shortest of its share."""
+    """Give each patient of a stratum, in order, to the split that is shortest of its share.
+
+    Of splits equally short it is the one that is ``owed`` most records by the strata before, or the same would come off
+    badly in each of many small strata. What this stratum owes is added.
+    """
     total = sum(sizes[group] for group in ordered)
-    held = dict.fromkeys(shares, 0)
+    short = {name: share * total for name, share in shares.items()}
     assigned = {group: earlier[group] for group in ordered if group in earlier}
     for group, split in assigned.items():
-        held[split] += sizes[group]
+        short[split] -= sizes[group]
     for group in ordered:
         if group not in assigned:
-            split = max(shares, key=lambda name: shares[name] * total - held[name])
-            assigned[group] = split
-            held[split] += sizes[group]
+            split = assigned[group] = max(shares, key=lambda name: (short[name], owed[name]))
+            short[split] -= sizes[group]
+    for name in shares:
+        owed[name] += short[name]
     return assigned

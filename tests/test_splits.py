@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from math import nan
 
 import numpy as np
@@ -48,6 +49,12 @@ def test_splits_stay_when_records_are_added():
     for stratum in "ab":
         of = [group for group, other in zip(many, strata, strict=True) if other == stratum]
         assert sum(after[group] == "val" for group in of) == pytest.approx(30, abs=1)
+
+
+def test_small_strata_leave_no_split_empty():
+    groups = [f"P{i}" for i in range(50)]
+    assigned = assign_splits(groups, SHARES, 0, [str(i // 5) for i in range(50)])
+    assert Counter(assigned.values()) == {"train": 40, "val": 5, "test": 5}
 
 
 def test_shares_must_add_up():
