@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from slide_reports.cases import case_of_slides, read_case, read_images, share_budget
     from slide_reports.inputs import describe_features, with_inputs
-    from slide_reports.lengths import tell_cut_answers
+    from slide_reports.lengths import tell_cut_texts
     from slide_reports.prompt import (
         DEFAULT_QUESTIONS,
         Prompt,
@@ -75,7 +75,7 @@ __all__ = [
     "share_budget",
     "slide_id_of",
     "split_by_patient",
-    "tell_cut_answers",
+    "tell_cut_texts",
     "with_inputs",
 ]
 
@@ -86,7 +86,7 @@ _HOMES = {  # module -> what it offers here
     ),
     "cases": "case_of_slides read_case read_images share_budget",
     "inputs": "describe_features with_inputs",
-    "lengths": "tell_cut_answers",
+    "lengths": "tell_cut_texts",
     "prompt": "DEFAULT_QUESTIONS Prompt",
     "record": "Record patient_of slide_id_of",
     "record_batches": "RecordBatches SampleKey",

@@ -19,7 +19,9 @@ from slide_reports.record import Record
 from slide_reports.table import fields
 
 RECORDS_AT_ONCE = 4096  # whose texts stand in memory together
-WORTH_A_WARNING = 0.01  # of the answers cut
+WORTH_A_WARNING = 0.01  # of the texts cut
+KINDS = ("questions", "answers")  # as a turn has them
+LOSS = {"questions": "", "answers": ", and the model does not learn to end them"}
 
 
 def record_lengths(
@@ -74,12 +76,12 @@ def record_lengths(
 
 
 @dataclass(frozen=True)
-class CutAnswers:
-    """How many answers a limit cuts.
+class CutTexts:
+    """How many questions or answers a limit cuts.
 
     Attributes:
         cut: longer than the limit, so that they lose their end.
-        total: answers that are not empty.
+        total: all that are not empty.
         longest: tokens of the longest of those cut; 0 where there is none.
     """
 
@@ -92,42 +94,56 @@ class CutAnswers:
         """Whether it is worth a warning."""
         return self.cut > WORTH_A_WARNING * self.total
 
+    def __str__(self) -> str:
+        """As ``run.json`` says it."""
+        return f"{self.cut:,} of {self.total:,}"
 
-def cut_answers(records: Sequence[Record], tokenizer: Any, max_answer_tokens: int) -> CutAnswers:
-    """Count the answers of all turns that are longer than the limit.
 
-    A token has at least one byte, so that only answers of more bytes than the limit has tokens are tokenized.
+def cut_texts(records: Sequence[Record], kind: str, tokenizer: Any, limit: int) -> CutTexts:
+    """Count the ``questions`` or ``answers`` of all turns that have more tokens than ``limit``.
+
+    A token has at least one byte, but for one that some tokenizers begin with; so only texts of as many bytes are
+    tokenized.
     """
     cut, total, longest = 0, 0, 0
     for some in _chunks(fields(records, "turns")):
-        answers = Counter(answer for (turns,) in some for _, answer in turns if answer)
-        total += answers.total()
-        long = [answer for answer in answers if len(answer.encode()) >= max_answer_tokens]
+        texts = Counter(turn[KINDS.index(kind)] for (turns,) in some for turn in turns)
+        texts.pop("", None)
+        total += texts.total()
+        long = [text for text in texts if len(text.encode()) >= limit]
         found = tokenizer(long, add_special_tokens=False)["input_ids"] if long else []
-        for answer, ids in zip(long, found, strict=True):
-            if len(ids) > max_answer_tokens:
-                cut += answers[answer]
+        for text, ids in zip(long, found, strict=True):
+            if len(ids) > limit:
+                cut += texts[text]
                 longest = max(longest, len(ids))
-    return CutAnswers(cut, total, longest)
+    return CutTexts(cut, total, longest)
 
 
-def tell_cut_answers(tokenizer: Any, max_answer_tokens: int, **splits: Sequence[Record]) -> dict[str, str]:
-    """``cut of all`` answers of each split that has some, for ``run.json``.
+def tell_cut_texts(tokenizer: Any, limits: dict[str, int], **splits: Sequence[Record]) -> dict[str, dict[str, str]]:
+    """How many texts of each split lose their end, for ``run.json``: ``{"cut_answers": {"train": "3 of 20"}}``.
 
     Warns where they are more than one in a hundred. The first process alone looks.
+
+    Args:
+        tokenizer: of the language model.
+        limits: tokens that ``questions`` and ``answers`` may have.
+        **splits: records by the name of their split.
     """
     if os.environ.get("RANK", "0") != "0":
         return {}
-    found = {name: cut_answers(records, tokenizer, max_answer_tokens) for name, records in splits.items()}
-    for name, answers in found.items():
-        if answers.is_much:
-            print(
-                f"warning: {name}: {answers.cut:,} of {answers.total:,} answers ({answers.cut / answers.total:.1%}) "
-                f"have more than {max_answer_tokens} tokens, the longest {answers.longest:,}; they lose their end, "
-                "and the model does not learn to end them: raise --max_answer_tokens",
-                file=sys.stderr,
-            )
-    return {name: f"{answers.cut:,} of {answers.total:,}" for name, answers in found.items() if answers.total}
+    told: dict[str, dict[str, str]] = {}
+    for kind, limit in limits.items():
+        for name, records in splits.items():
+            found = cut_texts(records, kind, tokenizer, limit)
+            if found.total:
+                told.setdefault(f"cut_{kind}", {})[name] = str(found)
+            if found.is_much:
+                print(
+                    f"warning: {name}: {found} {kind} ({found.cut / found.total:.1%}) have more than {limit} tokens, "
+                    f"the longest {found.longest:,}; they lose their end{LOSS[kind]}: raise --max_{kind[:-1]}_tokens",
+                    file=sys.stderr,
+                )
+    return told
 
 
 def _asked_ids(tokenizer: Any, prompt: Prompt, question: str, num_images: int, max_question_tokens: int) -> list[int]:

@@ -50,7 +50,7 @@ from slide_reports import (
     make_loaders,
     making_of,
     read_training_records,
-    tell_cut_answers,
+    tell_cut_texts,
 )
 from slide_vlm import VISUAL_PARTS
 from stage2_finetune.what_learns import (
@@ -150,7 +150,8 @@ def main() -> int:
     begin_or_resume(accelerator, run_dir, checkpoint, model, optimizer, scheduler, overwrite=args.overwrite)
     counts = {"train_records": len(train_records), "val_records": len(val_records), "optimizer_steps": num_steps}
     texts = {"train": train_records, "val": val_records}
-    counts |= {"cut_answers": tell_cut_answers(tokenizer, vlm.settings.max_answer_tokens, **texts)}
+    limits = {"questions": vlm.settings.max_question_tokens, "answers": vlm.settings.max_answer_tokens}
+    counts |= tell_cut_texts(tokenizer, limits, **texts)
     write_run_json(accelerator, run_dir, flags, problems, **counts, trainable_parameters=trainable_parameters(vlm))
     log = RunLog(accelerator, run_dir, state.step, num_steps, args.wandb_project or "slidescribe", flags)
     saved = {"state": state, "identity": identity, "keep": args.keep_checkpoints}

@@ -170,7 +170,7 @@ def test_a_report_is_written_and_a_click_on_a_line_shows_its_evidence(page):
     page.locator(".lines [aria-pressed=true]").wait_for()
     assert painted(page) > 1000 and page.locator("#legend").is_visible()
     page.locator(".tiles button img").first.wait_for()
-    assert page.evaluate("document.querySelector('.tiles img').complete")
+    until(page, "document.querySelector('.tiles img').naturalWidth > 0")
     width = "document.querySelector('#scale i').style.width"
     before = page.evaluate(width)
     page.locator(".tiles button").first.click()

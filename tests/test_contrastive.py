@@ -371,6 +371,8 @@ def test_two_processes_and_chunks_learn_what_one_does(corpus, models, tmp_path):
     """Without dropout, whose draws differ between layouts; the text model's own pooler is left without a gradient."""
     flags = [*slide_flags(corpus, models), "--text_pooling", "mean", "--num_epochs", 2, "--loss", "multi_siglip"]
     flags[flags.index("abmil")] = "mean"
+    at = flags.index("--slide_width")
+    del flags[at : at + 2]
     layouts = {"one": [8], "chunks": [8, "--chunk_size", 3], "two": [4, "--chunk_size", 3]}
 
     def words(name: str) -> list:

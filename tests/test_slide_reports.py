@@ -27,7 +27,7 @@ from slide_reports import (
     slide_id_of,
     split_by_patient,
 )
-from slide_reports.lengths import CutAnswers, cut_answers, tell_cut_answers
+from slide_reports.lengths import CutTexts, cut_texts, tell_cut_texts
 from slide_vlm import IGNORED_LABEL, IMAGE_MARKER
 from tests.conftest import ROOT
 from tests.tiny_models import REPORTS, make_tokenizer
@@ -194,28 +194,34 @@ def test_a_conversation_makes_the_chat_template_and_teaches_every_answer(tmp_pat
     assert len(sample["labels"]) == len(sample["input_ids"])
 
 
-def test_answers_that_are_cut_are_counted(capsys, monkeypatch):
+def test_texts_that_are_cut_are_counted(capsys, monkeypatch):
     tokenizer, limit = make_tokenizer(), 12
     texts = [*REPORTS, "\N{GREEK SMALL LETTER MU}" * 7, "Lung", "a b c d e f", "a b c d e f g h i j k l m n o p", ""]
-    records = [Record(f"{n}", (), "", text, f"{n}", later_turns=(("Why?", text),)) for n, text in enumerate(texts)]
+    why = "Why is it not that of the organ beside it?"
+    records = [Record(f"{n}", (), "", text, f"{n}", later_turns=((why, text),)) for n, text in enumerate(texts)]
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    expected = CutAnswers(2 * sum(n > limit for n in lengths), 2 * (len(texts) - 1), max(lengths))
-    assert cut_answers(records, tokenizer, limit) == expected and 0 < expected.cut < expected.total
-    assert cut_answers(records, tokenizer, max(lengths)) == CutAnswers(0, expected.total, 0)
+    expected = CutTexts(2 * sum(n > limit for n in lengths), 2 * (len(texts) - 1), max(lengths))
+    assert cut_texts(records, "answers", tokenizer, limit) == expected and 0 < expected.cut < expected.total
+    assert cut_texts(records, "answers", tokenizer, max(lengths)) == CutTexts(0, expected.total, 0)
+    longest = len(tokenizer(why, add_special_tokens=False)["input_ids"])
+    assert cut_texts(records, "questions", tokenizer, longest - 1) == CutTexts(len(texts), len(texts), longest)
 
-    found = tell_cut_answers(tokenizer, limit, train=records, val=[])
-    assert found == {"train": f"{expected.cut} of {expected.total}"}
+    limits = {"questions": longest, "answers": limit}
+    found = tell_cut_texts(tokenizer, limits, train=records, val=[])
+    assert found == {"cut_questions": {"train": f"0 of {len(texts)}"}, "cut_answers": {"train": str(expected)}}
     told = capsys.readouterr().err
     share = f"({expected.cut / expected.total:.1%}) have more than 12 tokens, the longest {expected.longest}; they lose"
     assert told.startswith(f"warning: train: {expected.cut} of {expected.total} answers {share}")
     assert "raise --max_answer_tokens" in told and told.count("\n") == 1
+    tell_cut_texts(tokenizer, {"questions": 3}, train=records)
+    assert "they lose their end: raise --max_question_tokens" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")
-    assert tell_cut_answers(tokenizer, limit, train=records) == {}
+    assert tell_cut_texts(tokenizer, limits, train=records) == {}
 
 
-def test_few_cut_answers_are_worth_no_warning():
-    assert not CutAnswers(cut=1, total=100, longest=9).is_much and CutAnswers(2, 100, 9).is_much
-    assert not CutAnswers(0, 0, 0).is_much
+def test_few_cut_texts_are_worth_no_warning():
+    assert not CutTexts(cut=1, total=100, longest=9).is_much and CutTexts(2, 100, 9).is_much
+    assert not CutTexts(0, 0, 0).is_much
 
 
 def test_long_texts_are_cut():
