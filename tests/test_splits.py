@@ -19,6 +19,7 @@ import slide_reports.split
 from slide_features import write_slide_features
 from slide_reports import read_records, read_training_records
 from slide_reports.findings import find_all
+from slide_reports.inputs import with_inputs
 from slide_reports.splits import assign_splits, fold_of, read_fold, read_splits, share_seen
 from tests.conftest import ROOT, environment, run_command
 
@@ -467,3 +468,11 @@ def test_a_reader_that_leaves_early_is_no_error():
     process.stdout.read(10)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 141
+
+
+def test_a_stray_feature_file_is_left_out_and_not_all_others(corpus_of_8):
+    write_features(corpus_of_8 / "f" / "PIT_01_00000_00.h5", np.ones((6, 4)), encoder="another")
+    reading = {"features_dir": corpus_of_8 / "f"}
+    usable, problems = with_inputs(read_records(corpus_of_8 / "r.json", **reading))
+    assert len(usable) == 7 and len(problems) == 1
+    assert "PIT_01_00000_00.h5 was made with encoder another, not e; encode it like the others" in problems[0]
