@@ -297,10 +297,10 @@ def test_a_slide_that_is_taken_away_is_said(page, root):
     page.reload()
     page.get_by_role("button", name="gone.tiff").wait_for()
     page.route("**/api/slides", lambda route: route.abort())  # as if it had not been looked at since
+    until(page, "!document.getElementById('offline').hidden")  # nor is a look under way
     (root / "gone.tiff").unlink()
     pick(page, "gone.tiff")
     until(page, "document.getElementById('view-message').innerText.includes('no such slide')")
-    until(page, "!document.getElementById('offline').hidden")
     page.unroute("**/api/slides")
     page.get_by_role("button", name="Look at the folder again").click()
     until(page, "document.querySelector('.slide[title=\"gone.tiff\"]') === null")
@@ -355,9 +355,19 @@ def test_a_report_survives_a_server_that_does_not_answer_for_a_while(page):
     GATE.clear()
     page.get_by_role("button", name="Write the report").click()
     until(page, "document.querySelector('.card .row')?.innerText.includes('Before the gate')")
-    page.route("**/api/**", lambda route: route.abort())
+    unheard = []
+
+    def leave_unanswered(route) -> None:
+        route.abort()
+        unheard.append(route.request.method)
+
+    page.route("**/api/**", leave_unanswered)
     until(page, "document.querySelector('.card .row')?.innerText.includes('trying again')")
     page.get_by_role("button", name="Cancel").click()
+    deadline = time.monotonic() + 60
+    while "DELETE" not in unheard:
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(30)
     page.unroute("**/api/**")
     until(page, "document.querySelector('.card .row')?.innerText.includes('Before the gate')")
     page.get_by_role("button", name="Cancel").click()  # once more, since nobody heard it
