@@ -22,7 +22,7 @@ from jsonargparse.typing import (
     restricted_number_type,
 )
 
-from command_line import refuse_idle
+from command_line import counted, refuse_idle
 from deepspeed_zero import is_zero, load_whole, precision, whole_shape, zero_plugin
 
 # Processes wait for the slowest of them, which may be writing a large model; torch's default is 10 to 30 minutes.
@@ -394,6 +394,6 @@ def end_run(accelerator: Accelerator, result: Path, message: str = "") -> None:
 def report_left_out(problems: Sequence[str], shown: int = 20) -> None:
     """Print the records that were left out, the first of them by name."""
     if problems:
-        print(f"{len(problems)} records left out:", *problems[:shown], sep="\n  ", file=sys.stderr)
+        print(f"{counted(len(problems), 'record')} left out:", *problems[:shown], sep="\n  ", file=sys.stderr)
         if len(problems) > shown:
             print(f"  and {len(problems) - shown} more", file=sys.stderr)

@@ -27,6 +27,20 @@ SOME_FAILED = 1
 REFUSED = 2
 INTERRUPTED = 130
 KINDS = {"float": "a number", "int": "a whole number", "str": "a text", "bool": "true or false"}
+NUMBERS = {
+    "PositiveInt": "a whole number above 0",
+    "NonNegativeInt": "a whole number from 0",
+    "PositiveFloat": "a number above 0",
+    "NonNegativeFloat": "a number from 0",
+    "ClosedUnitInterval": "a number from 0 to 1",
+    "OpenUnitInterval": "a number between 0 and 1",
+    "BelowOne": "a number from 0 to below 1",
+}
+# jsonargparse's complaint of a number out of its range, or of Python's of a text that is none
+OF_A_NUMBER = re.compile(
+    r"Not of type (\w+): (?:invalid literal for int\(\) with base 10: |could not convert string to float: )?"
+    r"(\S+)(?: does not conform to restriction \S.*)?$"
+)
 NOBODY_READS = 141  # as a shell says of a command that SIGPIPE ended
 
 
@@ -55,6 +69,7 @@ class _Parser(ArgumentParser):
         """Leave with one line, in the place of jsonargparse's several below a screen of flags."""
         of_flag = re.sub(r'(Parser key|Key) "([\w.]+)":?', r"--\2:", " ".join(message.split()))
         plain = re.sub(r"a <class '(\w+)'>", lambda kind: KINDS.get(kind[1], kind[1]), of_flag)
+        plain = OF_A_NUMBER.sub(lambda found: f"expected {NUMBERS.get(found[1], found[1])}, found {found[2]}", plain)
         self.exit(REFUSED, f"error: {_shortened(plain)}; see --help\n")
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
@@ -122,6 +137,11 @@ def idle_flags(args: Namespace, defaults: dict[str, Any], needs: dict[str, tuple
         if not is_there and getattr(args, name) != defaults[name]:
             idle.setdefault(need, []).append(name)
     return idle
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, in the plural but for one: "1 slide", "2,048 slides"."""
+    return f"{number:,} {noun if number == 1 else f'{noun}s'}"
 
 
 def refuse_idle(args: Namespace, defaults: dict[str, Any], needs: dict[str, tuple[Any, str]]) -> None:

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from command_line import counted
 from report_loss import evaluation_loss
 from slide_reports import Record, RecordBatches, ReportDataset, make_loader
 
@@ -46,7 +47,7 @@ class ImageAblation:
     def lines(self) -> list[str]:
         """What a user is told."""
         losses = f"right {self.right:.4f}, shuffled {self.shuffled:.4f}, zero {self.zero:.4f}"
-        told = [f"image ablation on {self.num_records} records: loss with features {losses}"]
+        told = [f"image ablation on {counted(self.num_records, 'record')}: loss with features {losses}"]
         if not self.uses_image:
             rise = 100 * (self.shuffled_over_right - 1)
             told += [

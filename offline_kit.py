@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from command_line import DONE, SOME_FAILED, check_output_folder, first_line, log_to_stderr, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_folder, counted, first_line, log_to_stderr, make_parser, run
 from encoder_presets import find_preset
 
 ROOT = Path(__file__).resolve().parent
@@ -238,7 +238,9 @@ def fetch_model(cache: Path, repository: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
 
     files = model_files(repository, revision)
-    logger.info("%s: %d files, %.1f GB", repository, len(files), sum(size or 0 for size in files.values()) / 1e9)
+    logger.info(
+        "%s: %s, %.1f GB", repository, counted(len(files), "file"), sum(size or 0 for size in files.values()) / 1e9
+    )
     folder = snapshot_download(repository, revision=revision, cache_dir=str(cache / "hub"), allow_patterns=list(files))
     return Path(folder).name
 
@@ -296,7 +298,7 @@ def verify(kit: Path) -> int:
             faults[name] = "is not what was packed"
     for name, fault in faults.items():
         logger.error("%s %s", name, fault)
-    logger.info("%d files, %d of them bad", len(sums), len(faults))
+    logger.info("%s, %d of them bad", counted(len(sums), "file"), len(faults))
     return SOME_FAILED if faults else DONE
 
 

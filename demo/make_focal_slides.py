@@ -26,7 +26,7 @@ from typing import Any
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from command_line import DONE, make_parser, run
+from command_line import DONE, counted, make_parser, run
 from demo.make_slides import MASK_STEP, background, cover_of, outline, write_json, write_slide
 
 SIDE = 2304  # level-0 pixels
@@ -140,7 +140,7 @@ def main() -> int:
     with ProcessPoolExecutor(args.num_workers) as pool:
         records = list(tqdm(pool.map(make, range(args.num_slides)), total=args.num_slides, unit="slide"))
     write_json(args.output_dir / "focal.json", records)
-    print(f"{len(records)} slides with a focus in {args.output_dir}", file=sys.stderr)
+    print(f"{counted(len(records), 'slide')} with a focus in {args.output_dir}", file=sys.stderr)
     return DONE
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from command_line import DONE, make_parser, run
+from command_line import DONE, counted, make_parser, run
 
 MASK_STEP = 8  # level-0 pixels per mask pixel
 SIDES = range(1536, 2305, 256)
@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for split, plan in plans.items():
         records = [{"id": name, "report": CASES[case].report} for name, case in plan]
         write_json(args.output_dir / f"{split}.json", records)
-    print(f"{len(tasks)} slides of {len(CASES)} classes in {args.output_dir}", file=sys.stderr)
+    print(f"{counted(len(tasks), 'slide')} of {len(CASES)} classes in {args.output_dir}", file=sys.stderr)
     return DONE
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from command_line import DONE, SOME_FAILED, check_output_file, chosen, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_file, chosen, counted, make_parser, run
 
 COLUMNS = ("a", "b", "difference", "low", "high", "p", "p_holm", "cohens_dz", "superiority")
 
@@ -77,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         with atomic_path(args.output) as partial:
             partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"{result['n']} reports of {result['num_patients']} patients; differences are B less A\n")
+    print(
+        f"{counted(result['n'], 'report')} of {counted(result['num_patients'], 'patient')}; differences are B less A\n"
+    )
     print(table(rows))
     for path, pairs in zip((args.a, args.b), sides, strict=True):
         for kind, ids in pairs.problems.items():

@@ -12,6 +12,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from command_line import counted
 from evaluation.clinical import Clinical
 from evaluation.field_scores import field_label
 from evaluation.figures import metric_name
@@ -56,7 +57,8 @@ def write_page(
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
         subtitle=escape(
-            f"{metrics['n']} reports of {metrics['num_patients']} patients, against {args.references.name}"
+            f"{counted(metrics['n'], 'report')} of {counted(metrics['num_patients'], 'patient')}, "
+            f"against {args.references.name}"
         ),
         links="".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name in sections),
         figures=_figures(metrics),
@@ -91,7 +93,7 @@ def _figures(metrics: Mapping[str, Any]) -> str:
     whole = reg["reg_score"] is not None
     boxes = [
         ("With a serious mistake", f"{mistakes['share_affected']:.1%}",
-         f"{mistakes['cases_affected']} of {metrics['n']} reports", "bad"),
+         f"{mistakes['cases_affected']} of {counted(metrics['n'], 'report')}", "bad"),
         *((label, f"{metrics[name]:.3f}", _interval(metrics, name), "") for label, name in
           (("ROUGE-L", "rouge_l"), ("BLEU-4", "bleu_4"), ("METEOR", "meteor"), ("Right word for word", "exact_match"))),
         ("REG score", f"{reg['reg_score']:.3f}" if whole else "partial",

@@ -18,7 +18,7 @@ from typing import Any
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 
-from command_line import DONE, SOME_FAILED, check_output_folder, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_folder, counted, make_parser, run
 
 NO_TRAIN_JSON = "baselines need the training reports: name them with --train_json"
 NO_TEXT_MODELS = "KEY needs --entity_model, EMB and BERTScore --embedding_model"
@@ -146,7 +146,7 @@ def print_results(metrics: dict[str, Any], clinical: Any) -> None:
     from evaluation.mistakes import KINDS
 
     mistakes = metrics["mistakes"]
-    print(f"{mistakes['cases_affected']} of {metrics['n']} reports have a clinically serious mistake")
+    print(f"clinically serious mistakes in {mistakes['cases_affected']} of {counted(metrics['n'], 'report')}")
     for kind, count in mistakes["by_kind"].items():
         print(f"  {count:>6}  {kind}: {KINDS[kind]}")
     print()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from csv_separator import separator_of
 from evaluation.fields import ReportFields
 from evaluation.report_files import finite
 
@@ -93,9 +94,10 @@ def read_risks(path: Path) -> dict[str, float]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"--risks {path}: no such file")
-    text = path.read_text(encoding="utf-8")
     try:
-        rows: Any = list(csv.DictReader(text.splitlines())) if path.suffix == ".csv" else json.loads(text)
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            is_table = path.suffix.lower() == ".csv"
+            rows: Any = list(csv.DictReader(file, delimiter=separator_of(file))) if is_table else json.load(file)
     except ValueError as error:
         raise ValueError(f"--risks {path}: not JSON ({error}); give a CSV with id and risk, or JSON") from None
     if isinstance(rows, dict):

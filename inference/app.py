@@ -11,7 +11,7 @@ import sys
 
 from jsonargparse.typing import PositiveInt
 
-from command_line import DONE, make_parser, run
+from command_line import DONE, counted, make_parser, run
 from inference.arguments import add_decoding_arguments, check_decoding_arguments
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -84,7 +84,7 @@ def main() -> int:
     app = create_app(folder, writer, about, hosts, args.assume_mpp)
     host, port = listening.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    print(f"{len(folder.list())} slides in {folder.root}; Ctrl+C ends", file=sys.stderr)
+    print(f"{counted(len(folder.list()), 'slide')} in {folder.root}; Ctrl+C ends", file=sys.stderr)
     if args.host not in LOOPBACK:
         print(f"warning: whoever reaches {args.host} sees the slides; there is no password", file=sys.stderr)
     config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=3)

@@ -146,6 +146,8 @@ def show_text(details: dict, question: str | None, *, is_first: bool) -> None:
 def check_input(args, settings) -> None:
     """Refuse an input that does not exist or is not of the kind that the model takes, before anything is loaded."""
     for path in paths_of(args):
+        if Path(path).is_dir() and args.slide:
+            raise IsADirectoryError(f"{path}: a folder; name slides of one case, or give it to predict.py as --slides")
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file")
     if args.evidence and (args.image or args.chat):

@@ -28,7 +28,7 @@ import numpy as np
 from jsonargparse.typing import NonNegativeInt
 from tqdm import tqdm
 
-from command_line import DONE, SOME_FAILED, check_output_folder, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_folder, counted, make_parser, run
 from inference.arguments import add_decoding_arguments, check_decoding_arguments
 
 RANDOM, CHANCE = "random", "chance"
@@ -196,7 +196,7 @@ def print_table(table: list[dict], judged: list[dict]) -> None:
         print(f"{name:<8}{entry['map']:<22}{pointing}{entry['deletion']:>10.3f}{entry['insertion']:>11.3f}")
     slides = {line["id"]: line for line in judged}
     unsplit = sum(line["maps"][RANDOM]["hit"] is None for line in slides.values())
-    told = f"{len(slides)} slides, {np.mean([line['num_tiles'] for line in slides.values()]):.1f} tiles each"
+    told = f"{counted(len(slides), 'slide')}, {np.mean([line['num_tiles'] for line in slides.values()]):.1f} tiles each"
     print(f"{told}; {unsplit} without a lesion, or nothing but lesion, stayed out of the pointing game")
     print(
         "pointing: share of slides whose tile of most evidence lies in the lesion; chance: of a tile drawn blindly, "
@@ -224,7 +224,9 @@ def readings(maps: dict[str, dict], slides: list[dict]) -> list[str]:
             told[-1] += "; unlike_the_rest, which asks no model, does so as often or more: this alone proves nothing"
     wins = sum(of[INTEGRATED]["deletion"] < of[RANDOM]["deletion"] for of in slides)
     costs = "costs more" if wilson(wins, len(slides))[0] > 0.5 else "does not reliably cost more"
-    told.append(f"taking its first tiles away {costs} than taking random ones ({wins} of {len(slides)} slides)")
+    told.append(
+        f"taking its first tiles away {costs} than taking random ones ({wins} of {counted(len(slides), 'slide')})"
+    )
     return told
 
 

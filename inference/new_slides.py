@@ -7,6 +7,8 @@ from typing import Any
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
+from command_line import counted
+
 
 def add_slide_arguments(parser) -> None:
     """Flags about new slides, the same for one and for many."""
@@ -85,6 +87,6 @@ class SlideReader:
                 num_workers=self.args.num_workers,
                 **{"assume_mpp": self.args.assume_mpp} | of_slide,
             )
-            print(f"{Path(path).name}: {len(slide.coords)} tiles", file=sys.stderr)
+            print(f"{Path(path).name}: {counted(len(slide.coords), 'tile')}", file=sys.stderr)
             slides.append(self.finish(slide))
         return case_of_slides(slides, **budgets_of(self.settings))

@@ -21,7 +21,7 @@ from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
 from accelerator_setup import LONGEST_WAIT, runs_on_cpu
-from command_line import DONE, SOME_FAILED, GatherValues, check_output_file, chosen, make_parser, run
+from command_line import DONE, SOME_FAILED, GatherValues, check_output_file, chosen, counted, make_parser, run
 from inference.answers import Answering, unread_line
 from inference.arguments import SAVED, add_decoding_arguments, check_decoding_arguments
 from inference.case_batches import CaseBatch, batches_of, read_ahead, records_of_slides, records_to_answer
@@ -110,7 +110,7 @@ def main() -> int:
     state.wait_for_everyone()
     if is_complete:
         if state.is_main_process:
-            print(f"{output}: all {len(records)} records were answered before", file=sys.stderr)
+            print(f"{output}: {counted(len(records), 'record')}, answered before", file=sys.stderr)
         return DONE
 
     # Model
@@ -163,7 +163,7 @@ def main() -> int:
         tell_answers(answers.values(), bool(answering.uncertain))
         totals = {key: sum(part[key] for part in parts) for key in ("cases", "records", "tokens")}
         print(throughput(totals, max(part["seconds"] for part in parts)), file=sys.stderr)
-        print(f"{len(answers)} of {len(records)} records answered: {output}", file=sys.stderr)
+        print(f"{len(answers)} of {counted(len(records), 'record')} answered: {output}", file=sys.stderr)
         if args.save_decoding:
             save_decoding(Path(args.model), answering)
         if not failures:
@@ -212,11 +212,12 @@ def tell_unread_questions(records, settings: VLMSettings, tokenizer) -> None:
 
 def tell_answers(answers: Collection[dict], tells_uncertain: bool) -> None:
     """Say how many answers are to be read by somebody, and how many lack their end."""
+    told = counted(len(answers), "record")
     if tells_uncertain:
         uncertain = sum(answer["uncertain"] for answer in answers)
-        print(f"uncertain: {uncertain} of {len(answers)} records, to be read by somebody", file=sys.stderr)
+        print(f"uncertain: {uncertain} of {told}, to be read by somebody", file=sys.stderr)
     if cut := sum(answer.get("cut_off", False) for answer in answers):
-        print(f"cut off: {cut} of {len(answers)} records, before their end; see --max_new_tokens", file=sys.stderr)
+        print(f"cut off: {cut} of {told}, before their end; see --max_new_tokens", file=sys.stderr)
 
 
 def throughput(done: dict, seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from command_line import counted
 from inference.loading import room_for_text
 from slide_vlm import SlideVLM
 
@@ -27,6 +28,7 @@ def answer_limits(model: SlideVLM, prompt_lengths: Sequence[int], max_new_tokens
 
 def cut_off_line(num_tokens: int, max_new_tokens: int) -> str:
     """What to tell of an answer that was cut off before its end."""
+    told = counted(num_tokens, "token")
     if num_tokens < max_new_tokens:
-        return f"cut off after {num_tokens} tokens: with the prompt, the language model reads no more"
-    return f"cut off after {num_tokens} tokens; more with --max_new_tokens"
+        return f"cut off after {told}: with the prompt, the language model reads no more"
+    return f"cut off after {told}; more with --max_new_tokens"

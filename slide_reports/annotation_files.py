@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from command_line import first_line
+from csv_separator import separator_of
 from slide_features import atomic_path
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
@@ -26,7 +27,8 @@ BLANKS = re.compile(r"\s*")
 LINE_ENDS = re.compile(r"\r\n|\n|\r")  # others, as U+2028, may stand within the texts of JSON
 FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt"}
 PACKED = {b"PK\x03\x04": "a workbook of Excel or another zip", b"\x1f\x8b": "packed by gzip"}
-TABLE_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+SEPARATOR_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
+TABLE_SEPARATORS = {".csv": None, ".tsv": "\t"}  # None: as its header says
 
 
 class Row(NamedTuple):
@@ -216,21 +218,22 @@ def _row(path: Path | str, index: int, split: str, value: Any) -> Row:
     return Row(where, split, value)
 
 
-def _table_rows(path: Path, separator: str) -> Iterator[Row]:
-    """Rows of a CSV with a header; empty fields are left out."""
+def _table_rows(path: Path, separator: str | None) -> Iterator[Row]:
+    """Rows of a CSV with a header, by default with the separator that it shows; empty fields are left out."""
     try:
         with _fields_of_any_size(), path.open(newline="", encoding="utf-8-sig") as file:
+            separator = separator or separator_of(file)
             reader = csv.DictReader(file, delimiter=separator, strict=True)
             names = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-            if len(names) == 1 and ";" in names[0]:
-                raise ValueError(f"{path}: its columns are separated by semicolons; save it with commas")
             if len(set(names)) != len(names) or not any(names):
                 raise ValueError(f"{path}: its first line must name the columns, each once; found {names}")
             for index, values in enumerate(reader):
                 where = f"{path}: record {index} (line {reader.line_num})"
                 if None in values or None in values.values():
-                    raise ValueError(f"{where} has another number of fields than the header; quote texts with commas")
-                yield Row(where, "", {name: text for name, text in values.items() if text})
+                    named = SEPARATOR_NAMES[separator]
+                    raise ValueError(f"{where} has another number of fields than the header; quote texts with {named}")
+                if any(values.values()):  # spreadsheets write rows of separators alone
+                    yield Row(where, "", {name: text for name, text in values.items() if text})
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not in UTF-8 (byte {error.start}); save it as UTF-8") from error
     except csv.Error as error:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from csv_separator import SEPARATORS
 from slide_reports.annotation_files import read_rows, read_text
 from slide_reports.forms import read_drafts
 from slide_reports.record import slide_id_of
@@ -80,9 +81,7 @@ def listed_ids(path: str | Path) -> list[str]:
     if path.suffix.lower() not in (".csv", ".tsv", ".txt"):
         return [draft.id for row in read_rows(path) for draft in read_drafts(row)]
     lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if path.suffix.lower() == ".csv" and any(";" in line for line in lines[:1]):
-        raise ValueError(f"--exclude {path}: its columns are separated by semicolons; save it with commas")
-    if path.suffix.lower() == ".txt" or not any("," in line or "\t" in line for line in lines):
+    if path.suffix.lower() == ".txt" or not any(separator in line for line in lines for separator in SEPARATORS):
         ids = [line.strip("\"'") for line in lines]  # R quotes even a single column
         return ids[1:] if len(ids) > 1 and ids[0].lower() in ("id", "slide_id") else ids
     found = (row.values.get("id", row.values.get("slide_id")) for row in read_rows(path))

@@ -22,6 +22,7 @@ from slide_features import (
 from slide_reports.record import Record
 from slide_reports.table import column, fields, select
 
+NUM_ASKED = 101  # feature files asked how they were made
 MAX_OPENED = 10_000  # files opened before training: some ten seconds. Of more, as many are tried, evenly spaced
 MAX_PROBLEMS = 1_000  # lines kept
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of EXIF data, mostly; an image that does not open is told by name
@@ -32,7 +33,7 @@ def with_inputs(
 ) -> tuple[Sequence[Record], list[str]]:
     """The records whose answers exist and whose inputs open, and a line for each other record saying what is wrong.
 
-    Feature files must be made as ``expected`` says, or else as the first good one. All inputs must be there; of more
+    Feature files must be made as ``expected`` says, or else as most of them. All inputs must be there; of more
     than `MAX_OPENED` different ones only so many are opened, and the others when they are read.
     """
     faults = input_faults(
@@ -57,19 +58,25 @@ def input_faults(paths: list[str], expected: dict[str, Any] | None) -> dict[str,
     """What is wrong with each input that cannot be used, see `with_inputs`."""
     faults = {path: f"{path} is missing" for path in paths if not os.path.isfile(path)}
     present = [path for path in paths if path not in faults]
-    for path in present:
-        if expected:
-            break
-        fault, expected = _try_input(path, {})
-        if fault is None:
-            break
-        faults[path] = fault
+    expected = expected or _commonest_making(present)
     to_open = present[:: max(1, -(-len(present) // MAX_OPENED))]
     with ThreadPoolExecutor(8) as pool:
         jobs = pool.map(lambda path: _try_input(path, expected or {}), to_open)
         tried = tqdm(jobs, total=len(to_open), desc="checking inputs", unit="file", delay=5, leave=False)
         faults |= {path: fault for path, (fault, _) in zip(to_open, tried, strict=True) if fault is not None}
     return faults
+
+
+def _commonest_making(paths: list[str]) -> dict[str, Any]:
+    """How most feature files were made, of many an evenly spaced `NUM_ASKED`: one stray file speaks for no other.
+
+    Of equally many it is the way of the first. Empty where no file opens, or images do.
+    """
+    for chosen in (paths[:: max(1, -(-len(paths) // NUM_ASKED))], paths):
+        made = [making for fault, making in (_try_input(path, {}) for path in chosen) if fault is None]
+        if made:
+            return max(made, key=made.count)
+    return {}
 
 
 def _try_input(path: str, expected: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import DONE, check_output_file, make_parser, run
+from command_line import DONE, check_output_file, counted, make_parser, run
 from slide_reports.annotation_files import read_rows
 from slide_reports.findings import refuse_shared_owners
 from slide_reports.forms import read_drafts
@@ -108,7 +108,8 @@ def report(groups: list[str], texts: list[str], assigned: dict[str, str], strata
     for split, held in by_split.items():
         seen = share_seen(by_split["train"], held)
         also = "" if split == "train" else f", {seen:.1%} of its texts occur word for word in train"
-        print(f"{split:<6}{len(held):>8} records ({len(held) / len(groups):.1%}), {patients[split]} patients{also}")
+        of_whom = counted(patients[split], "patient")
+        print(f"{split:<6}{len(held):>8} records ({len(held) / len(groups):.1%}), {of_whom}{also}")
     if strata:
         for stratum, count in Counter(strata).most_common():
             where = Counter(assigned[group] for group, of in zip(groups, strata, strict=True) if of == stratum)

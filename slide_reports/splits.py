@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from command_line import counted
+from csv_separator import separator_of
 from slide_features import atomic_path
 from slide_reports.annotation_files import split_of
 from slide_reports.record import Record
@@ -68,9 +70,9 @@ def assign_splits(
         drawn = {g: names[min(int(np.searchsorted(ends, position_of(g, seed), "right")), len(names) - 1)] for g in free}
         return drawn | {group: earlier[group] for group in set(groups) if group in earlier}
     sizes = Counter(groups)
-    assigned = {}
+    assigned, owed = {}, dict.fromkeys(shares, 0.0)
     for members in _by_stratum(groups, strata).values():
-        assigned |= _fill_up(sorted(members, key=lambda g: position_of(g, seed)), sizes, shares, earlier)
+        assigned |= _fill_up(sorted(members, key=lambda g: position_of(g, seed)), sizes, shares, earlier, owed)
     return assigned
 
 
@@ -127,7 +129,8 @@ def read_fold(path: str | Path, fold: int) -> dict[str, str]:
     table = _read_table(path)
     folds = {group: of_group for group, (_, of_group) in table.items()}
     if without := [group for group, of_group in folds.items() if not of_group]:
-        few = f"{len(without)} patients, {without[0]} among them," if len(without) < len(table) else "its patients"
+        some = f"{counted(len(without), 'patient')}, {without[0]} first,"
+        few = some if len(without) < len(table) else "its patients"
         raise ValueError(f"--fold {fold}: --splits {path} gives {few} no fold; make it with slide_reports/split.py")
     held_out = {group for group, of_group in folds.items() if of_group == str(fold) and table[group][0] != "test"}
     if not held_out:
@@ -153,12 +156,12 @@ def _read_table(path: str | Path, flag: str = "--splits") -> dict[str, tuple[str
     assigned: dict[str, tuple[str, str]] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
+            reader = csv.DictReader(file, delimiter=separator_of(file), strict=True)
             reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             if not {"group", "split"} <= set(reader.fieldnames):
                 found = ", ".join(reader.fieldnames)[:80] or "none"
                 raise ValueError(f"{flag} {path}: expected the columns group and split, found {found}")
-            for row in reader:
+            for row in (row for row in reader if any(row.values())):  # spreadsheets write rows of separators alone
                 where = f"{flag} {path}: line {reader.line_num}"
                 try:
                     # programs that hold whole numbers as fractions write 1.0
@@ -185,7 +188,7 @@ def splits_of(records: Sequence[Record], assigned: dict[str, str], table: str | 
     groups = column(records, "group")
     if missing := sorted(set(groups) - assigned.keys()):
         raise ValueError(
-            f"--splits {table} lacks {len(missing)} patients, {missing[0]} among them; add them with "
+            f"--splits {table} lacks {counted(len(missing), 'patient')}, {missing[0]} first; add what it lacks with "
             "slide_reports/split.py --earlier"
         )
     return [assigned[group] for group in groups]
@@ -202,17 +205,26 @@ def _by_stratum(groups: Sequence[str], strata: Sequence[str]) -> dict[str, list[
 
 
 def _fill_up(
-    ordered: list[str], sizes: Counter[str], shares: dict[str, float], earlier: dict[str, str]
+    ordered: list[str],
+    sizes: Counter[str],
+    shares: dict[str, float],
+    earlier: dict[str, str],
+    owed: dict[str, float],
 ) -> dict[str, str]:
-    """Give each patient of a stratum, in order, to the split that is shortest of its share."""
+    """Give each patient of a stratum, in order, to the split that is shortest of its share.
+
+    Of splits equally short it is the one that is ``owed`` most records by the strata before, or the same would come off
+    badly in each of many small strata. What this stratum owes is added.
+    """
     total = sum(sizes[group] for group in ordered)
-    held = dict.fromkeys(shares, 0)
+    short = {name: share * total for name, share in shares.items()}
     assigned = {group: earlier[group] for group in ordered if group in earlier}
     for group, split in assigned.items():
-        held[split] += sizes[group]
+        short[split] -= sizes[group]
     for group in ordered:
         if group not in assigned:
-            split = max(shares, key=lambda name: shares[name] * total - held[name])
-            assigned[group] = split
-            held[split] += sizes[group]
+            split = assigned[group] = max(shares, key=lambda name: (short[name], owed[name]))
+            short[split] -= sizes[group]
+    for name in shares:
+        owed[name] += short[name]
     return assigned

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from csv_separator import separator_of
 from evaluation.fields import FIELD_NAMES, ReportFields, parse_all
 from slide_reports import Record, read_records, records_digest, split_by_patient
 from slide_reports.edits import Edits
@@ -64,7 +65,7 @@ def is_label_table(path: str | Path) -> bool:
     if not path.is_file() or path.suffix.lower() not in (".csv", ".tsv"):
         return False
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        return {"id", TABLE_LABEL} <= set(next(csv.reader(file, delimiter=_delimiter(path)), []))
+        return {"id", TABLE_LABEL} <= set(next(csv.reader(file, delimiter=separator_of(file)), []))
 
 
 def read_labelled(
@@ -187,21 +188,24 @@ def read_label_table(
     folders = Folders(*(None if root is None else Path(root) for root in (features_dir, image_root)))
     kind = "image" if image_root else "slide"
     records: dict[str, Record] = {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        for number, row in enumerate(csv.DictReader(file, delimiter=_delimiter(path)), start=2):
-            where, name = f"{path}: line {number}", (row.get("id") or "").strip()
-            label = (row.get(TABLE_LABEL) or "").strip()
-            if not name or not label:
-                raise ValueError(f"{where} has no {'id' if not name else TABLE_LABEL}; give each row both")
-            if name in records:
-                raise ValueError(f"{where}: id {name!r} occurs a second time; give it one label")
-            group = (row.get("group") or "").strip() or patient_of(slide_id_of(name), group_pattern)
-            inputs = (folders.locate(where, kind, name),)
-            records[name] = Record(name, inputs, "", label, group, (row.get("split") or "").strip().lower())
+    for number, row in enumerate(_rows_of(path), start=2):
+        where, name = f"{path}: line {number}", (row.get("id") or "").strip()
+        label = (row.get(TABLE_LABEL) or "").strip()
+        if not name or not label:
+            raise ValueError(f"{where} has no {'id' if not name else TABLE_LABEL}; give each row both")
+        if name in records:
+            raise ValueError(f"{where}: id {name!r} occurs a second time; give it one label")
+        group = (row.get("group") or "").strip() or patient_of(slide_id_of(name), group_pattern)
+        inputs = (folders.locate(where, kind, name),)
+        records[name] = Record(name, inputs, "", label, group, (row.get("split") or "").strip().lower())
     if not records:
         raise ValueError(f"{path}: holds no rows; give at least one id with its label")
     return RecordTable.of(iter(records.values()))
 
 
-def _delimiter(path: Path) -> str:
-    return "\t" if path.suffix.lower() == ".tsv" else ","
+def _rows_of(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return list(csv.DictReader(file, delimiter=separator_of(file)))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not in UTF-8 (byte {error.start}); save it as UTF-8") from error

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from csv_separator import separator_of
 from stage0_encoder.alignment_model import AlignmentModel
 from stage0_encoder.contrastive_loss import contrastive_loss, gather_rows, positive_pairs
 from stage0_encoder.encoder_run import share_statistics
@@ -140,7 +141,7 @@ def read_zero_shot(class_prompts: str | Path, class_labels: str | Path | None) -
         ValueError: names the file and what is wrong in it.
     """
     try:
-        said = json.loads(Path(class_prompts).read_text(encoding="utf-8"))
+        said = json.loads(Path(class_prompts).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"--class_prompts {class_prompts}: no JSON ({error})") from error
     if not isinstance(said, dict) or len(said) < 2:
@@ -152,7 +153,7 @@ def read_zero_shot(class_prompts: str | Path, class_labels: str | Path | None) -
     labels = {}
     if class_labels is not None:
         with Path(class_labels).open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
+            rows = csv.DictReader(file, delimiter=separator_of(file))
             if not {"id", "label"} <= set(rows.fieldnames or ()):
                 raise ValueError(f"--class_labels {class_labels}: expected the columns id and label")
             labels = {row["id"]: row["label"] for row in rows if row["label"]}

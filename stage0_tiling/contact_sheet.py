@@ -12,6 +12,7 @@ from pathlib import Path
 from string import Template
 from urllib.parse import quote
 
+from command_line import counted
 from slide_features import atomic_path
 
 STATUSES = ("failed", "empty", "done")  # in the order of the sheet
@@ -41,7 +42,7 @@ def contact_sheet(folder: Path, rows: Sequence[Row]) -> str:
     pictures = {kind: {path.stem for path in (folder / kind).glob("*.jpg")} for kind in ("thumbnails", "overlays")}
     ordered = sorted(rows, key=lambda row: _place(row["status"]))
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        slides=f"{len(rows)} slide{'' if len(rows) == 1 else 's'}",
+        slides=counted(len(rows), "slide"),
         figures="".join(_figure(*figure) for figure in _summary(rows)),
         statuses=_options(rows),
         cards="\n".join(_card(row, pictures) for row in ordered),

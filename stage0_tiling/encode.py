@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 
-from command_line import make_parser, run
+from command_line import counted, make_parser, run
 from feature_containers import SUFFIXES
 from slide_features import worth_saying
 from stage0_tiling.encoding import add_encoding_arguments, encode_slide_with
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     process.wait_for_everyone()  # nobody records a slide before all have seen which ones are missing
     if process.is_main_process:
         names = ", ".join(args.encoder)
-        logger.info("%d slides, %d of them to encode with %s", len(entries), len(encoding.missing), names)
+        logger.info("%s, %d of them to encode with %s", counted(len(entries), "slide"), len(encoding.missing), names)
         if args.quality:
             tell_unmeasured(entries, folder)
 

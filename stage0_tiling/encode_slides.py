@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from command_line import DONE, SOME_FAILED, check_output_folder, first_line, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_folder, counted, first_line, make_parser, run
 from slide_features import FEATURE_SUFFIXES, read_slide_features, slide_id_of_features
 from stage0_tiling.claims import Claims
 from stage0_tiling.folder_settings import check_same_features, read_settings, record_settings
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_same_features(folder, record_settings(record, made_by), made_by, MEND)
     process.wait_for_everyone()  # nobody writes a file before all have seen which ones are missing
     if process.is_main_process:
-        logger.info("%d slides, %d of them to encode with %s", len(paths), len(todo), encoder.name)
+        logger.info("%s, %d of them to encode with %s", counted(len(paths), "slide"), len(todo), encoder.name)
 
     # Encode
     failed, num_done, is_stopped = {}, 0, False

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from command_line import DONE, SOME_FAILED, log_to_stderr, make_parser, run
+from command_line import DONE, SOME_FAILED, counted, log_to_stderr, make_parser, run
 from stage0_tiling.transfer.listing import Item, add_checksums, choose, parse_bytes, path_fault, without_secrets
 from stage0_tiling.transfer.manifest import Manifest
 from stage0_tiling.transfer.mover import Mover, is_there
@@ -127,7 +127,7 @@ def split(items: list[Item], manifest: Manifest, target: Any) -> tuple[list[Item
     for item in items:
         (there if is_there(item, manifest, target, sizes) else todo).append(item)
     num_bytes = tqdm.format_sizeof(sum(item.size for item in todo), "B")
-    logger.info("%d files: %d there already, %d (%s) to send", len(items), len(there), len(todo), num_bytes)
+    logger.info("%s: %d there already, %d (%s) to send", counted(len(items), "file"), len(there), len(todo), num_bytes)
     return there, todo
 
 
@@ -208,7 +208,7 @@ def warn_of_little_space(folder: Path, scratch: Scratch) -> None:
 
 def report(mover: Mover, failed: dict[str, str], num_there: int) -> int:
     """Log what became of the files, list those that failed, and return the exit status."""
-    logger.info("%d files sent, %d were there, %d failed", mover.num_moved, num_there, len(failed))
+    logger.info("%s sent, %d were there, %d failed", counted(mover.num_moved, "file"), num_there, len(failed))
     for path, error in sorted(failed.items()):
         logger.error("failed: %r: %s", path, error)
     return SOME_FAILED if failed else DONE

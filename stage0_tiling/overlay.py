@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from command_line import counted
 from slide_features import atomic_path
 from stage0_tiling.plan import TilePlan
 
@@ -75,7 +76,7 @@ def draw_legend(plan: TilePlan, width: int, height: int) -> np.ndarray:
         left = _write_text(draw, end + gap, middle, label, font) + 2 * gap
     tile_um = f" of {plan.grid.tile_width * plan.pixel_size.x:.0f} um" if plan.pixel_size else ""
     tissue = f"tissue {100 * plan.tissue.fraction:.1f} %"
-    tiles = f"{len(plan.coords)} tile{'' if len(plan.coords) == 1 else 's'}{tile_um}"
+    tiles = counted(len(plan.coords), "tile") + tile_um
     for color, text in ((OUTLINE, tissue), (TILE, tiles)):
         side = height // 5
         draw.rectangle([left, middle - side, left + 2 * side, middle + side], outline=color, width=max(2, height // 12))

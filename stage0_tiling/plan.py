@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from jsonargparse import Namespace
 
+from command_line import counted
 from stage0_tiling.artefacts import ARTEFACTS, blur_fractions, find_on_thumbnail, tile_fractions
 from stage0_tiling.pixel_size import PixelSize, SlideError, check_resolution
 from stage0_tiling.slide import Slide
@@ -209,7 +210,7 @@ def _without_artefacts(slide: Slide, plan: TilePlan, settings: TilingSettings) -
         plan = replace(plan, coords=plan.coords[keep], quality=quality, dropped=dropped)
     if plan.dropped and len(plan.coords):
         told = ", ".join(f"{name} {count}" for name, count in plan.dropped.items())
-        logger.info("%s: %d tiles kept, dropped: %s", slide.path.name, len(plan.coords), told)
+        logger.info("%s: %s kept, dropped: %s", slide.path.name, counted(len(plan.coords), "tile"), told)
     return plan
 
 

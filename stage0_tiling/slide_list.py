@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from csv_separator import separator_of
 from stage0_tiling.pixel_size import PLAUSIBLE_MPP
 from stage0_tiling.slide_files import IMAGE_SUFFIXES, WHOLE_SLIDE_SUFFIXES, slides_below
 
@@ -112,7 +113,7 @@ def _entries_of_csv(source: Path) -> list[SlideEntry]:
 
 def _read_csv(source: Path) -> list[SlideEntry]:
     with source.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file, delimiter=separator_of(file))
         reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
         column = next((name for name in PATH_COLUMNS if name in (reader.fieldnames or [])), None)
         if column is None:
@@ -155,6 +156,6 @@ def _mpp(source: Path, line: int, column: str, text: str | None) -> float | None
     if not (text or "").strip():
         return None
     try:
-        return check_mpp(float(text))
+        return check_mpp(float(text.replace(",", ".")))  # a decimal comma: no mpp has thousands
     except ValueError as error:
         raise ValueError(f"--slides {source}: line {line}, {column} {text}: {error}") from error

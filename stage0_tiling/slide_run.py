@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from command_line import DONE, SOME_FAILED, first_line, log_to_stderr
+from command_line import DONE, SOME_FAILED, counted, first_line, log_to_stderr
 from stage0_tiling.claims import Claim, Claims
 from stage0_tiling.full_disk import DiskFull, ending_on_full_disk, is_full, is_still_full
 from stage0_tiling.in_threads import in_threads
@@ -241,7 +241,7 @@ class SlideRun:
         had_to = {entry.slide_id for entry in self.missing}
         num_tiles = sum(row.n_tiles or 0 for row in rows if row.slide_id in had_to and row.status == "done")
         seconds = time.perf_counter() - self._started
-        speed = f"{num_tiles} tiles in {seconds:.0f} s, {num_tiles / seconds:.0f} tiles/s"
+        speed = f"{counted(num_tiles, 'tile')} in {seconds:.0f} s, {num_tiles / seconds:.0f} tiles/s"
         logger.info("%s; %s; see %s", ", ".join(counts), speed, self._folder.folder / "slides.csv")
 
     def _is_wanted(self, entry: SlideEntry) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from command_line import counted
 from slide_features import SlideFeatures, read_slide_coords, write_slide_coords, write_slide_features
 from stage0_tiling.flags import check_readable
 from stage0_tiling.geojson import write_tiles_geojson, write_tissue_geojson
@@ -101,9 +102,8 @@ def tell_unmeasured(entries: list[SlideEntry], folder: RunFolder) -> None:
     without = [entry.slide_id for entry in tiled if _lacks_blur(folder.path("coords", entry.slide_id))]
     if without:
         logger.warning(
-            "--quality: %d slides, %s among them, are tiled already, without the blur of their tiles: add --overwrite "
-            "to tile them again with it",
-            len(without),
+            "--quality: %s, %s first, tiled before without the blur of tiles: add --overwrite to tile again with it",
+            counted(len(without), "slide"),
             without[0],
         )
 

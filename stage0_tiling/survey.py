@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from command_line import DONE, SOME_FAILED, check_output_folder, first_line, make_parser, run
+from command_line import DONE, SOME_FAILED, check_output_folder, counted, first_line, make_parser, run
 from slide_features import atomic_path
 from stage0_tiling.full_disk import DiskFull, ending_on_full_disk, is_full
 from stage0_tiling.slide_files import SURVEY_FOLDER
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {"min_tissue": args.min_tissue, "assume_mpp": args.assume_mpp}
     known = {} if args.overwrite else {entry.slide_id: _known(folder, entry, settings) for entry in entries}
     todo = [entry for entry in entries if known.get(entry.slide_id) is None]
-    logger.info("%d slides, %d of them to look at", len(entries), len(todo))
+    logger.info("%s, %d of them to look at", counted(len(entries), "slide"), len(todo))
 
     # Look
     try:
@@ -86,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Tell
     print(summary_of(rows, args.feature_width, args.tiles_per_second))
-    count = f"{pages} page{'s' * (pages != 1)}"
-    logger.info("see %s, and beside it survey.png and %s of thumbnails", folder / "survey.csv", count)
+    shown = counted(pages, "page")
+    logger.info("see %s, and beside it survey.png and %s of thumbnails", folder / "survey.csv", shown)
     return SOME_FAILED if any(row.failed for row in rows) else DONE
 
 

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
+from command_line import counted
 from slide_features import atomic_path
 from stage0_tiling.lettering import label_font
 from stage0_tiling.slide_files import SURVEY_FOLDER
@@ -68,7 +69,7 @@ def _sheet(thumbnails: Path, rows: list[SurveyRow]) -> Image.Image:
 def _caption(draw: ImageDraw.ImageDraw, x: int, y: int, row: SurveyRow) -> None:
     facts = [f"{row.mpp:.3g} um/px"] if row.mpp else []
     facts += [f"{row.tissue_mm2:,.1f} mm2"] if row.tissue_mm2 is not None else []
-    facts += [f"{row.tiles[0]:,} tiles"] if row.tiles[0] is not None else []
+    facts += [counted(row.tiles[0], "tile")] if row.tiles[0] is not None else []
     problems = "; ".join(row.problems)
     for text, colour, size in ((row.slide_id, INK, 14), ("  ".join(facts), FAINT, 12), (problems, WARNING, 11)):
         if text:
@@ -91,7 +92,7 @@ def write_charts(path: Path, rows: list[SurveyRow]) -> None:
     from matplotlib.figure import Figure
 
     num_failed = sum(row.failed for row in rows)
-    title = f"{len(rows):,} slides" + (f", {num_failed:,} of them not readable" if num_failed else "")
+    title = counted(len(rows), "slide") + (f", {num_failed:,} of them not readable" if num_failed else "")
     rows = [row for row in rows if not row.failed]
     figure = Figure(figsize=(13, 7.6), facecolor="white")
     FigureCanvasAgg(figure)

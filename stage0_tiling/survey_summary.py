@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from statistics import median
 
+from command_line import counted
 from stage0_tiling.slide_survey import BLURRED_BELOW, COORDS_BYTES, TILINGS, SurveyRow
 
 MAX_NAMES = 8  # slides named per problem; the table has all
@@ -11,7 +12,7 @@ MAX_NAMES = 8  # slides named per problem; the table has all
 def summary_of(rows: list[SurveyRow], feature_width: int, tiles_per_second: float | None) -> str:
     """Several lines for a terminal."""
     good = [row for row in rows if not row.failed]
-    lines = [f"{len(rows)} slides: {len(good)} read, {len(rows) - len(good)} failed"]
+    lines = [f"{counted(len(rows), 'slide')}: {len(good)} read, {len(rows) - len(good)} failed"]
     if good:
         lines += [*_of_files(good), *_of_tissue(good), "", *_of_tiles(good, feature_width, tiles_per_second)]
     return "\n".join([*lines, *_of_problems(rows)])

@@ -14,7 +14,7 @@ from functools import partial
 
 from jsonargparse import Namespace
 
-from command_line import make_parser, run
+from command_line import counted, make_parser, run
 from stage0_tiling.flags import check_tiling_flags
 from stage0_tiling.plan import TilingSettings, tiling_settings
 from stage0_tiling.run_table import RunFolder
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.begin(settings)
     if args.quality:
         tell_unmeasured(entries, folder)
-    logger.info("%d slides, %d of them to tile", len(entries), len(tiling.missing))
+    logger.info("%s, %d of them to tile", counted(len(entries), "slide"), len(tiling.missing))
 
     # Tile
     squares = None

@@ -186,9 +186,13 @@ def refuse_another_split(args, settings: VLMSettings) -> None:
     if had.get("train_json") != args.train_json or os.environ.get("RANK", "0") != "0":
         return
     for flag in ("fold", "splits", "val_json", "val_fraction", "seed", "group_pattern"):
-        if had.get(flag) != getattr(args, flag):
+        before, now = (
+            f"without --{flag}" if value is None else f"with --{flag} {value}"
+            for value in (had.get(flag), getattr(args, flag))
+        )
+        if before != now:
             print(
-                f"warning: stage 1 divided these records with --{flag} {had.get(flag)}, not {getattr(args, flag)}; "
+                f"warning: stage 1 divided these records {before}, this stage divides them {now}; "
                 "where that changes the split, its projector has learned from validation records",
                 file=sys.stderr,
             )

@@ -1,5 +1,6 @@
 """Every form of annotation that groups have, and sixty ways in which such a file can be broken."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -187,10 +188,17 @@ def test_excluded_and_revised_records(tmp_path, roots):
     assert listed_ids(write(tmp_path / "plain.txt", "a\n\nb\n")) == ["a", "b"]
     assert "s1" in listed_ids(write(tmp_path / "one_column.csv", "id\ns1\n"))
     assert listed_ids(write(tmp_path / "capitals.csv", "ID\ns1\n")) == ["s1"]
-    with pytest.raises(
-        ValueError, match="semicolons.csv: its columns are separated by semicolons; save it with commas"
-    ):
-        listed_ids(write(tmp_path / "semicolons.csv", "id;reason\ns1;blurred\n"))
+    assert listed_ids(write(tmp_path / "semicolons.csv", "id;reason\ns1;blurred, twice\n")) == ["s1"]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_table_is_read_with_the_separator_of_its_header(tmp_path, roots, separator):
+    answer = "Mammastanzbiopsie, rechts;\tinvasives Karzinom, m\u00e4\u00dfig differenziert"
+    rows = [["id", "report", "split"], ["s1.svs", answer, "train"], ["s2.svs", "Lunge", ""], ["", "", ""]]
+    with (tmp_path / "excel.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=separator, lineterminator="\r\n").writerows(rows)
+    found = read_records(tmp_path / "excel.csv", **roots)
+    assert [(r.id, r.answer, r.split) for r in found] == [("s1.svs", answer, "train"), ("s2.svs", "Lunge", "")]
 
 
 def test_exclusion_knows_a_slide_by_any_suffix_and_in_quotes(tmp_path, roots):
@@ -341,7 +349,7 @@ BROKEN = {
     "text in the place of an image": ([{"image": "Breast, biopsy. " * 40, "caption": "x"}], "is it a text?"),
     "workbook": (b"PK\x03\x04 and more", "a workbook of Excel or another zip, not JSON"),
     "gzip": (b"\x1f\x8b\x08 and more", "packed by gzip"),
-    "table with semicolons": ("id;report\na;Breast, biopsy\n", "separated by semicolons"),
+    "table with semicolons": ("id;report\na;Breast; biopsy\n", "than the header; quote texts with semicolons"),
     "absolute id": ([{"id": "/etc/passwd", "report": "x"}], "outside"),
     "traversal in an image": ([{"image": "../../etc/passwd", "caption": "x"}], "outside"),
     "absolute image": ([{"image": "/etc/passwd", "caption": "x"}], "outside"),

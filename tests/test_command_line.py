@@ -4,8 +4,10 @@ import errno
 import os
 
 import pytest
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
 
-from command_line import check_output_file, check_output_folder, run
+from accelerator_setup import BelowOne
+from command_line import check_output_file, check_output_folder, counted, make_parser, run
 from tests.conftest import run_command
 
 STAGE0 = ("--slides", "SLIDE")
@@ -90,3 +92,26 @@ def test_what_the_system_refuses_is_told_with_its_mend(error, told, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(main)
     assert capsys.readouterr().err == f"error: {told}\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "told"),
+    [
+        (PositiveInt, "two", "expected a whole number above 0, found 'two'"),
+        (PositiveInt, "0", "expected a whole number above 0, found 0"),
+        (NonNegativeInt, "1.5", "expected a whole number from 0, found '1.5'"),
+        (PositiveFloat, "-1e-3", "expected a number above 0, found -1e-3"),
+        (ClosedUnitInterval, "half", "expected a number from 0 to 1, found 'half'"),
+        (BelowOne, "1", "expected a number from 0 to below 1, found 1"),
+    ],
+)
+def test_a_number_that_a_flag_does_not_take_is_told_in_plain_words(kind, given, told, capsys):
+    parser = make_parser("A command.")
+    parser.add_argument("--size", type=kind)
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--size={given}"])
+    assert capsys.readouterr().err.startswith(f"error: --size: {told}; see --help")
+
+
+def test_numbers_agree_with_their_nouns():
+    assert [counted(number, "slide") for number in (0, 1, 2048)] == ["0 slides", "1 slide", "2,048 slides"]

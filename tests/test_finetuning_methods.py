@@ -319,9 +319,13 @@ def test_stage_2_holds_out_whom_stage_1_held_out(capsys):
     assert divide({"fold": 1, "seed": 0}, fold=1, seed=0) == divide({"seed": 0}, train_json="b.json", seed=1) == ""
     with pytest.raises(ValueError, match="--fold 1: one/final_model was trained with --fold 0, on patients that"):
         divide({"fold": 0}, fold=1, train_json="b.json")
-    for flags in ({"seed": 1}, {"fold": 0}, {"val_fraction": 0.2}):
+    for flags, before, now in (
+        ({"seed": 1}, "with --seed 0", "with --seed 1"),
+        ({"fold": 0}, "without --fold", "with --fold 0"),
+        ({"val_fraction": 0.2}, "with --val_fraction 0.1", "with --val_fraction 0.2"),
+    ):
         told = divide({"seed": 0, "val_fraction": 0.1}, **({"seed": 0, "val_fraction": 0.1} | flags))
-        assert told.startswith(f"warning: stage 1 divided these records with --{next(iter(flags))} ")
+        assert told.startswith(f"warning: stage 1 divided these records {before}, this stage divides them {now}; ")
         assert told.count("\n") == 1
 
 

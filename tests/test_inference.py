@@ -127,6 +127,7 @@ def test_output_of_other_flags_is_not_continued(corpus, model, predictions):
     "flags, message",
     [
         (["--slide", "missing.svs"], "missing.svs: no such file"),
+        (["--slide", "."], ".: a folder; name slides of one case, or give it to predict.py as --slides"),
         ([], "exactly one of"),
         (["--image", ROOT / "README.md"], "was trained on slides"),
     ],

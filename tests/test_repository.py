@@ -17,6 +17,7 @@ STAGES = {"stage0_encoder", "stage0_tiling", "stage1_projector", "stage2_finetun
 FLOORS = [
     {
         "command_line",
+        "csv_separator",
         "deepspeed_zero",
         "encoder_presets",
         "encoder_backbones",

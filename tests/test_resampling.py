@@ -7,7 +7,7 @@ from evaluation.field_scores import confusion, macro_f1, score_fields, weighted_
 from evaluation.fields import parse_report
 from evaluation.mistakes import contradictions, find_mistakes
 from evaluation.resampling import effect_sizes, intervals, paired_differences, randomization_test, sums_by_patient
-from evaluation.survival import FollowUp, as_event, choose_risks, groups_of, stated_risk, survival_scores
+from evaluation.survival import FollowUp, as_event, choose_risks, groups_of, read_risks, stated_risk, survival_scores
 
 
 def mean_of(sums: np.ndarray) -> dict[str, np.ndarray]:
@@ -119,6 +119,11 @@ def test_contradictions() -> None:
         "Nuclear grade: 3, Mitoses: 3)"
     )
     assert contradictions(parse_report(breast)) == ["3+3+3 is not Nottingham grade 1"]
+
+
+def test_risks_of_a_spreadsheet(tmp_path) -> None:
+    (tmp_path / "risks.csv").write_text("id;risk\na, b;0.5\n", encoding="utf-8-sig")
+    assert read_risks(tmp_path / "risks.csv") == {"a, b": 0.5}
 
 
 def test_risks_and_events_are_read() -> None:

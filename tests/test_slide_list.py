@@ -40,6 +40,11 @@ def test_folders_files_and_lists_of_slides(tmp_path):
         SlideEntry("c", tmp_path / "deep/er/c.png"),
         SlideEntry("absent", tmp_path / "absent.svs"),
     ]
+    (tmp_path / "excel.csv").write_text('path;mpp\nb.svs;0,25\n"deep;er/c.png";\n', encoding="utf-8-sig")
+    assert find_slides([str(tmp_path / "excel.csv")]) == [
+        SlideEntry("b", tmp_path / "b.svs", mpp=0.25),
+        SlideEntry("c", tmp_path / "deep;er/c.png"),
+    ]
 
 
 def test_what_a_list_says_of_mpp_and_names(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from math import nan
 
 import numpy as np
@@ -18,6 +19,7 @@ import slide_reports.split
 from slide_features import write_slide_features
 from slide_reports import read_records, read_training_records
 from slide_reports.findings import find_all
+from slide_reports.inputs import with_inputs
 from slide_reports.splits import assign_splits, fold_of, read_fold, read_splits, share_seen
 from tests.conftest import ROOT, environment, run_command
 
@@ -48,6 +50,12 @@ def test_splits_stay_when_records_are_added():
     for stratum in "ab":
         of = [group for group, other in zip(many, strata, strict=True) if other == stratum]
         assert sum(after[group] == "val" for group in of) == pytest.approx(30, abs=1)
+
+
+def test_small_strata_leave_no_split_empty():
+    groups = [f"P{i}" for i in range(50)]
+    assigned = assign_splits(groups, SHARES, 0, [str(i // 5) for i in range(50)])
+    assert Counter(assigned.values()) == {"train": 40, "val": 5, "test": 5}
 
 
 def test_shares_must_add_up():
@@ -169,7 +177,7 @@ def test_training_refuses_a_patient_on_both_sides_and_takes_a_table_of_splits(co
     train, val, problems = read_training_records(str(folder / "r.json"), None, splits=folder / "s.csv", **reading)
     assert (len(train), {record.group for record in val}, problems) == (6, {"PIT_01_00002"}, [])
     (folder / "s.csv").write_text("group,split\nPIT_01_00000,train\n")
-    with pytest.raises(ValueError, match="lacks 3 patients, PIT_01_00001 among them"):
+    with pytest.raises(ValueError, match="lacks 3 patients, PIT_01_00001 first"):
         read_training_records(str(folder / "r.json"), None, splits=folder / "s.csv", **reading)
 
 
@@ -198,7 +206,7 @@ def test_a_fold_is_validation_and_the_others_training(corpus_of_8):
     with pytest.raises(ValueError, match="gives its patients no fold; make it with slide_reports/split.py"):
         patients(0)
     (folder / "folds.csv").write_text("group,split,fold\n" + "\n".join([*rows[:2], "PIT_01_00002,train,"]))
-    with pytest.raises(ValueError, match="gives 1 patients, PIT_01_00002 among them, no fold"):
+    with pytest.raises(ValueError, match="gives 1 patient, PIT_01_00002 first, no fold"):
         patients(0)
 
 
@@ -408,6 +416,11 @@ def test_ids_of_no_record_are_told_of_both_files_together(corpus_of_8, capsys, m
     assert "odd: --exclude" in capsys.readouterr().out
 
 
+def test_a_table_of_splits_may_come_back_from_a_spreadsheet(tmp_path):
+    (tmp_path / "s.csv").write_bytes(b"\xef\xbb\xbfgroup;split;fold\r\na;train;1\r\n7;val;0\r\n;;\r\n")
+    assert read_splits(tmp_path / "s.csv") == {"a": "train", "7": "val"}
+
+
 @pytest.mark.parametrize(
     "table, message",
     [
@@ -455,3 +468,11 @@ def test_a_reader_that_leaves_early_is_no_error():
     process.stdout.read(10)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 141
+
+
+def test_a_stray_feature_file_is_left_out_and_not_all_others(corpus_of_8):
+    write_features(corpus_of_8 / "f" / "PIT_01_00000_00.h5", np.ones((6, 4)), encoder="another")
+    reading = {"features_dir": corpus_of_8 / "f"}
+    usable, problems = with_inputs(read_records(corpus_of_8 / "r.json", **reading))
+    assert len(usable) == 7 and len(problems) == 1
+    assert "PIT_01_00000_00.h5 was made with encoder another, not e; encode it like the others" in problems[0]

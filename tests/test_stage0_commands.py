@@ -380,12 +380,12 @@ def test_another_slide_under_the_same_name_and_broken_records_are_done_again(tmp
     again = tile(path, tmp_path / "out")
     assert "a is another file than when it was tiled" in again.stderr
     assert int(table(tmp_path / "out")["a"]["n_tiles"]) > first
-    assert "1 slides, 0 of them to tile" in tile(path, tmp_path / "out").stderr
+    assert "1 slide, 0 of them to tile" in tile(path, tmp_path / "out").stderr
 
     coords = tmp_path / "out" / "coords" / "a.h5"
     whole = coords.read_bytes()
     coords.write_bytes(whole[:1000])
-    assert "1 slides, 1 of them to tile" in tile(path, tmp_path / "out").stderr
+    assert "1 slide, 1 of them to tile" in tile(path, tmp_path / "out").stderr
     assert len(read_slide_coords(coords).coords) == int(table(tmp_path / "out")["a"]["n_tiles"])
 
     state = tmp_path / "out" / "state" / "a.json"

@@ -99,7 +99,7 @@ def test_several_encoders_read_each_tile_once_and_only_what_is_missing_is_made(s
     assert len(reads) == num_tiles and made[1].is_file() and made[0].stat().st_mtime_ns == kept
     assert read_slide_features(out / "features_third" / "one.h5").features.shape == (num_tiles, 16)
     encode(slide, out, [third, first])
-    assert len(reads) == num_tiles and "1 slides, 0 of them to encode" in caplog.text
+    assert len(reads) == num_tiles and "1 slide, 0 of them to encode" in caplog.text
 
     make_encoder(5).save_pretrained(tmp_path / "first")
     with pytest.raises(ValueError, match="features_first holds features of encoder .*first, not .*first.*--overwrite"):
@@ -128,7 +128,7 @@ def test_state_of_an_earlier_version_is_taken_over(slide, folders, tmp_path, cap
     made_by = state.pop("encoded")["features"]
     path.write_text(json.dumps(state | {"encoder": made_by["encoder"], "encoder_fingerprint": made_by["fingerprint"]}))
     encode(slide, tmp_path, folders[:1])
-    assert "1 slides, 0 of them to encode" in caplog.text
+    assert "1 slide, 0 of them to encode" in caplog.text
     with pytest.raises(ValueError, match="holds features of encoder .*first, not .*third"):
         encode(slide, tmp_path, folders[2:])
 
@@ -150,7 +150,7 @@ def test_formats_are_found_by_records_and_torn_files_are_made_again(slide, folde
 
     path.write_bytes(path.read_bytes()[:-50])
     encode(slide, tmp_path, folders[:1], "--format", how)
-    assert "1 slides, 1 of them to encode" in caplog.text
+    assert "1 slide, 1 of them to encode" in caplog.text
     assert read_slide_features(path).features.tobytes() == whole.features.tobytes()
     about = {"name": "one", "encoder": "e", "mpp": 1, "tile_size": 64, "overlap": 0, "patch_size_level0": 128}
     write_slide_features(path, whole.features[:5], whole.coords[:5], **about)

@@ -224,7 +224,7 @@ def test_very_many_tiles_and_what_is_not_measured_are_told(slides, tmp_path, cap
     caplog.clear()
     assert run_tile(slides, tmp_path, "--overlap", 60, "--quality") == 0
     told = [record.getMessage() for record in caplog.records if "--quality" in record.getMessage()]
-    assert len(told) == 1 and told[0].startswith("--quality: 1 slides, slide_0 among them, are tiled already, without")
+    assert len(told) == 1 and told[0].startswith("--quality: 1 slide, slide_0 first, tiled before without the blur")
     assert set(read_slide_coords(tmp_path / "coords" / "slide_1.h5").quality) >= {"blur"}
     caplog.clear()
     assert run_tile(slides, tmp_path, "--overlap", 60, "--quality", "--overwrite") == 0

@@ -141,4 +141,4 @@ def test_the_last_line_tells_tiles_and_speed(slides, encoder, plain, tmp_path, c
     assert f"1 done, 0 empty, 0 failed; {number} tiles in " in caplog.text and "tiles/s; see " in caplog.text
     assert "1/1 [" in (bar := capsys.readouterr().err) and "tiles/s, 0 left" in bar
     assert encode(slides / "slide_0.tiff", tmp_path, encoder) == 0
-    assert "1 slides, 0 of them to encode" in caplog.text
+    assert "1 slide, 0 of them to encode" in caplog.text

@@ -114,6 +114,16 @@ def test_broken_tables_are_refused(tmp_path, rows, message):
         read_label_table(tmp_path / "labels.csv", image_root=tmp_path / "images")
 
 
+def test_tables_of_labels_from_a_spreadsheet(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels.csv").write_text("id;label\na.png;Tumor, mäßig\n", encoding="utf-8-sig")
+    (record,) = read_label_table(tmp_path / "labels.csv", image_root=tmp_path / "images")
+    assert (record.id, record.answer) == ("a.png", "Tumor, mäßig")
+    (tmp_path / "labels.csv").write_text("id;label\na.png;mäßig\n", encoding="cp1252")
+    with pytest.raises(ValueError, match=r"labels\.csv: not in UTF-8 \(byte 16\); save it as UTF-8"):
+        read_label_table(tmp_path / "labels.csv", image_root=tmp_path / "images")
+
+
 def test_the_loss_is_cross_entropy_where_there_are_labels():
     classifier, batch = small_classifier().eval(), small_batch()
     logits = classifier.logits(batch)
@@ -321,7 +331,7 @@ def test_a_named_encoder_is_tuned_with_lora_and_a_broken_picture_left_out(corpus
     (images / "3.png").write_bytes(b"no picture")
     flags = ["--encoder", corpus.encoder, "--encoder_training", "lora", "--lora_rank", 2, "--num_epochs", 1]
     done = train(images, tmp_path / "run", *flags, status=1)
-    assert "3.png" in done.stderr and "1 records left out" in done.stderr
+    assert "3.png" in done.stderr and "1 record left out" in done.stderr
     tuned, base = load_encoder(tmp_path / "run" / "final_model"), load_encoder(corpus.encoder)
     assert tuned.backbone.state_dict().keys() == base.backbone.state_dict().keys()
     assert tuned.fingerprint() != base.fingerprint()
