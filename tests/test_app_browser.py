@@ -1,5 +1,6 @@
 """The page in a browser, one session: pick, zoom, write, click on a line, ask, add a slide, and what goes wrong."""
 
+import json
 import shutil
 import threading
 import time
@@ -347,6 +348,8 @@ def test_a_slide_whose_file_is_replaced_is_opened_anew(page, root):
     page.locator(".lines button").first.wait_for()
     assert page.locator(".uncertain").count() == 0
     (root / "changing.tiff").unlink()
+    look_again.click()
+    until(page, "document.querySelector('.slide[title=\"changing.tiff\"]') === null")
 
 
 def test_a_report_survives_a_server_that_does_not_answer_for_a_while(page):
@@ -376,21 +379,21 @@ def test_a_report_survives_a_server_that_does_not_answer_for_a_while(page):
 
 
 def test_the_keyboard_goes_through_the_list_with_one_stop(page):
+    def focus_is_on(title: str) -> None:
+        until(page, f"document.activeElement.title === {json.dumps(title)}")
+        assert page.locator('.slide[tabindex="0"]').count() == 1
+
+    names = page.locator(".slide b").all_text_contents()
     page.locator("#search").focus()
     page.keyboard.press("Tab")
-    names = page.locator(".slide b").all_text_contents()
-    focused = "document.activeElement.title"
-    assert page.evaluate(focused) == "blank.tiff" and page.locator('.slide[tabindex="0"]').count() == 1
-    page.keyboard.press("Home")
-    assert page.evaluate(focused) == names[0] and page.locator('.slide[tabindex="0"]').count() == 1
-    page.keyboard.press("ArrowDown")
-    assert page.evaluate(focused) == names[1]
-    page.keyboard.press("End")
-    assert page.evaluate(focused) == names[-1]
+    focus_is_on("blank.tiff")
+    for key, name in (("Home", names[0]), ("ArrowDown", names[1]), ("End", names[-1])):
+        page.keyboard.press(key)
+        focus_is_on(name)
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.id") == "file"
+    until(page, "document.activeElement.id === 'file'")
     page.keyboard.press("Shift+Tab")
-    assert page.evaluate(focused) == names[-1], "back to where one was"
+    focus_is_on(names[-1])  # back to where one was
     pick(page, "added.tiff")
     page.locator("#scale").wait_for()
 
