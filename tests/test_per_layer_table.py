@@ -132,7 +132,8 @@ def test_the_table_is_never_copied_into_memory(tmp_path):
         grown[place] = memory("VmHWM") - before, memory("RssAnon") - anonymous_before
         del llm
     peak, anonymous = (grown["model"][i] - grown["cpu"][i] for i in (0, 1))
-    assert peak > 0.9 * table and anonymous > 0.9 * table
+    # Were it copied in "cpu" too, they would be 0, or half the table in bfloat16; the rest is what malloc keeps.
+    assert peak > 0.75 * table and anonymous > 0.75 * table
 
 
 def test_generate_writes_the_same_report(corpus, tmp_path, monkeypatch, capsys):
