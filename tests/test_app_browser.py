@@ -131,7 +131,7 @@ def test_list_and_empty_state(page):
     assert page.get_by_role("button", name="Write the report").is_disabled()
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     page.fill("#search", "nothing of this name")
-    assert "No slide" in page.locator("#slides").text_content()
+    assert "No slide" in page.locator("#slides").inner_text()
     page.fill("#search", "")
 
 
@@ -392,6 +392,9 @@ def test_the_keyboard_goes_through_the_list_with_one_stop(page):
         focus_is_on(name)
     page.keyboard.press("Tab")
     until(page, "document.activeElement.id === 'file'")
+    with page.expect_response("**/api/slides"):
+        page.evaluate("dispatchEvent(new Event('focus'))")  # the folder is looked at meanwhile
+    page.wait_for_timeout(200)
     page.keyboard.press("Shift+Tab")
     focus_is_on(names[-1])  # back to where one was
     pick(page, "added.tiff")

@@ -79,8 +79,8 @@ function drawList() {
   if (!slides.length) items.push(emptyRow("The folder holds no slides yet. Copy some into it, or add one below."));
   else if (!found.length) items.push(emptyRow("No slide has this in its name."));
   replaceRows($("slides"), items);
-  const here = $("slides").querySelector('.slide[tabindex="0"]:focus, .slide[aria-current]');
-  letTabStopAt(here ?? $("slides").querySelector(".slide"));
+  const [stop, open, first] = ['.slide[tabindex="0"]', ".slide[aria-current]", ".slide"].map((what) => $("slides").querySelector(what));
+  letTabStopAt(stop ?? open ?? first);
 }
 
 const emptyRow = (textContent) => element("li", { className: "empty", textContent });
