@@ -318,11 +318,20 @@ def test_uploads_that_are_refused(served, folder, name, content, status, message
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["..%2Fx.tiff", "%2Ftmp%2Fx.tiff", "below%2Fx.tiff", "../x.tiff", "%2E%2E/x.tiff"])
-def test_uploads_lead_nowhere_else(served, slide, folder, name):
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("..%2Fx.tiff", 404),
+        ("%2Ftmp%2Fx.tiff", 404),
+        ("below%2Fx.tiff", 404),
+        ("../x.tiff", 413),  # on its way to a request that takes no file, by the client itself
+        ("%2E%2E/x.tiff", 404),
+    ],
+)
+def test_uploads_lead_nowhere_else(served, slide, folder, name, status):
     client, _ = served
     before = sorted(folder.parent.rglob("*"))
-    assert upload(client, name, slide.read_bytes()).status_code in (400, 404, 405, 413)
+    assert upload(client, name, slide.read_bytes()).status_code == status
     assert sorted(folder.parent.rglob("*")) == before
 
 

@@ -1,5 +1,6 @@
 """Per-layer embeddings in CPU memory: bit by bit those of the model, mapped and not copied, through every wrapper."""
 
+import ctypes
 import gc
 import json
 import sys
@@ -115,6 +116,13 @@ def memory(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def give_back() -> None:
+    """Return what is free to the system: glibc keeps pages of buffers that weights were read into."""
+    gc.collect()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_table_is_never_copied_into_memory(tmp_path):
     rows, layers, width = 60_000, 4, 128
@@ -123,17 +131,18 @@ def test_the_table_is_never_copied_into_memory(tmp_path):
     table = rows * layers * width * 4  # in float32
     grown = {}
     for place in ("cpu", "model"):
-        gc.collect()
+        give_back()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before, anonymous_before = memory("VmRSS"), memory("RssAnon")
         llm = load_llm(str(tmp_path), dtype=torch.float32, ple_device=place)
         with torch.no_grad():
             llm.get_decoder()(torch.arange(40).view(2, 20))
-        grown[place] = memory("VmHWM") - before, memory("RssAnon") - anonymous_before
+        peak = memory("VmHWM") - before
+        give_back()
+        grown[place] = peak, memory("RssAnon") - anonymous_before
         del llm
     peak, anonymous = (grown["model"][i] - grown["cpu"][i] for i in (0, 1))
-    # Were it copied in "cpu" too, they would be 0, or half the table in bfloat16; the rest is what malloc keeps.
-    assert peak > 0.75 * table and anonymous > 0.75 * table
+    assert peak > 0.9 * table and anonymous > 0.9 * table
 
 
 def test_generate_writes_the_same_report(corpus, tmp_path, monkeypatch, capsys):
