@@ -144,6 +144,15 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else f'{noun}s'}"
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8; names of files and texts of JSON may hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def refuse_idle(args: Namespace, defaults: dict[str, Any], needs: dict[str, tuple[Any, str]]) -> None:
     """Refuse the flags that :func:`idle_flags` finds, but for those that a run to be resumed began with.
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from command_line import is_utf8
+
 
 @dataclass
 class Reports:
@@ -79,7 +81,7 @@ def _id_of(record: Any, where: str) -> str:
     if record.repeated:
         raise ValueError(f"{where} has {record.repeated[0]!r} twice; keep one")
     key = record["id"]
-    if isinstance(key, bool) or not isinstance(key, str | int) or not str(key).strip() or not _is_whole(str(key)):
+    if isinstance(key, bool) or not isinstance(key, str | int) or not str(key).strip() or not is_utf8(str(key)):
         raise ValueError(f"{where}: id is {key!r}; give a string")
     return str(key)
 
@@ -88,16 +90,7 @@ def _text_of(report: Any) -> str | None:
     """The text of a report, or None where it is not one."""
     if isinstance(report, list) and len(report) == 1:  # the form of coco-style score files
         report = report[0]
-    return report if isinstance(report, str) and _is_whole(report) else None
-
-
-def _is_whole(text: str) -> bool:
-    """Whether a text can be written as UTF-8; JSON may hold half of a surrogate pair, which no file can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return report if isinstance(report, str) and is_utf8(report) else None
 
 
 @dataclass

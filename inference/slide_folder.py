@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from command_line import is_utf8
 from stage0_tiling import slide_files
 from stage0_tiling.slide import Slide, SlideError
 from stage0_tiling.slide_files import WHOLE_SLIDE_SUFFIXES, files_of, slides_below
@@ -61,7 +62,7 @@ class FolderSlide:
     @property
     def has_readable_name(self) -> bool:
         """Whether its name is UTF-8, as it must be wherever it is written down."""
-        return _is_text(self.path.name)
+        return is_utf8(self.path.name)
 
 
 def parse_size(text: str) -> int:
@@ -229,14 +230,6 @@ def _as_it_is_now(slide: FolderSlide) -> FolderSlide:
     status = slide.path.stat()
     facts = f"{status.st_dev} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
     return replace(slide, num_bytes=status.st_size, version=hashlib.sha256(facts.encode()).hexdigest()[:12])
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _name(partial: Path, target: Path) -> None:
