@@ -58,6 +58,16 @@ def add_run_arguments(parser) -> None:
     group.add_argument("--tensorboard", action="store_true", help="log to <output_dir>/tensorboard")
 
 
+def add_early_stopping_argument(group) -> None:
+    """When a training that no longer gets better ends, the same for every stage."""
+    group.add_argument(
+        "--early_stopping_patience",
+        type=NonNegativeInt,
+        default=0,
+        help="stop after so many epochs without a better --best_metric; 0: never",
+    )
+
+
 def add_schedule_arguments(group) -> None:
     """Flags of how the learning rate rises and falls, the same wherever something is trained with AdamW."""
     group.add_argument(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from accelerator_setup import add_early_stopping_argument
 from command_line import flags_of_resumed, refuse_idle
 from deepspeed_zero import autocast, whole_to_generate
 from projector_average import averaged
@@ -44,12 +45,7 @@ def add_validation_arguments(parser, metrics: Sequence[str]) -> None:
     group.add_argument(
         "--metric_records", type=PositiveInt, default=64, help="validation records to write reports for, evenly spaced"
     )
-    group.add_argument(
-        "--early_stopping_patience",
-        type=NonNegativeInt,
-        default=0,
-        help="stop after so many epochs without a better --best_metric; 0: never",
-    )
+    add_early_stopping_argument(group)
     group.add_argument(
         "--image_ablation_records",
         type=NonNegativeInt,

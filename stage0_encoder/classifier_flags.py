@@ -3,6 +3,7 @@
 from jsonargparse import Namespace
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from accelerator_setup import add_early_stopping_argument
 from command_line import defaults_of, refuse_idle
 from slide_reports import add_record_arguments
 from stage0_encoder.classifier import OWN_NETWORKS
@@ -181,9 +182,4 @@ def _add_optimizer_arguments(parser) -> None:
         default="balanced_accuracy",
         help="of validation, what best_model and --early_stopping_patience go by",
     )
-    group.add_argument(
-        "--early_stopping_patience",
-        type=NonNegativeInt,
-        default=0,
-        help="stop after so many epochs without a better --best_metric; 0: never",
-    )
+    add_early_stopping_argument(group)

@@ -1,8 +1,8 @@
 """Flags of train_contrastive.py beside those of records, encoders and the run."""
 
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from accelerator_setup import add_schedule_arguments
+from accelerator_setup import add_early_stopping_argument, add_schedule_arguments
 
 # May differ when a run is resumed: places of models, whose fingerprints are compared, what is only evaluated, and
 # chunks, which change rounding and dropout alone.
@@ -46,12 +46,7 @@ def add_alignment_validation_arguments(parser) -> None:
         default="recall_at_1",
         help="what best_model and --early_stopping_patience go by; recalls are means of both directions",
     )
-    group.add_argument(
-        "--early_stopping_patience",
-        type=NonNegativeInt,
-        default=0,
-        help="stop after so many epochs without a better --best_metric; 0: never",
-    )
+    add_early_stopping_argument(group)
     group.add_argument(
         "--class_prompts", default=None, help="JSON of classes and their prompts, for zero-shot accuracy"
     )
